@@ -1,0 +1,104 @@
+"""jrnn: recurrent networks for JAX. Cells as pure functions, many schedules.
+
+    cell = jrnn.lstm(128)
+    params = cell.init(jax.random.key(0), in_features)
+    state, ys = jrnn.unroll(cell, params, xs)          # xs (T, *B, F), ys (T, *B, H)
+
+T time, B batch (any number of leading axes, or none), F input features, H hidden features, G gates.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jrnn import activations, initializers, sequence
+from jrnn.cells.base import AffineCell, Cell, HiddenState, Layer, product
+from jrnn.cells.elman import ElmanState, IndRNNState, JordanState, elman, indrnn, jordan
+from jrnn.cells.gru import GRUState, MGUState, UGRNNState, gru, layer_norm_gru, mgu, ugrnn
+from jrnn.cells.lstm import LSTMState, coupled_lstm, layer_norm_lstm, lstm, peephole_lstm, projection_lstm
+from jrnn.cells.tdnn import TDNNState, tdnn
+from jrnn.compose.combine import bidirectional, highway, residual, stack
+from jrnn.compose.regularise import dropconnect, learned_state, variational, zoneout
+from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
+from jrnn.unroll import choose_backend, unroll
+
+if TYPE_CHECKING:
+    from jrnn import diagnose, interop, losses, testing, training
+    from jrnn.training import optimizer
+
+__version__ = "0.1.0"
+
+# Imported where they are used: each needs a library that a plain forward pass does not.
+_LAZY = {
+    "diagnose": "jrnn.diagnose",
+    "interop": "jrnn.interop",
+    "losses": "jrnn.losses",
+    "testing": "jrnn.testing",
+    "training": "jrnn.training",
+}
+
+__all__ = [
+    "AffineCell",
+    "Cell",
+    "ElmanState",
+    "GRUState",
+    "HiddenState",
+    "IndRNNState",
+    "JordanState",
+    "LSTMState",
+    "Layer",
+    "MGUState",
+    "TDNNState",
+    "UGRNNState",
+    "activation",
+    "activations",
+    "bidirectional",
+    "choose_backend",
+    "coupled_lstm",
+    "dense",
+    "diagnose",
+    "dropconnect",
+    "dropout",
+    "elman",
+    "embed",
+    "gru",
+    "highway",
+    "indrnn",
+    "initializers",
+    "interop",
+    "jordan",
+    "layer_norm",
+    "layer_norm_gru",
+    "layer_norm_lstm",
+    "learned_state",
+    "losses",
+    "lstm",
+    "mgu",
+    "optimizer",
+    "peephole_lstm",
+    "product",
+    "projection_lstm",
+    "residual",
+    "sequence",
+    "stack",
+    "tdnn",
+    "testing",
+    "training",
+    "ugrnn",
+    "unroll",
+    "variational",
+    "zoneout",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(_LAZY[name])
+    if name == "optimizer":
+        return importlib.import_module("jrnn.training").optimizer
+    raise AttributeError(f"module 'jrnn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,62 @@
+"""Checks that several modules share. Each raises before anything is traced, and names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Tracer = jax.core.Tracer
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is not known yet (inside jit, grad or vmap), so that only its shape can be checked."""
+    return isinstance(value, Tracer)
+
+
+def positive_int(value: Any, argument: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument}: expected a positive int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{argument}: expected a positive int, got {value}")
+
+
+def rate(value: Any, argument: str) -> None:
+    """A probability of dropping: 1 would drop everything and divide by zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{argument}: expected a float in [0, 1), got {value!r}")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{argument}: expected a rate in [0, 1), got {value}")
+
+
+def module_level(function: Any, argument: str, names: list[str]) -> Callable[..., Any]:
+    """A function that compares by value across two equal calls: not a lambda, not a closure."""
+    if not callable(function):
+        raise TypeError(f"{argument}: expected one of {names} or a module-level function, got {function!r}")
+    qualname = getattr(function, "__qualname__", "")
+    if "<lambda>" in qualname or "<locals>" in qualname:
+        raise ValueError(
+            f"{argument}: expected one of {names} or a module-level function, got {qualname}. A lambda or a local "
+            "function compares by identity, so two equal cells would differ and jit would compile twice: define "
+            "it at the top of a module, or as a frozen dataclass with __call__"
+        )
+    return function
+
+
+def describe(tree: Any) -> str:
+    """Shapes and dtypes of a pytree, for messages: ``LSTMState(h=float32[2,3], c=float32[2,3])``."""
+
+    def leaf(x: Any) -> Any:
+        if hasattr(x, "shape") and hasattr(x, "dtype"):
+            return _Text(f"{x.dtype}[{','.join(map(str, x.shape))}]")
+        return _Text(type(x).__name__)
+
+    return repr(jax.tree.map(leaf, tree))
+
+
+class _Text(str):
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)

@@ -1,0 +1,346 @@
+"""The kinds of cell: what one step is, as frozen data with pure functions.
+
+`Layer` is anything `jrnn.unroll` can run over a sequence. `Cell` is a recurrent layer, known by its step. `AffineCell`
+is a cell whose step is two matrix products and a function of gates: the library owns the products. A promise a cell
+leaves out means "don't know", never "no".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jrnn import initializers
+from jrnn._check import positive_int
+
+__all__ = ["AffineCell", "Cell", "Drawn", "HiddenState", "Layer"]
+
+
+class HiddenState(NamedTuple):
+    """State of a cell that carries its hidden state alone: ``h`` is ``(*B, H)``.
+
+    >>> HiddenState(h=1.0)
+    HiddenState(h=1.0)
+    """
+
+    h: jax.Array
+
+
+class Drawn(NamedTuple):
+    """Parameters together with what was drawn once for a sequence (see `Layer.draw`).
+
+    >>> Drawn(params={"w": 1.0}, noise={}).params
+    {'w': 1.0}
+    """
+
+    params: Any
+    noise: Any
+
+
+# --- numerics ----------------------------------------------------------------------------------------------------
+
+
+def is_low(dtype: Any) -> bool:
+    """Whether a dtype is a 16-bit (or smaller) float: products in it, everything else in float32."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+
+
+def stable(dtype: Any) -> Any:
+    """The dtype in which states are kept and sums are taken: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """``x @ w`` in the narrower of the two dtypes, accumulated and returned in at least float32."""
+    if x.dtype != w.dtype:
+        if is_low(w.dtype):
+            x = x.astype(w.dtype)
+        elif is_low(x.dtype):
+            w = w.astype(x.dtype)
+    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=stable(x.dtype))
+
+
+def compute_params(params: Any, dtype: Any) -> Any:
+    """Weights (leaves named ``w`` or ``w_...``) in a 16-bit input's dtype, so that every product runs in it."""
+    if not is_low(dtype):
+        return params
+
+    def cast(path: Any, leaf: Any) -> Any:
+        name = getattr(path[-1], "key", None) if path else None
+        is_weight = isinstance(name, str) and (name == "w" or name.startswith("w_"))
+        return leaf.astype(dtype) if is_weight and jnp.ndim(leaf) >= 2 else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def check_features(x: jax.Array, w: jax.Array, argument: str, owner: Any, axis: int = 0) -> None:
+    """Raises where inputs do not fit the weight that consumes them, by feature count or by dtype."""
+    if x.shape[-1:] != (w.shape[axis],):
+        raise ValueError(
+            f"{argument}: expected {w.shape[axis]} features on the last axis, as the parameters of {owner!r} have, "
+            f"got shape {x.shape}; initialise with in_features={x.shape[-1] if x.ndim else 1} or reshape the input"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{argument}: expected floats, got {x.dtype}; embed integer ids with jrnn.embed, or convert them"
+        )
+    if x.dtype != w.dtype and not is_low(x.dtype):
+        raise TypeError(
+            f"{argument}: expected {w.dtype} like the parameters (or a 16-bit float), got {x.dtype}; convert one "
+            "of the two, jrnn never promotes silently"
+        )
+
+
+# --- layers ------------------------------------------------------------------------------------------------------
+
+
+class Layer:
+    """Anything that `jrnn.unroll` can run: cells, layers without recurrence, and combinators of them.
+
+    A layer is a frozen dataclass: hashable, equal by value, not a pytree. Its parameters and states are pytrees that
+    its methods take and return.
+
+    Promises (class attributes, None means "don't know"):
+      - ``uses_key``: whether a key changes what the layer does. False makes a key an error.
+      - ``event_ndim``: how many trailing axes of an input belong to one step of one sequence (features: 1).
+
+    >>> isinstance(jrnn.lstm(4), jrnn.Layer) and isinstance(jrnn.dense(4), jrnn.Layer)
+    True
+    """
+
+    uses_key: Any = None
+    event_ndim: Any = 1
+
+    def init(self, key: jax.Array, in_features: Any) -> Any:
+        """Parameters for inputs of ``in_features`` features: nested dicts and tuples of arrays."""
+        raise NotImplementedError(f"{type(self).__name__} must define init(key, in_features)")
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
+        """State before the first step; every leaf has the shape ``(*B, ...)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define initial_state(params, batch_shape)")
+
+    def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        """One step: ``(state, x (*B, F)) -> (state, y)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define step(params, state, x, key=None)")
+
+    def out_features(self, in_features: Any) -> int:
+        """Features of ``y`` for inputs of ``in_features`` features; found by abstract evaluation unless given."""
+        params = jax.eval_shape(lambda key: self.init(key, in_features), jax.random.key(0))
+        state = jax.eval_shape(lambda p: self.initial_state(p, ()), params)
+        x = jax.ShapeDtypeStruct((in_features,), jnp.float32)
+        return jax.eval_shape(lambda p, s, x: self.step(p, s, x), params, state, x)[1].shape[-1]
+
+    def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
+        """Parameters with what is random once per sequence drawn into them (masks); most layers draw nothing."""
+        return params
+
+    def check(self, params: Any, x: Any) -> None:
+        """Raises where an input of one or more steps does not fit the parameters."""
+        w = params.get("w_ih") if isinstance(params, dict) else None
+        if w is not None and jnp.ndim(w) == 2:
+            check_features(x, w, "xs", self)
+
+    def check_values(self, xs: Any, lengths: Any, mask: Any) -> None:
+        """Raises where values that are known already can give no right answer (ids outside a vocabulary)."""
+
+    def walk(self, run: Any, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+        """Runs the layer over time. ``run(layer, params, xs, state)`` runs a part, ``run.scan`` loops over steps."""
+        return run.scan(self, params, xs, state)
+
+
+class Cell(Layer):
+    """A recurrent layer, known by its step.
+
+    A cell of your own is a frozen dataclass with ``init``, ``initial_state`` and one of
+
+    - ``step(params, state, x, key=None) -> (state, y)``, or
+    - ``project(params, xs)``, the part of the step that does not need the state, and
+      ``update(params, state, p, key=None) -> (state, y)``, the rest, where ``p`` is what ``project`` made of one step.
+      The library then calls ``project`` once for all T.
+
+    Matrix products belong in ``jrnn.product`` and weights in leaves named ``w_...``, which makes bfloat16 inputs work.
+
+    Promises: ``emits = "h"`` says that ``y`` is the field ``h`` of the new state, which zoneout needs.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Leaky(jrnn.Cell):
+    ...     decay: float
+    ...     def init(self, key, in_features):
+    ...         return {}
+    ...     def initial_state(self, params, batch_shape):
+    ...         return jnp.zeros((*batch_shape, 1))
+    ...     def step(self, params, state, x, key=None):
+    ...         state = self.decay * state + x
+    ...         return state, state
+    >>> state, ys = jrnn.unroll(Leaky(0.5), {}, jnp.ones((3, 1)))
+    >>> ys[:, 0]
+    Array([1.  , 1.5 , 1.75], dtype=float32)
+    """
+
+    emits: Any = None
+
+    def project(self, params: Any, xs: jax.Array) -> Any:
+        """The part of the step that does not need the state, for one step or for all T; by default ``xs`` itself."""
+        return xs
+
+    def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        """The rest of the step, given one step of what `project` returned."""
+        return self.step(params, state, p, key)
+
+    def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        """One step: ``(state, x (*B, F)) -> (state, y)``, `project` then `update`."""
+        if not self.hoistable:
+            raise NotImplementedError(f"{type(self).__name__} must define step, or project and update")
+        x = jnp.asarray(x)
+        self.check(params, x)
+        params = compute_params(params, x.dtype)
+        state, y = self.update(params, state, self.project(params, x), key)
+        return state, emitted(y, x)
+
+    @property
+    def hoistable(self) -> bool:
+        """Whether the cell declares a projection that can be taken out of the loop over time."""
+        return type(self).update is not Cell.update
+
+
+def emitted(y: jax.Array, x: jax.Array) -> jax.Array:
+    """Outputs leave in the dtype in which 16-bit inputs came, so that the next layer computes in it too."""
+    return y.astype(x.dtype) if is_low(x.dtype) else y
+
+
+@dataclass(frozen=True)
+class AffineCell(Cell):
+    """A cell whose step is two matrix products and a function of gates; the library owns the products.
+
+    A subclass names its gates in ``gate_names`` and gives ``gates(theta, u, v, state) -> state``. ``u`` and ``v`` are
+    tuples with one ``(*B, H)`` array per gate::
+
+        u = x W_ih + b    for all T in one product        v = h W_hh    once a step        y = the new h
+
+    ``theta`` holds the other parameters (vectors), which ``init_theta`` makes. States are ``state_type``, by default
+    ``HiddenState(h)``, every field ``(*B, H)`` and zero at first.
+
+    Promises: ``elementwise`` says that unit j of each new field depends on unit j of u, v and state alone;
+    ``additive`` says that ``gates`` uses only ``u + v``.
+
+    Args:
+      hidden: H, the number of units.
+      input_init, recurrent_init, bias_init: initialisers of ``w_ih (F, G*H)``, ``w_hh (H, G*H)`` and ``b (G*H,)``,
+        drawn gate by gate (see `jrnn.initializers`).
+
+    >>> class Leaky(jrnn.AffineCell):
+    ...     gate_names = ("z", "n")
+    ...     def gates(self, theta, u, v, state):
+    ...         z, n = jax.nn.sigmoid(u[0] + v[0]), jnp.tanh(u[1] + v[1])
+    ...         return state._replace(h=z * state.h + (1 - z) * n)
+    >>> cell = Leaky(8)
+    >>> params = cell.init(jax.random.key(0), 3)
+    >>> state, ys = jrnn.unroll(cell, params, jnp.ones((5, 2, 3)))
+    >>> ys.shape, jrnn.choose_backend(cell, params, jnp.ones((5, 2, 3)))[0]
+    ((5, 2, 8), 'hoisted')
+    """
+
+    hidden: int
+    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
+    recurrent_init: initializers.Initializer = field(default="orthogonal", kw_only=True)
+    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
+
+    gate_names: ClassVar[tuple[str, ...]] = ("h",)
+    state_type: ClassVar[Any] = HiddenState
+    elementwise: ClassVar[bool | None] = None
+    additive: ClassVar[bool | None] = None
+    emits: ClassVar[Any] = "h"
+    uses_key: ClassVar[Any] = False
+
+    def __post_init__(self) -> None:
+        positive_int(self.hidden, "hidden")
+        for name in ("input_init", "recurrent_init", "bias_init"):
+            initializers.resolve(getattr(self, name), name)
+
+    # What a subclass gives.
+
+    def gates(self, theta: dict[str, jax.Array], u: Any, v: Any, state: Any) -> Any:
+        """The new state from the gates' input parts ``u``, recurrent parts ``v`` and the old state."""
+        raise NotImplementedError(f"{type(self).__name__} must define gates(theta, u, v, state) -> state")
+
+    def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
+        """Parameters besides ``w_ih``, ``w_hh`` and ``b``; none by default."""
+        return {}
+
+    def init_bias(self, key: jax.Array) -> jax.Array:
+        """``b (G*H,)``, drawn gate by gate."""
+        return self._per_gate(self.bias_init, key, (self.hidden,))
+
+    # What follows from it.
+
+    def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
+        """``{"w_ih": (F, G*H), "w_hh": (H, G*H), "b": (G*H,), **theta}`` in float32."""
+        positive_int(in_features, "in_features")
+        k_ih, k_hh, k_b, k_theta = jax.random.split(key, 4)
+        return {
+            "w_ih": self._per_gate(self.input_init, k_ih, (in_features, self.hidden)),
+            "w_hh": self._per_gate(self.recurrent_init, k_hh, (self.hidden, self.hidden)),
+            "b": self.init_bias(k_b),
+            **self.init_theta(k_theta),
+        }
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
+        """Zeros, ``(*B, H)`` for each field of the state, in the parameters' dtype but at least float32."""
+        zeros = jnp.zeros((*batch_shape, self.hidden), stable(params["w_hh"].dtype))
+        return self.state_type(*(zeros for _ in self.state_type._fields))
+
+    def out_features(self, in_features: Any) -> int:
+        return self.hidden
+
+    def check(self, params: Any, x: Any) -> None:
+        check_affine(self, params, (self.hidden, len(self.gate_names) * self.hidden))
+        check_features(x, params["w_ih"], "xs", self)
+
+    def theta(self, params: Any) -> dict[str, jax.Array]:
+        """The parameters that are not the library's two products."""
+        return {name: value for name, value in params.items() if name not in ("w_ih", "w_hh", "b")}
+
+    def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
+        """``u = x W_ih + b``, one array a gate, for one step or for all T in one product."""
+        u = product(xs, params["w_ih"])
+        return self.split(u + params["b"].astype(u.dtype))
+
+    def recur(self, params: Any, h: jax.Array) -> tuple[jax.Array, ...]:
+        """``v = h W_hh``, one array a gate."""
+        return self.split(product(h, params["w_hh"]))
+
+    def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        state = self.gates(self.theta(params), p, self.recur(params, state.h), state)
+        return state, state.h
+
+    def split(self, z: jax.Array) -> tuple[jax.Array, ...]:
+        """``(..., G*H)`` as one ``(..., H)`` array per gate."""
+        return tuple(jnp.split(z, len(self.gate_names), axis=-1))
+
+    def _per_gate(self, init: initializers.Initializer, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        keys = jax.random.split(key, len(self.gate_names))
+        return jnp.concatenate([initializers.resolve(init)(k, shape, jnp.float32) for k in keys], axis=-1)
+
+
+def check_affine(cell: Any, params: Any, recurrent_shape: tuple[int, ...]) -> None:
+    """Raises where parameters are not those of a cell with ``w_ih``, ``w_hh`` of the given shape, and ``b``."""
+    remedy = f"make them with {cell!r}.init(key, in_features)"
+    missing = {"w_ih", "w_hh", "b"} - set(params) if isinstance(params, dict) else {"a dict"}
+    if missing:
+        raise ValueError(f"params: expected a dict with w_ih, w_hh and b, got one without {sorted(missing)}; {remedy}")
+    shapes = {name: jnp.shape(params[name]) for name in ("w_ih", "w_hh", "b")}
+    width = recurrent_shape[-1]
+    if (
+        shapes["w_hh"] != recurrent_shape
+        or len(shapes["w_ih"]) != 2
+        or shapes["w_ih"][1] != width
+        or shapes["b"] != (width,)
+    ):
+        raise ValueError(
+            f"params: expected w_ih (F, {width}), w_hh {recurrent_shape} and b ({width},) for {cell!r}, "
+            f"got {shapes}; {remedy}"
+        )

@@ -1,0 +1,198 @@
+"""Elman and Jordan networks, and IndRNN: one gate, one hidden state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jrnn import activations, initializers
+from jrnn._check import positive_int
+from jrnn.cells.base import AffineCell, Cell, HiddenState, check_affine, check_features, product, stable
+
+__all__ = ["ElmanState", "IndRNNState", "JordanState", "elman", "indrnn", "jordan"]
+
+ElmanState = HiddenState
+JordanState = HiddenState
+IndRNNState = HiddenState
+
+
+@dataclass(frozen=True)
+class Elman(AffineCell):
+    """See `elman`."""
+
+    activation: activations.Activation = "tanh"
+
+    elementwise: ClassVar[bool | None] = True
+    additive: ClassVar[bool | None] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        activations.resolve(self.activation)
+
+    def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
+        return HiddenState(activations.resolve(self.activation)(u[0] + v[0]))
+
+
+def elman(hidden: int, activation: activations.Activation = "tanh", **options: Any) -> Elman:
+    """Elman's simple recurrent network (Elman 1990): ``h = f(x W_ih + h W_hh + b)``.
+
+    With ``activation="relu", recurrent_init="identity"`` it is the IRNN of Le, Jaitly and Hinton (2015).
+
+    Args:
+      hidden: H.
+      activation: "tanh", "relu", "sigmoid", another name of `jrnn.activations` or a module-level function.
+      **options: initialisers, as for `AffineCell`.
+
+    >>> cell = jrnn.elman(4, "relu")
+    >>> state, ys = jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))
+    >>> ys.shape, state.h.shape
+    ((5, 2, 4), (2, 4))
+    """
+    return Elman(hidden, activation, **options)
+
+
+@dataclass(frozen=True)
+class Jordan(Cell):
+    """See `jordan`."""
+
+    hidden: int
+    out: int
+    activation: activations.Activation = "tanh"
+    out_activation: activations.Activation = "linear"
+    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
+    recurrent_init: initializers.Initializer = field(default="orthogonal", kw_only=True)
+    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
+
+    emits: ClassVar[Any] = "h"
+    uses_key: ClassVar[Any] = False
+
+    def __post_init__(self) -> None:
+        positive_int(self.hidden, "hidden")
+        positive_int(self.out, "out")
+        activations.resolve(self.activation)
+        activations.resolve(self.out_activation, "out_activation")
+        for name in ("input_init", "recurrent_init", "bias_init"):
+            initializers.resolve(getattr(self, name), name)
+
+    def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
+        positive_int(in_features, "in_features")
+        k_ih, k_hh, k_ho, k_b, k_bo = jax.random.split(key, 5)
+        w_in, w_rec, b = (initializers.resolve(init) for init in (self.input_init, self.recurrent_init, self.bias_init))
+        return {
+            "w_ih": w_in(k_ih, (in_features, self.hidden), jnp.float32),
+            "w_hh": w_rec(k_hh, (self.out, self.hidden), jnp.float32),
+            "b": b(k_b, (self.hidden,), jnp.float32),
+            "w_ho": w_in(k_ho, (self.hidden, self.out), jnp.float32),
+            "b_o": b(k_bo, (self.out,), jnp.float32),
+        }
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> HiddenState:
+        return HiddenState(jnp.zeros((*batch_shape, self.out), stable(params["w_hh"].dtype)))
+
+    def out_features(self, in_features: Any) -> int:
+        return self.out
+
+    def check(self, params: Any, x: Any) -> None:
+        check_affine(self, params, (self.out, self.hidden))
+        check_features(x, params["w_ih"], "xs", self)
+
+    def project(self, params: Any, xs: jax.Array) -> jax.Array:
+        u = product(xs, params["w_ih"])
+        return u + params["b"].astype(u.dtype)
+
+    def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        z = activations.resolve(self.activation)(p + product(state.h, params["w_hh"]))
+        o = product(z, params["w_ho"])
+        y = activations.resolve(self.out_activation)(o + params["b_o"].astype(o.dtype)).astype(state.h.dtype)
+        return HiddenState(y), y
+
+
+def jordan(hidden: int, out: int, activation: activations.Activation = "tanh", **options: Any) -> Jordan:
+    """Jordan's network (Jordan 1986), which feeds back its output instead of its hidden layer.
+
+    ``z = f(x W_ih + y W_hh + b)``, ``y = g(z W_ho + b_o)``; the state's ``h`` is the last output ``y (*B, out)``.
+
+    Args:
+      hidden: H, units of the hidden layer.
+      out: features of the output that is fed back.
+      activation: f.
+      **options: ``out_activation`` (g, "linear") and the initialisers ``input_init``, ``recurrent_init``,
+        ``bias_init``.
+
+    Parameters: ``w_ih (F, H)``, ``w_hh (out, H)``, ``b (H,)``, ``w_ho (H, out)``, ``b_o (out,)``.
+
+    >>> cell = jrnn.jordan(8, 2)
+    >>> state, ys = jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 3)))
+    >>> ys.shape, bool((state.h == ys[-1]).all())
+    ((5, 2), True)
+    """
+    return Jordan(hidden, out, activation, **options)
+
+
+@dataclass(frozen=True)
+class IndRNN(Cell):
+    """See `indrnn`."""
+
+    hidden: int
+    activation: activations.Activation = "relu"
+    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
+    recurrent_init: initializers.Initializer = field(default=initializers.uniform(1.0), kw_only=True)
+    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
+
+    emits: ClassVar[Any] = "h"
+    uses_key: ClassVar[Any] = False
+
+    def __post_init__(self) -> None:
+        positive_int(self.hidden, "hidden")
+        activations.resolve(self.activation)
+        for name in ("input_init", "recurrent_init", "bias_init"):
+            initializers.resolve(getattr(self, name), name)
+
+    def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
+        positive_int(in_features, "in_features")
+        k_ih, k_hh, k_b = jax.random.split(key, 3)
+        return {
+            "w_ih": initializers.resolve(self.input_init)(k_ih, (in_features, self.hidden), jnp.float32),
+            "w_hh": initializers.resolve(self.recurrent_init)(k_hh, (self.hidden,), jnp.float32),
+            "b": initializers.resolve(self.bias_init)(k_b, (self.hidden,), jnp.float32),
+        }
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> HiddenState:
+        return HiddenState(jnp.zeros((*batch_shape, self.hidden), stable(params["w_hh"].dtype)))
+
+    def out_features(self, in_features: Any) -> int:
+        return self.hidden
+
+    def check(self, params: Any, x: Any) -> None:
+        check_affine(self, params, (self.hidden,))
+        check_features(x, params["w_ih"], "xs", self)
+
+    def project(self, params: Any, xs: jax.Array) -> jax.Array:
+        u = product(xs, params["w_ih"])
+        return u + params["b"].astype(u.dtype)
+
+    def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        h = activations.resolve(self.activation)(p + params["w_hh"].astype(p.dtype) * state.h)
+        return HiddenState(h), h
+
+
+def indrnn(hidden: int, activation: activations.Activation = "relu", **options: Any) -> IndRNN:
+    """Independently recurrent network (Li et al. 2018): ``h = f(x W_ih + w_hh * h + b)``, units independent.
+
+    ``w_hh (H,)`` is a vector. It starts uniform in [-1, 1); the paper bounds ``|w_hh|`` by ``gamma ** (1/T)``, which
+    `jrnn.initializers.uniform` gives as ``recurrent_init=uniform(bound)``.
+
+    Args:
+      hidden: H.
+      activation: f.
+      **options: ``input_init``, ``recurrent_init``, ``bias_init``.
+
+    >>> cell = jrnn.indrnn(4)
+    >>> params = cell.init(jax.random.key(0), 3)
+    >>> params["w_hh"].shape, jrnn.unroll(cell, params, jnp.ones((5, 3)))[1].shape
+    ((4,), (5, 4))
+    """
+    return IndRNN(hidden, activation, **options)

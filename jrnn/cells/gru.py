@@ -1,0 +1,233 @@
+"""The GRU family: reset after or before the product, layer-normalised, and the smaller MGU and UGRNN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jrnn import activations, initializers
+from jrnn.cells.base import AffineCell, Cell, HiddenState, product
+from jrnn.cells.norm import layer_norm, layer_norm_gates
+
+__all__ = ["GRUState", "MGUState", "UGRNNState", "gru", "layer_norm_gru", "mgu", "ugrnn"]
+
+GRUState = HiddenState
+MGUState = HiddenState
+UGRNNState = HiddenState
+
+
+@dataclass(frozen=True)
+class _Gated(AffineCell):
+    """What the gated units share: a function for the gates and one for the candidate."""
+
+    activation: activations.Activation = field(default="tanh", kw_only=True)
+    gate_activation: activations.Activation = field(default="sigmoid", kw_only=True)
+
+    elementwise: ClassVar[bool | None] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        activations.resolve(self.activation)
+        activations.resolve(self.gate_activation, "gate_activation")
+
+    @property
+    def functions(self) -> tuple[Any, Any]:
+        """The functions of the gates (sigma) and of the candidate (tanh)."""
+        return activations.resolve(self.gate_activation), activations.resolve(self.activation)
+
+
+@dataclass(frozen=True)
+class GRU(_Gated):
+    """See `gru`: reset after the product."""
+
+    gate_names: ClassVar[tuple[str, ...]] = ("r", "z", "n")
+    additive: ClassVar[bool | None] = False
+
+    def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
+        return {"b_hn": initializers.resolve(self.bias_init)(key, (self.hidden,), jnp.float32)}
+
+    def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
+        sigma, tanh = self.functions
+        r, z = sigma(u[0] + v[0]), sigma(u[1] + v[1])
+        n = tanh(u[2] + r * (v[2] + theta["b_hn"].astype(r.dtype)))
+        return HiddenState((1 - z) * n + z * state.h)
+
+
+@dataclass(frozen=True)
+class ResetBeforeGRU(Cell):
+    """See `gru`: reset before the product, which makes the step two products, one after the other."""
+
+    hidden: int
+    activation: activations.Activation = field(default="tanh", kw_only=True)
+    gate_activation: activations.Activation = field(default="sigmoid", kw_only=True)
+    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
+    recurrent_init: initializers.Initializer = field(default="orthogonal", kw_only=True)
+    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
+
+    emits: ClassVar[Any] = "h"
+    uses_key: ClassVar[Any] = False
+
+    def __post_init__(self) -> None:
+        self._gru  # noqa: B018 - checks every field
+
+    @property
+    def _gru(self) -> GRU:
+        """The reset-after GRU with the same weights."""
+        names = ("activation", "gate_activation", "input_init", "recurrent_init", "bias_init")
+        return GRU(self.hidden, **{name: getattr(self, name) for name in names})
+
+    def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
+        return {name: value for name, value in self._gru.init(key, in_features).items() if name != "b_hn"}
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> HiddenState:
+        return self._gru.initial_state(params, batch_shape)
+
+    def out_features(self, in_features: Any) -> int:
+        return self.hidden
+
+    def check(self, params: Any, x: Any) -> None:
+        self._gru.check(params, x)
+
+    def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
+        return self._gru.project(params, xs)
+
+    def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        sigma, tanh = self._gru.functions
+        h, hidden = state.h, self.hidden
+        rz = product(h, params["w_hh"][:, : 2 * hidden])
+        r, z = sigma(p[0] + rz[..., :hidden]), sigma(p[1] + rz[..., hidden:])
+        n = tanh(p[2] + product(r * h, params["w_hh"][:, 2 * hidden :]))
+        h = (1 - z) * n + z * h
+        return HiddenState(h), h
+
+
+def gru(hidden: int, reset: str = "after", **options: Any) -> GRU | ResetBeforeGRU:
+    """Gated recurrent unit (Cho et al. 2014)::
+
+        r = sigmoid(x W_r + h U_r + b_r)    z = sigmoid(x W_z + h U_z + b_z)
+        n = tanh(x W_n + b_n + r * (h U_n + b_hn))    reset="after", as PyTorch, cuDNN and Keras (one product)
+        n = tanh(x W_n + b_n + (r * h) U_n)           reset="before", as the paper's second version (two products)
+        h = (1 - z) * n + z * h
+
+    Args:
+      hidden: H.
+      reset: "after" or "before": whether the reset gate acts on the product or on what goes into it.
+      **options: ``activation``, ``gate_activation`` and initialisers, as for `AffineCell`.
+
+    Parameters: ``w_ih (F, 3H)``, ``w_hh (H, 3H)``, ``b (3H,)``, gates in the order r, z, n; after also ``b_hn (H,)``.
+
+    >>> cell = jrnn.gru(4)
+    >>> sorted(cell.init(jax.random.key(0), 3))
+    ['b', 'b_hn', 'w_hh', 'w_ih']
+    >>> jrnn.gru(4) == jrnn.gru(4, reset="after"), jrnn.gru(4) == jrnn.gru(4, "before")
+    (True, False)
+    """
+    if reset not in ("after", "before"):
+        raise ValueError(f'reset: expected "after" or "before", got {reset!r}')
+    return GRU(hidden, **options) if reset == "after" else ResetBeforeGRU(hidden, **options)
+
+
+@dataclass(frozen=True)
+class LayerNormGRU(GRU):
+    """See `layer_norm_gru`."""
+
+    epsilon: float = field(default=1e-5, kw_only=True)
+
+    elementwise: ClassVar[bool | None] = False
+
+    def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
+        width = 3 * self.hidden
+        return {"scale_ih": jnp.ones(width), "scale_hh": jnp.ones(width), **super().init_theta(key)}
+
+    def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
+        u = layer_norm(product(xs, params["w_ih"]), params["scale_ih"], self.epsilon)
+        return self.split(u + params["b"].astype(u.dtype))
+
+    def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
+        v = layer_norm_gates(v, self.split(theta["scale_hh"]), self.epsilon)
+        return super().gates(theta, u, v, state)
+
+
+def layer_norm_gru(hidden: int, **options: Any) -> LayerNormGRU:
+    """Layer-normalised GRU, reset after (Ba, Kiros and Hinton 2016)::
+
+        u = LN(x W_ih) * scale_ih + b    v = LN(h W_hh) * scale_hh    LN over all 3H
+        r, z = sigmoid(u + v)    n = tanh(u_n + r * (v_n + b_hn))    h = (1 - z) * n + z * h
+
+    Args:
+      hidden, **options: as `gru`, and ``epsilon`` (1e-5), added to variances.
+
+    >>> cell = jrnn.layer_norm_gru(4)
+    >>> jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))[1].shape
+    (5, 2, 4)
+    """
+    return LayerNormGRU(hidden, **options)
+
+
+@dataclass(frozen=True)
+class MGU(_Gated):
+    """See `mgu`."""
+
+    gate_names: ClassVar[tuple[str, ...]] = ("f", "n")
+    additive: ClassVar[bool | None] = False
+
+    def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
+        return {"b_hn": initializers.resolve(self.bias_init)(key, (self.hidden,), jnp.float32)}
+
+    def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
+        sigma, tanh = self.functions
+        f = sigma(u[0] + v[0])
+        n = tanh(u[1] + f * (v[1] + theta["b_hn"].astype(f.dtype)))
+        return HiddenState((1 - f) * state.h + f * n)
+
+
+def mgu(hidden: int, **options: Any) -> MGU:
+    """Minimal gated unit (Zhou et al. 2016), its one gate acting after the product::
+
+        f = sigmoid(x W_f + h U_f + b_f)
+        n = tanh(x W_n + b_n + f * (h U_n + b_hn))
+        h = (1 - f) * h + f * n
+
+    The paper's ``(f * h) U_n`` would need two products in a row; acting after it is what `gru` does by default.
+
+    Args:
+      hidden, **options: as `gru`.
+
+    Parameters: ``w_ih (F, 2H)``, ``w_hh (H, 2H)``, ``b (2H,)``, gates in the order f, n, and ``b_hn (H,)``.
+
+    >>> jrnn.mgu(4).init(jax.random.key(0), 3)["w_ih"].shape
+    (3, 8)
+    """
+    return MGU(hidden, **options)
+
+
+@dataclass(frozen=True)
+class UGRNN(_Gated):
+    """See `ugrnn`."""
+
+    gate_names: ClassVar[tuple[str, ...]] = ("g", "n")
+    additive: ClassVar[bool | None] = True
+
+    def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
+        sigma, tanh = self.functions
+        g, n = sigma(u[0] + v[0]), tanh(u[1] + v[1])
+        return HiddenState(g * state.h + (1 - g) * n)
+
+
+def ugrnn(hidden: int, **options: Any) -> UGRNN:
+    """Update-gate network (Collins, Sohl-Dickstein and Sussillo 2017)::
+
+        g = sigmoid(x W_g + h U_g + b_g)    n = tanh(x W_n + h U_n + b_n)    h = g * h + (1 - g) * n
+
+    Args:
+      hidden, **options: as `gru`.
+
+    Parameters: ``w_ih (F, 2H)``, ``w_hh (H, 2H)``, ``b (2H,)``, gates in the order g, n.
+
+    >>> jrnn.ugrnn(4).init(jax.random.key(0), 3)["b"].shape
+    (8,)
+    """
+    return UGRNN(hidden, **options)

@@ -1,0 +1,270 @@
+"""The LSTM family: plain, peephole, coupled, projected and layer-normalised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrnn import activations, initializers
+from jrnn._check import positive_int
+from jrnn.cells.base import AffineCell, Cell, check_affine, check_features, product, stable
+from jrnn.cells.norm import layer_norm, layer_norm_gates
+
+__all__ = ["LSTMState", "coupled_lstm", "layer_norm_lstm", "lstm", "peephole_lstm", "projection_lstm"]
+
+
+class LSTMState(NamedTuple):
+    """State of an LSTM: ``h (*B, H)`` (``(*B, P)`` with a projection), the output, and ``c (*B, H)``, the memory.
+
+    >>> jrnn.lstm(4).initial_state(jrnn.lstm(4).init(jax.random.key(0), 3), (2,)).c.shape
+    (2, 4)
+    """
+
+    h: jax.Array
+    c: jax.Array
+
+
+@dataclass(frozen=True)
+class LSTM(AffineCell):
+    """See `lstm`."""
+
+    forget_bias: float = 1.0
+    activation: activations.Activation = "tanh"
+    gate_activation: activations.Activation = "sigmoid"
+
+    gate_names: ClassVar[tuple[str, ...]] = ("i", "f", "g", "o")
+    state_type: ClassVar[Any] = LSTMState
+    elementwise: ClassVar[bool | None] = True
+    additive: ClassVar[bool | None] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        activations.resolve(self.activation)
+        activations.resolve(self.gate_activation, "gate_activation")
+
+    def init_bias(self, key: jax.Array) -> jax.Array:
+        forget = [float(self.forget_bias) if name == "f" else 0.0 for name in self.gate_names]
+        return super().init_bias(key) + jnp.repeat(jnp.array(forget, jnp.float32), self.hidden)
+
+    @property
+    def functions(self) -> tuple[Any, Any]:
+        """The functions of the gates (sigma) and of the candidate and the memory (tanh)."""
+        return activations.resolve(self.gate_activation), activations.resolve(self.activation)
+
+    def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
+        sigma, tanh = self.functions
+        i, f, g, o = (a + b for a, b in zip(u, v, strict=True))
+        c = sigma(f) * state.c + sigma(i) * tanh(g)
+        return LSTMState(sigma(o) * tanh(c), c)
+
+
+def lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) -> LSTM:
+    """Long short-term memory (Hochreiter and Schmidhuber 1997; forget gate by Gers et al. 2000)::
+
+        i, f, o = sigmoid(x W + h U + b)    g = tanh(x W + h U + b)
+        c = f * c + i * g                   h = o * tanh(c)
+
+    Args:
+      hidden: H.
+      forget_bias: added to the forget gate's part of ``b`` at initialisation (Jozefowicz et al. 2015), never after.
+      **options: ``activation``, ``gate_activation`` and initialisers, as for `AffineCell`.
+
+    Parameters: ``w_ih (F, 4H)``, ``w_hh (H, 4H)``, ``b (4H,)``, gates in the order i, f, g, o.
+
+    >>> cell = jrnn.lstm(4)
+    >>> (h, c), ys = jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))
+    >>> ys.shape, bool((ys[-1] == h).all())
+    ((5, 2, 4), True)
+    """
+    return LSTM(hidden, forget_bias, **options)
+
+
+@dataclass(frozen=True)
+class PeepholeLSTM(LSTM):
+    """See `peephole_lstm`."""
+
+    additive: ClassVar[bool | None] = True
+
+    def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
+        keys = jax.random.split(key, 3)
+        return {f"p_{gate}": initializers.normal(0.1)(k, (self.hidden,)) for gate, k in zip("ifo", keys, strict=True)}
+
+    def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
+        sigma, tanh = self.functions
+        i, f, g, o = (a + b for a, b in zip(u, v, strict=True))
+        i = sigma(i + theta["p_i"].astype(i.dtype) * state.c)
+        f = sigma(f + theta["p_f"].astype(f.dtype) * state.c)
+        c = f * state.c + i * tanh(g)
+        return LSTMState(sigma(o + theta["p_o"].astype(o.dtype) * c) * tanh(c), c)
+
+
+def peephole_lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) -> PeepholeLSTM:
+    """LSTM whose gates also see the memory (Gers and Schmidhuber 2000)::
+
+        i = sigmoid(x W_i + h U_i + p_i * c + b_i)    f = sigmoid(x W_f + h U_f + p_f * c + b_f)
+        c' = f * c + i * tanh(x W_g + h U_g + b_g)    o = sigmoid(x W_o + h U_o + p_o * c' + b_o)
+        h' = o * tanh(c')
+
+    Parameters and arguments: as `lstm`, and the vectors ``p_i``, ``p_f``, ``p_o``, each ``(H,)``.
+
+    >>> cell = jrnn.peephole_lstm(4)
+    >>> cell.init(jax.random.key(0), 3)["p_o"].shape
+    (4,)
+    """
+    return PeepholeLSTM(hidden, forget_bias, **options)
+
+
+@dataclass(frozen=True)
+class CoupledLSTM(LSTM):
+    """See `coupled_lstm`."""
+
+    gate_names: ClassVar[tuple[str, ...]] = ("f", "g", "o")
+
+    def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
+        sigma, tanh = self.functions
+        f, g, o = (a + b for a, b in zip(u, v, strict=True))
+        f = sigma(f)
+        c = f * state.c + (1 - f) * tanh(g)
+        return LSTMState(sigma(o) * tanh(c), c)
+
+
+def coupled_lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) -> CoupledLSTM:
+    """LSTM with coupled input and forget gates, ``i = 1 - f`` (CIFG; Greff et al. 2017)::
+
+        c = f * c + (1 - f) * g    h = o * tanh(c)
+
+    Parameters and arguments: as `lstm` with three gates in the order f, g, o.
+
+    >>> cell = jrnn.coupled_lstm(4)
+    >>> cell.init(jax.random.key(0), 3)["w_ih"].shape
+    (3, 12)
+    """
+    return CoupledLSTM(hidden, forget_bias, **options)
+
+
+@dataclass(frozen=True)
+class LayerNormLSTM(LSTM):
+    """See `layer_norm_lstm`."""
+
+    epsilon: float = field(default=1e-5, kw_only=True)
+
+    elementwise: ClassVar[bool | None] = False
+    additive: ClassVar[bool | None] = False
+
+    def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
+        width, hidden = len(self.gate_names) * self.hidden, self.hidden
+        return {
+            "scale_ih": jnp.ones(width),
+            "scale_hh": jnp.ones(width),
+            "scale_c": jnp.ones(hidden),
+            "shift_c": jnp.zeros(hidden),
+        }
+
+    def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
+        u = layer_norm(product(xs, params["w_ih"]), params["scale_ih"], self.epsilon)
+        return self.split(u + params["b"].astype(u.dtype))
+
+    def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
+        sigma, tanh = self.functions
+        v = layer_norm_gates(v, self.split(theta["scale_hh"]), self.epsilon)
+        i, f, g, o = (a + b for a, b in zip(u, v, strict=True))
+        c = sigma(f) * state.c + sigma(i) * tanh(g)
+        normed = layer_norm(c, theta["scale_c"], self.epsilon) + theta["shift_c"].astype(c.dtype)
+        return LSTMState(sigma(o) * tanh(normed), c)
+
+
+def layer_norm_lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) -> LayerNormLSTM:
+    """Layer-normalised LSTM (Ba, Kiros and Hinton 2016, equations 20-22)::
+
+        i, f, g, o = LN(x W_ih) * scale_ih + LN(h W_hh) * scale_hh + b      LN over all 4H
+        c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        h = sigmoid(o) * tanh(LN(c) * scale_c + shift_c)                    LN over H
+
+    ``b`` stands for the sum of the paper's three shifts of the gates.
+
+    Args:
+      hidden, forget_bias, **options: as `lstm`, and ``epsilon`` (1e-5), added to variances.
+
+    >>> cell = jrnn.layer_norm_lstm(4)
+    >>> jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))[1].shape
+    (5, 2, 4)
+    """
+    return LayerNormLSTM(hidden, forget_bias, **options)
+
+
+@dataclass(frozen=True)
+class ProjectionLSTM(Cell):
+    """See `projection_lstm`."""
+
+    hidden: int
+    projection: int
+    forget_bias: float = 1.0
+    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
+    recurrent_init: initializers.Initializer = field(default="orthogonal", kw_only=True)
+    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
+
+    emits: ClassVar[Any] = "h"
+    uses_key: ClassVar[Any] = False
+
+    def __post_init__(self) -> None:
+        positive_int(self.projection, "projection")
+        self._lstm  # noqa: B018 - checks hidden and the initialisers
+
+    @property
+    def _lstm(self) -> LSTM:
+        """The LSTM whose gates these are."""
+        inits = {name: getattr(self, name) for name in ("input_init", "recurrent_init", "bias_init")}
+        return LSTM(self.hidden, self.forget_bias, **inits)
+
+    def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
+        positive_int(in_features, "in_features")
+        k_ih, k_hh, k_b, k_hr = jax.random.split(key, 4)
+        gates = self._lstm
+        return {
+            "w_ih": gates._per_gate(self.input_init, k_ih, (in_features, self.hidden)),
+            "w_hh": gates._per_gate(self.recurrent_init, k_hh, (self.projection, self.hidden)),
+            "b": gates.init_bias(k_b),
+            "w_hr": initializers.resolve(self.input_init)(k_hr, (self.hidden, self.projection), jnp.float32),
+        }
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> LSTMState:
+        dtype = stable(params["w_hh"].dtype)
+        return LSTMState(
+            jnp.zeros((*batch_shape, self.projection), dtype), jnp.zeros((*batch_shape, self.hidden), dtype)
+        )
+
+    def out_features(self, in_features: Any) -> int:
+        return self.projection
+
+    def check(self, params: Any, x: Any) -> None:
+        check_affine(self, params, (self.projection, 4 * self.hidden))
+        check_features(x, params["w_ih"], "xs", self)
+
+    def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
+        return self._lstm.project(params, xs)
+
+    def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        h, c = self._lstm.gates({}, p, self._lstm.recur(params, state.h), state)
+        h = product(h, params["w_hr"])
+        return LSTMState(h, c), h
+
+
+def projection_lstm(hidden: int, projection: int, *, forget_bias: float = 1.0, **options: Any) -> ProjectionLSTM:
+    """LSTM with a projected output (Sak, Senior and Beaufays 2014): as `lstm`, then ``h = (o * tanh(c)) W_hr``.
+
+    Args:
+      hidden: H, units of the memory ``c``.
+      projection: P, features of ``h``, which is fed back and put out.
+      forget_bias, **options: as `lstm`'s, without the activations.
+
+    Parameters: ``w_ih (F, 4H)``, ``w_hh (P, 4H)``, ``b (4H,)``, ``w_hr (H, P)``.
+
+    >>> cell = jrnn.projection_lstm(8, 2)
+    >>> (h, c), ys = jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 3)))
+    >>> ys.shape, h.shape, c.shape
+    ((5, 2), (2,), (8,))
+    """
+    return ProjectionLSTM(hidden, projection, forget_bias, **options)

@@ -1,0 +1,107 @@
+"""The time-delay network that recurrent networks replaced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrnn import activations, initializers
+from jrnn._check import positive_int
+from jrnn.cells.base import Cell, check_features, product, stable
+
+__all__ = ["TDNNState", "tdnn"]
+
+
+class TDNNState(NamedTuple):
+    """``pending (*B, (window - 1) * dilation, H)``: what past steps have already added to the next outputs.
+
+    >>> jrnn.tdnn(4, window=3).initial_state(jrnn.tdnn(4, window=3).init(jax.random.key(0), 2), ()).pending.shape
+    (2, 4)
+    """
+
+    pending: jax.Array
+
+
+@dataclass(frozen=True)
+class TDNN(Cell):
+    """See `tdnn`."""
+
+    features: int
+    window: int
+    dilation: int = 1
+    activation: activations.Activation = "tanh"
+    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
+    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
+
+    uses_key: ClassVar[Any] = False
+
+    def __post_init__(self) -> None:
+        for name in ("features", "window", "dilation"):
+            positive_int(getattr(self, name), name)
+        activations.resolve(self.activation)
+        initializers.resolve(self.input_init, "input_init")
+        initializers.resolve(self.bias_init, "bias_init")
+
+    def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
+        positive_int(in_features, "in_features")
+        k_w, k_b = jax.random.split(key)
+        # Fans are those of the whole window, since an output sums over it.
+        w = initializers.resolve(self.input_init)(k_w, (self.window * in_features, self.features), jnp.float32)
+        return {
+            "w": w.reshape(self.window, in_features, self.features),
+            "b": initializers.resolve(self.bias_init)(k_b, (self.features,), jnp.float32),
+        }
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> TDNNState:
+        shape = (*batch_shape, (self.window - 1) * self.dilation, self.features)
+        return TDNNState(jnp.zeros(shape, stable(params["w"].dtype)))
+
+    def out_features(self, in_features: Any) -> int:
+        return self.features
+
+    def check(self, params: Any, x: Any) -> None:
+        check_features(x, params["w"], "xs", self, axis=1)
+
+    def project(self, params: Any, xs: jax.Array) -> jax.Array:
+        # Every tap of every step in one product; the loop over time is left with additions.
+        taps, inputs, features = params["w"].shape
+        w = params["w"].transpose(1, 0, 2).reshape(inputs, taps * features)
+        return product(xs, w).reshape(*xs.shape[:-1], taps, features)
+
+    def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        delays = (self.window - 1) * self.dilation
+        padding = [(0, 0)] * (p.ndim - 2)
+        later = p[..., 1:, :]
+        if self.dilation > 1:  # tap k belongs k * dilation steps on: zeros between the taps
+            shape = (*p.shape[:-2], delays, p.shape[-1])
+            later = jnp.zeros(shape, p.dtype).at[..., self.dilation - 1 :: self.dilation, :].set(later)
+        queue = jnp.pad(state.pending, [*padding, (0, 1), (0, 0)])
+        y = queue[..., 0, :] + p[..., 0, :] + params["b"].astype(p.dtype)
+        return TDNNState(queue[..., 1:, :] + later), activations.resolve(self.activation)(y)
+
+
+def tdnn(
+    features: int, window: int, *, dilation: int = 1, activation: activations.Activation = "tanh", **options: Any
+) -> TDNN:
+    """Time-delay network (Waibel et al. 1989): a layer over a window of the last steps.
+
+    ``y[t] = f(b + sum_k x[t - k * dilation] w[k])`` for k = 0 … window - 1; steps before the first count as zero.
+    It is causal, and its window moves over valid steps alone.
+
+    Args:
+      features: H, features of the output.
+      window: how many steps an output sees, its own included.
+      dilation: steps from one tap to the next.
+      activation: f.
+      **options: ``input_init``, ``bias_init``.
+
+    Parameters: ``w (window, F, H)``, ``b (H,)``.
+
+    >>> layer = jrnn.tdnn(4, window=3)
+    >>> jrnn.unroll(layer, layer.init(jax.random.key(0), 2), jnp.ones((5, 2)))[1].shape
+    (5, 4)
+    """
+    return TDNN(features, window, dilation, activation, **options)

@@ -1,0 +1,1 @@
+"""What is put around cells: layers without recurrence, combinators, and regularising wrappers."""

@@ -1,0 +1,374 @@
+"""Layers made of layers: stacks, both directions, residual and highway connections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jrnn._check import module_level, positive_int
+from jrnn.cells.base import Layer, compute_params, emitted, product
+
+__all__ = ["Bidirectional", "Highway", "Residual", "Stack", "bidirectional", "highway", "residual", "stack"]
+
+
+def require_layer(layer: Any, argument: str) -> None:
+    if not isinstance(layer, Layer):
+        raise TypeError(
+            f"{argument}: expected a layer (jrnn.lstm(...), jrnn.dense(...), a subclass of jrnn.Cell), got {layer!r}"
+        )
+
+
+def fold(key: jax.Array | None, index: int) -> jax.Array | None:
+    return None if key is None else jax.random.fold_in(key, index)
+
+
+@dataclass(frozen=True)
+class Stack(Layer):
+    """See `stack`."""
+
+    layers: tuple[Layer, ...]
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("layers: expected at least one layer, got none")
+        for i, layer in enumerate(self.layers):
+            require_layer(layer, f"layers[{i}]")
+
+    @property
+    def uses_key(self) -> Any:
+        promises = [layer.uses_key for layer in self.layers]
+        return True if True in promises else None if None in promises else False
+
+    @property
+    def event_ndim(self) -> Any:
+        return self.layers[0].event_ndim
+
+    def init(self, key: jax.Array, in_features: Any) -> tuple[Any, ...]:
+        params = []
+        for i, layer in enumerate(self.layers):
+            params.append(layer.init(jax.random.fold_in(key, i), in_features))
+            in_features = layer.out_features(in_features)
+        return tuple(params)
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> tuple[Any, ...]:
+        self._check_params(params)
+        return tuple(layer.initial_state(p, batch_shape) for layer, p in zip(self.layers, params, strict=True))
+
+    def out_features(self, in_features: Any) -> int:
+        for layer in self.layers:
+            in_features = layer.out_features(in_features)
+        return in_features
+
+    def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> tuple[Any, ...]:
+        drawn = []
+        for i, (layer, p) in enumerate(zip(self.layers, params, strict=True)):
+            drawn.append(layer.draw(p, jax.random.fold_in(key, i), batch_shape, in_features))
+            in_features = layer.out_features(in_features)
+        return tuple(drawn)
+
+    def check(self, params: Any, x: Any) -> None:
+        self._check_params(params)
+        self.layers[0].check(params[0], x)
+
+    def check_values(self, xs: Any, lengths: Any, mask: Any) -> None:
+        self.layers[0].check_values(xs, lengths, mask)
+
+    def _check_params(self, params: Any) -> None:
+        if not isinstance(params, tuple) or len(params) != len(self.layers):
+            got = f"{type(params).__name__} of {len(params)}" if hasattr(params, "__len__") else repr(params)
+            raise ValueError(
+                f"params: expected a tuple with one entry for each of {len(self.layers)} layers, got {got}"
+            )
+
+    def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        self._check_params(params)
+        states = []
+        for i, (layer, p, s) in enumerate(zip(self.layers, params, state, strict=True)):
+            s, x = layer.step(p, s, x, None if layer.uses_key is False else fold(key, i))
+            states.append(s)
+        return tuple(states), x
+
+    def walk(self, run: Any, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+        states = []
+        for i, (layer, p, s) in enumerate(zip(self.layers, params, state, strict=True)):
+            s, xs = run.child(i)(layer, p, xs, s)
+            states.append(s)
+        return tuple(states), xs
+
+
+def stack(*layers: Layer) -> Stack:
+    """Layers one above the other, each fed with the outputs of the one before; of any kind and width.
+
+    Parameters and states are tuples with one entry a layer. Over a sequence each layer runs over all T before the
+    next begins.
+
+    Args:
+      *layers: at least one layer.
+
+    >>> model = jrnn.stack(jrnn.lstm(8), jrnn.dropout(0.2), jrnn.gru(4), jrnn.dense(1))
+    >>> params = model.init(jax.random.key(0), 3)
+    >>> jrnn.unroll(model, params, jnp.ones((5, 2, 3)))[1].shape
+    (5, 2, 1)
+    """
+    return Stack(layers)
+
+
+def _concat(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.concatenate([a, b], axis=-1)
+
+
+def _mean(a: jax.Array, b: jax.Array) -> jax.Array:
+    return (a + b) / 2
+
+
+_MERGES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "concat": _concat,
+    "mean": _mean,
+    "product": jnp.multiply,
+    "sum": jnp.add,
+}
+
+
+@dataclass(frozen=True)
+class Bidirectional(Layer):
+    """See `bidirectional`."""
+
+    forward: Layer
+    backward: Layer
+    merge: str | Callable[[jax.Array, jax.Array], jax.Array] = "concat"
+
+    def __post_init__(self) -> None:
+        require_layer(self.forward, "cell")
+        require_layer(self.backward, "backward")
+        if self.forward.event_ndim != self.backward.event_ndim:
+            raise ValueError("backward: expected a layer that takes the same kind of input as the forward one")
+        if isinstance(self.merge, str):
+            if self.merge not in _MERGES:
+                raise ValueError(f"merge: expected one of {sorted(_MERGES)} or a function, got {self.merge!r}")
+        else:
+            module_level(self.merge, "merge", sorted(_MERGES))
+
+    @property
+    def uses_key(self) -> Any:
+        return Stack((self.forward, self.backward)).uses_key
+
+    @property
+    def event_ndim(self) -> Any:
+        return self.forward.event_ndim
+
+    @property
+    def merged(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        return _MERGES[self.merge] if isinstance(self.merge, str) else self.merge
+
+    def _each(self) -> tuple[tuple[int, str, Layer], ...]:
+        return (0, "forward", self.forward), (1, "backward", self.backward)
+
+    def init(self, key: jax.Array, in_features: Any) -> dict[str, Any]:
+        return {name: layer.init(jax.random.fold_in(key, i), in_features) for i, name, layer in self._each()}
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> dict[str, Any]:
+        self._check_params(params)
+        return {name: layer.initial_state(params[name], batch_shape) for _, name, layer in self._each()}
+
+    def out_features(self, in_features: Any) -> int:
+        shapes = [jax.ShapeDtypeStruct((layer.out_features(in_features),), jnp.float32) for _, _, layer in self._each()]
+        if self.merge != "concat" and isinstance(self.merge, str) and shapes[0] != shapes[1]:
+            raise ValueError(
+                f"merge: expected two layers with equally many features for {self.merge!r}, got "
+                f"{shapes[0].shape[0]} and {shapes[1].shape[0]}; make them equal or merge by concat"
+            )
+        return jax.eval_shape(self.merged, *shapes).shape[-1]
+
+    def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> dict[str, Any]:
+        return {
+            name: layer.draw(params[name], jax.random.fold_in(key, i), batch_shape, in_features)
+            for i, name, layer in self._each()
+        }
+
+    def check(self, params: Any, x: Any) -> None:
+        self._check_params(params)
+        self.forward.check(params["forward"], x)
+        self.backward.check(params["backward"], x)
+
+    def check_values(self, xs: Any, lengths: Any, mask: Any) -> None:
+        self.forward.check_values(xs, lengths, mask)
+        self.backward.check_values(xs, lengths, mask)
+
+    def _check_params(self, params: Any) -> None:
+        if not isinstance(params, dict) or set(params) != {"forward", "backward"}:
+            got = sorted(params) if isinstance(params, dict) else type(params).__name__
+            raise ValueError(f'params: expected a dict with "forward" and "backward", got {got}')
+
+    def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        raise TypeError(
+            "step: a bidirectional layer has no step, since its backward direction needs the steps that follow; run "
+            "whole sequences through jrnn.unroll, or stream with the forward layer alone"
+        )
+
+    def walk(self, run: Any, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+        forward, ys = run.child(0)(self.forward, params["forward"], xs, state["forward"])
+        backward, zs = run.child(1).opposite()(self.backward, params["backward"], xs, state["backward"])
+        return {"forward": forward, "backward": backward}, run.zero_invalid(self.merged(ys, zs))
+
+
+def bidirectional(
+    cell: Layer, backward: Layer | None = None, merge: str | Callable[[jax.Array, jax.Array], jax.Array] = "concat"
+) -> Bidirectional:
+    """Two layers over the same sequence, one from each end (Schuster and Paliwal 1997).
+
+    The backward layer runs from the last valid step to the first; outputs stay in input order. A reset at t is a
+    boundary between steps t-1 and t for both directions: the backward layer begins afresh at t-1, so no output sees
+    a step of another segment.
+
+    Parameters and states are ``{"forward": …, "backward": …}``; ``state["backward"]`` is where the backward run
+    starts (after the last step) and what is returned is where it ends. There is no ``step``.
+
+    Args:
+      cell: the forward layer.
+      backward: the backward layer; None for one like the forward layer, with parameters of its own.
+      merge: "concat", "sum", "mean", "product", or a module-level function of both outputs.
+
+    >>> model = jrnn.bidirectional(jrnn.lstm(4), jrnn.gru(3))
+    >>> jrnn.unroll(model, model.init(jax.random.key(0), 2), jnp.ones((5, 2)))[1].shape
+    (5, 7)
+    """
+    return Bidirectional(cell, cell if backward is None else backward, merge)
+
+
+@dataclass(frozen=True)
+class Residual(Layer):
+    """See `residual`."""
+
+    layer: Layer
+
+    def __post_init__(self) -> None:
+        require_layer(self.layer, "layer")
+        if self.layer.event_ndim != 1:
+            raise ValueError("layer: expected a layer whose input has features, which can be added to its output")
+
+    @property
+    def uses_key(self) -> Any:
+        return self.layer.uses_key
+
+    def init(self, key: jax.Array, in_features: Any) -> Any:
+        self.out_features(in_features)
+        return self.layer.init(key, in_features)
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
+        return self.layer.initial_state(params, batch_shape)
+
+    def out_features(self, in_features: Any) -> int:
+        return same_features(self.layer, in_features)
+
+    def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
+        return self.layer.draw(params, key, batch_shape, in_features)
+
+    def check(self, params: Any, x: Any) -> None:
+        self.layer.check(params, x)
+
+    def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        state, y = self.layer.step(params, state, x, key)
+        return state, x + y
+
+    def walk(self, run: Any, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+        state, ys = run(self.layer, params, xs, state)
+        return state, xs + ys
+
+
+def same_features(layer: Layer, in_features: Any) -> int:
+    out = layer.out_features(in_features)
+    if out != in_features:
+        raise ValueError(
+            f"layer: expected as many output as input features, to add them up, got {in_features} in and {out} out of "
+            f"{layer!r}; put a jrnn.dense({out}) before it"
+        )
+    return out
+
+
+def residual(layer: Layer) -> Residual:
+    """A layer and a connection round it (He et al. 2016; for recurrent stacks Wu et al. 2016): ``y = x + layer(x)``.
+
+    Parameters and states are the layer's.
+
+    Args:
+      layer: a layer with as many output as input features.
+
+    >>> model = jrnn.residual(jrnn.gru(3))
+    >>> jrnn.unroll(model, model.init(jax.random.key(0), 3), jnp.ones((5, 3)))[1].shape
+    (5, 3)
+    """
+    return Residual(layer)
+
+
+@dataclass(frozen=True)
+class Highway(Layer):
+    """See `highway`."""
+
+    layer: Layer
+    gate_bias: float = -1.0
+
+    def __post_init__(self) -> None:
+        Residual(self.layer)
+
+    @property
+    def uses_key(self) -> Any:
+        return self.layer.uses_key
+
+    def init(self, key: jax.Array, in_features: Any) -> dict[str, Any]:
+        positive_int(in_features, "in_features")
+        self.out_features(in_features)
+        k_layer, k_w = jax.random.split(key)
+        return {
+            "layer": self.layer.init(k_layer, in_features),
+            "w": jax.nn.initializers.glorot_uniform()(k_w, (in_features, in_features), jnp.float32),
+            "b": jnp.full(in_features, self.gate_bias, jnp.float32),
+        }
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
+        return self.layer.initial_state(params["layer"], batch_shape)
+
+    def out_features(self, in_features: Any) -> int:
+        return same_features(self.layer, in_features)
+
+    def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> dict[str, Any]:
+        return {**params, "layer": self.layer.draw(params["layer"], key, batch_shape, in_features)}
+
+    def check(self, params: Any, x: Any) -> None:
+        if not isinstance(params, dict) or set(params) != {"layer", "w", "b"}:
+            raise ValueError('params: expected a dict with "layer", "w" and "b" for a highway layer')
+        self.layer.check(params["layer"], x)
+
+    def _mix(self, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        z = product(x, compute_params(params["w"], x.dtype))
+        gate = emitted(jax.nn.sigmoid(z + params["b"].astype(z.dtype)), x)
+        return gate * y + (1 - gate) * x
+
+    def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        state, y = self.layer.step(params["layer"], state, x, key)
+        return state, self._mix(params, x, y)
+
+    def walk(self, run: Any, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+        state, ys = run(self.layer, params["layer"], xs, state)
+        return state, self._mix(params, xs, ys)
+
+
+def highway(layer: Layer, *, gate_bias: float = -1.0) -> Highway:
+    """A layer and a gated connection round it (Srivastava, Greff and Schmidhuber 2015).
+
+    ``t = sigmoid(x w + b)``, ``y = t * layer(x) + (1 - t) * x``.
+
+    Args:
+      layer: a layer with as many output as input features.
+      gate_bias: where ``b`` starts; negative, so that the input passes at first.
+
+    Parameters: ``{"layer": …, "w": (F, F), "b": (F,)}``; the state is the layer's.
+
+    >>> model = jrnn.highway(jrnn.gru(3))
+    >>> jrnn.unroll(model, model.init(jax.random.key(0), 3), jnp.ones((5, 3)))[1].shape
+    (5, 3)
+    """
+    return Highway(layer, gate_bias)

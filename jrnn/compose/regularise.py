@@ -1,0 +1,326 @@
+"""Cells around a cell: zoneout, variational dropout, DropConnect, and a learnable initial state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jrnn._check import rate
+from jrnn.cells.base import AffineCell, Cell, Drawn, compute_params, emitted
+from jrnn.compose.combine import fold
+from jrnn.compose.timewise import drop
+
+__all__ = ["Wrapper", "dropconnect", "learned_state", "variational", "zoneout"]
+
+
+class Wrapper(Cell):
+    """A cell around a cell, which shares its parameters and state unless a subclass says otherwise.
+
+    >>> jrnn.zoneout(jrnn.lstm(4), h=0.1).cell
+    LSTM(hidden=4, input_init='glorot_uniform', recurrent_init='orthogonal', bias_init='zeros', forget_bias=1.0, activation='tanh', gate_activation='sigmoid')
+    """  # noqa: E501
+
+    cell: Any
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.cell, Cell):
+            raise TypeError(
+                f"cell: expected a cell for {type(self).__name__.lower()}, got {self.cell!r}; wrap the cells inside a "
+                "stack or a bidirectional layer one by one"
+            )
+
+    @property
+    def uses_key(self) -> Any:
+        return self.cell.uses_key
+
+    @property
+    def event_ndim(self) -> Any:
+        return self.cell.event_ndim
+
+    @property
+    def emits(self) -> Any:
+        return self.cell.emits
+
+    @property
+    def hoistable(self) -> bool:
+        return self.cell.hoistable
+
+    def init(self, key: jax.Array, in_features: Any) -> Any:
+        return self.cell.init(key, in_features)
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
+        return self.cell.initial_state(self.inner(params), batch_shape)
+
+    def out_features(self, in_features: Any) -> int:
+        return self.cell.out_features(in_features)
+
+    def check(self, params: Any, x: Any) -> None:
+        self.cell.check(self.inner(params), x)
+
+    def inner(self, params: Any) -> Any:
+        """The wrapped cell's parameters."""
+        return params
+
+    def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
+        return self.cell.draw(params, key, batch_shape, in_features)
+
+    def project(self, params: Any, xs: jax.Array) -> Any:
+        return self.cell.project(self.inner(params), xs)
+
+    def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        return self.cell.update(self.inner(params), state, p, key)
+
+    def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        # Not Cell.step: a wrapped cell that defines only its step has no projection, and needs none.
+        x = jnp.asarray(x)
+        self.check(params, x)
+        params = compute_params(params, x.dtype)
+        if key is not None and not isinstance(params, Drawn):
+            batch_shape = x.shape[: x.ndim - self.event_ndim]
+            params = self.draw(params, key, batch_shape, x.shape[-1] if self.event_ndim else None)
+        state, y = self.update(params, state, self.project(params, x), key)
+        return state, emitted(y, x)
+
+
+@dataclass(frozen=True)
+class Zoneout(Wrapper):
+    """See `zoneout`."""
+
+    cell: Cell
+    rates: tuple[tuple[str, float], ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in self.rates:
+            rate(value, name)
+        if self.cell.emits != "h":
+            raise TypeError(
+                f'cell: expected a cell that promises emits = "h" (its output is the h of its new state), got '
+                f"{self.cell!r}; set that class attribute if it is true of the cell"
+            )
+
+    @property
+    def uses_key(self) -> Any:
+        return True
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
+        state = super().initial_state(params, batch_shape)
+        unknown = [name for name, value in self.rates if value and name not in state._fields]
+        if unknown:
+            raise ValueError(f"{unknown[0]}: expected rates for the fields {state._fields} of {self.cell!r}'s state")
+        return state
+
+    def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        new, _ = self.cell.update(params, state, p, None if self.cell.uses_key is False else fold(key, 0))
+        fields = {}
+        for i, (name, zone) in enumerate(self.rates):
+            if not zone:
+                continue
+            old, now = getattr(state, name), getattr(new, name)
+            if key is None:
+                fields[name] = zone * old + (1 - zone) * now
+            else:
+                fields[name] = jnp.where(jax.random.bernoulli(fold(key, i + 1), zone, now.shape), old, now)
+        new = new._replace(**fields)
+        return new, new.h
+
+
+def zoneout(cell: Cell, *, h: float = 0.0, c: float = 0.0) -> Zoneout:
+    """Zoneout (Krueger et al. 2017): with a key, units keep their previous value at random; without, on average.
+
+    With a key each unit of the field keeps its old value with probability ``rate``, anew at every step; without a
+    key the new state is ``rate * old + (1 - rate) * new``.
+
+    Args:
+      cell: a cell whose output is its state's ``h``.
+      h: rate for the hidden state.
+      c: rate for the memory of an LSTM; an error for cells without one.
+
+    Parameters and states are the cell's.
+
+    >>> cell = jrnn.zoneout(jrnn.lstm(4), h=0.05, c=0.5)
+    >>> params = cell.init(jax.random.key(0), 3)
+    >>> jrnn.unroll(cell, params, jnp.ones((5, 3)), key=jax.random.key(1))[1].shape
+    (5, 4)
+    """
+    zoned = Zoneout(cell, (("h", h), ("c", c)))
+    if c and isinstance(cell, AffineCell) and "c" not in cell.state_type._fields:
+        raise ValueError(
+            f"c: expected 0, since the state of {cell!r} has the fields {cell.state_type._fields}, got {c}"
+        )
+    return zoned
+
+
+@dataclass(frozen=True)
+class Variational(Wrapper):
+    """See `variational`."""
+
+    cell: Cell
+    inputs: float
+    recurrent: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rate(self.inputs, "inputs")
+        rate(self.recurrent, "recurrent")
+        if self.recurrent and not isinstance(self.cell, AffineCell):
+            raise TypeError(
+                f"cell: expected an AffineCell (lstm, gru, elman, ...) for recurrent dropout, whose recurrent product "
+                f"the library owns, got {self.cell!r}; wrap the cell itself and put other wrappers outside"
+            )
+
+    @property
+    def uses_key(self) -> Any:
+        return True
+
+    def inner(self, params: Any) -> Any:
+        return params.params if isinstance(params, Drawn) else params
+
+    def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
+        k_inputs, k_recurrent, k_cell = (jax.random.fold_in(key, i) for i in range(3))
+        noise = {}
+        if self.inputs:
+            noise["inputs"] = drop(k_inputs, self.inputs, jnp.ones((*batch_shape, in_features)))
+        if self.recurrent:
+            ones = jnp.ones((*batch_shape, self.cell.out_features(in_features)))
+            noise["recurrent"] = drop(k_recurrent, self.recurrent, ones)
+        return Drawn(self.cell.draw(params, k_cell, batch_shape, in_features), noise)
+
+    def project(self, params: Any, xs: jax.Array) -> Any:
+        if isinstance(params, Drawn) and "inputs" in params.noise:
+            xs = xs * params.noise["inputs"].astype(xs.dtype)
+        return super().project(params, xs)
+
+    def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        if not (isinstance(params, Drawn) and "recurrent" in params.noise):
+            return self.cell.update(self.inner(params), state, p, None if self.cell.uses_key is False else key)
+        # Only what goes through the recurrent weights is dropped: the state itself is carried whole.
+        params, mask = params.params, params.noise["recurrent"]
+        v = self.cell.recur(params, state.h * mask.astype(state.h.dtype))  # type: ignore[attr-defined]
+        state = self.cell.gates(self.cell.theta(params), p, v, state)  # type: ignore[attr-defined]
+        return state, state.h
+
+
+def variational(cell: Cell, *, inputs: float = 0.0, recurrent: float = 0.0) -> Variational:
+    """Dropout with one mask for a whole sequence (Gal and Ghahramani 2016), on inputs and on the recurrent product.
+
+    With a key, each feature of a sequence's inputs is dropped at all steps or at none, and so is each unit of ``h``
+    on its way through ``w_hh``; the carried state stays whole. The masks depend on the key alone, so that a chunked
+    run under one key keeps them. Without a key nothing is dropped.
+
+    Args:
+      cell: any cell; for ``recurrent`` an `AffineCell`.
+      inputs: rate for the inputs.
+      recurrent: rate for the recurrent product.
+
+    Parameters and states are the cell's.
+
+    >>> cell = jrnn.variational(jrnn.gru(4), inputs=0.2, recurrent=0.3)
+    >>> params = cell.init(jax.random.key(0), 3)
+    >>> jrnn.unroll(cell, params, jnp.ones((5, 3)), key=jax.random.key(1))[1].shape
+    (5, 4)
+    """
+    return Variational(cell, inputs, recurrent)
+
+
+@dataclass(frozen=True)
+class DropConnect(Wrapper):
+    """See `dropconnect`."""
+
+    cell: Cell
+    rate: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rate(self.rate, "rate")
+
+    @property
+    def uses_key(self) -> Any:
+        return True
+
+    def inner(self, params: Any) -> Any:
+        return params.params if isinstance(params, Drawn) else params
+
+    def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
+        k_weights, k_cell = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+        if not isinstance(params, dict) or "w_hh" not in params:
+            raise ValueError(f"params: expected recurrent weights w_hh to drop, {self.cell!r} has none")
+        dropped = {**params, "w_hh": drop(k_weights, self.rate, params["w_hh"])}
+        return Drawn(self.cell.draw(dropped, k_cell, batch_shape, in_features), {})
+
+    def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        return self.cell.update(self.inner(params), state, p, None if self.cell.uses_key is False else key)
+
+
+def dropconnect(cell: Cell, rate: float) -> DropConnect:
+    """DropConnect on the recurrent weights (Wan et al. 2013; Merity, Keskar and Socher 2018).
+
+    With a key, each weight of ``w_hh`` is zero with probability ``rate`` for a whole sequence and all of its batch,
+    and divided by ``1 - rate`` otherwise. Without a key nothing is dropped.
+
+    Args:
+      cell: a cell with recurrent weights ``w_hh``.
+      rate: probability of dropping a weight.
+
+    Parameters and states are the cell's.
+
+    >>> cell = jrnn.dropconnect(jrnn.lstm(4), 0.5)
+    >>> params = cell.init(jax.random.key(0), 3)
+    >>> jrnn.unroll(cell, params, jnp.ones((5, 3)), key=jax.random.key(1))[1].shape
+    (5, 4)
+    """
+    return DropConnect(cell, rate)
+
+
+@dataclass(frozen=True)
+class LearnedState(Wrapper):
+    """See `learned_state`."""
+
+    cell: Cell
+
+    def init(self, key: jax.Array, in_features: Any) -> dict[str, Any]:
+        params = self.cell.init(key, in_features)
+        state = self.cell.initial_state(params, ())
+        if not hasattr(state, "_asdict"):
+            raise TypeError(f"cell: expected a cell whose state is a NamedTuple of arrays, got {self.cell!r}")
+        return {"cell": params, "initial": state._asdict()}
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
+        state = self.cell.initial_state(self.inner(params), batch_shape)
+        learned = {
+            name: jnp.broadcast_to(value.astype(getattr(state, name).dtype), getattr(state, name).shape)
+            for name, value in params["initial"].items()
+        }
+        return type(state)(**learned)
+
+    def check(self, params: Any, x: Any) -> None:
+        if not isinstance(params, dict) or set(params) != {"cell", "initial"}:
+            raise ValueError('params: expected a dict with "cell" and "initial" for a cell with a learned state')
+        super().check(params, x)
+
+    def inner(self, params: Any) -> Any:
+        return params["cell"]
+
+    def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> dict[str, Any]:
+        return {**params, "cell": self.cell.draw(params["cell"], key, batch_shape, in_features)}
+
+
+def learned_state(cell: Cell) -> LearnedState:
+    """A cell whose initial state is a parameter, the same for every sequence of a batch; it starts at the cell's own.
+
+    It is the initial state of a run and what a reset restores, and has gradients from both.
+
+    Args:
+      cell: a cell whose state is a NamedTuple of arrays.
+
+    Parameters: ``{"cell": …, "initial": {field: (H,)}}``; the state is the cell's.
+
+    >>> cell = jrnn.learned_state(jrnn.lstm(4))
+    >>> params = cell.init(jax.random.key(0), 3)
+    >>> params["initial"]["c"].shape, cell.initial_state(params, (2,)).c.shape
+    ((4,), (2, 4))
+    """
+    return LearnedState(cell)

@@ -1,0 +1,273 @@
+"""Layers without recurrence: each step by itself, so that all T are done at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrnn import activations, initializers
+from jrnn._check import is_traced, positive_int, rate
+from jrnn.cells import norm
+from jrnn.cells.base import Layer, check_features, compute_params, emitted, product, stable
+from jrnn.sequence import valid_steps
+
+__all__ = ["Timewise", "activation", "dense", "dropout", "embed", "layer_norm"]
+
+
+class Timewise(Layer):
+    """A layer whose output at a step depends on that step's input alone; its state is ``()``.
+
+    A subclass gives ``apply(params, x, key=None)`` for one step ``(*B, F)``, and ``init``.
+
+    >>> layer = jrnn.dense(2)
+    >>> params = layer.init(jax.random.key(0), 3)
+    >>> layer.initial_state(params, (4,)), layer.step(params, (), jnp.ones((4, 3)))[1].shape
+    ((), (4, 2))
+    """
+
+    uses_key: Any = False
+
+    def apply(self, params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """The output for one step, or without a key for any number of steps."""
+        raise NotImplementedError(f"{type(self).__name__} must define apply(params, x, key=None)")
+
+    def init(self, key: jax.Array, in_features: Any) -> Any:
+        return {}
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
+        return ()
+
+    def out_features(self, in_features: Any) -> int:
+        return in_features
+
+    def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        x = jnp.asarray(x)
+        self.check(params, x)
+        return state, self.apply(params, x, key)
+
+    def walk(self, run: Any, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+        keys = run.step_keys(xs.shape[0])
+        if keys is None or self.uses_key is False:
+            ys = self.apply(params, xs)
+        else:
+            ys = jax.vmap(self.apply, in_axes=(None, 0, 0))(params, xs, keys)
+        return state, run.zero_invalid(ys)
+
+
+@dataclass(frozen=True)
+class Dense(Timewise):
+    """See `dense`."""
+
+    features: int
+    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
+    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
+
+    def __post_init__(self) -> None:
+        positive_int(self.features, "features")
+        initializers.resolve(self.input_init, "input_init")
+        initializers.resolve(self.bias_init, "bias_init")
+
+    def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
+        positive_int(in_features, "in_features")
+        k_w, k_b = jax.random.split(key)
+        return {
+            "w": initializers.resolve(self.input_init)(k_w, (in_features, self.features), jnp.float32),
+            "b": initializers.resolve(self.bias_init)(k_b, (self.features,), jnp.float32),
+        }
+
+    def out_features(self, in_features: Any) -> int:
+        return self.features
+
+    def check(self, params: Any, x: Any) -> None:
+        if not isinstance(params, dict) or jnp.shape(params.get("w"))[1:] != (self.features,):
+            raise ValueError(f"params: expected w (F, {self.features}) and b ({self.features},) for {self!r}")
+        check_features(x, params["w"], "xs", self)
+
+    def apply(self, params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        y = product(x, compute_params(params, x.dtype)["w"])
+        return emitted(y + params["b"].astype(y.dtype), x)
+
+
+def dense(features: int, **options: Any) -> Dense:
+    """A linear layer at every step: ``y = x w + b``.
+
+    Args:
+      features: features of the output.
+      **options: ``input_init`` ("glorot_uniform"), ``bias_init`` ("zeros").
+
+    Parameters: ``w (F, features)``, ``b (features,)``.
+
+    >>> layer = jrnn.dense(2)
+    >>> jrnn.unroll(layer, layer.init(jax.random.key(0), 3), jnp.ones((5, 4, 3)))[1].shape
+    (5, 4, 2)
+    """
+    return Dense(features, **options)
+
+
+@dataclass(frozen=True)
+class Embed(Timewise):
+    """See `embed`."""
+
+    vocab: int
+    features: int
+    init_: initializers.Initializer = field(default=initializers.normal(1.0), kw_only=True)
+
+    event_ndim: ClassVar[Any] = 0
+
+    def __post_init__(self) -> None:
+        positive_int(self.vocab, "vocab")
+        positive_int(self.features, "features")
+        initializers.resolve(self.init_, "init_")
+
+    def init(self, key: jax.Array, in_features: Any = None) -> dict[str, jax.Array]:
+        return {"w": initializers.resolve(self.init_)(key, (self.vocab, self.features), jnp.float32)}
+
+    def out_features(self, in_features: Any) -> int:
+        return self.features
+
+    def check(self, params: Any, x: Any) -> None:
+        if not isinstance(params, dict) or jnp.shape(params.get("w")) != (self.vocab, self.features):
+            raise ValueError(f"params: expected w ({self.vocab}, {self.features}) for {self!r}")
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise TypeError(f"xs: expected integer ids for {self!r}, got {x.dtype}")
+
+    def apply(self, params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        # An id outside the vocabulary cannot raise in compiled code: NaN shows itself, a neighbour's row would not.
+        known = (x >= 0) & (x < self.vocab)
+        rows = jnp.take(params["w"], jnp.where(known, x, 0), axis=0, mode="clip")
+        return jnp.where(known[..., None], rows, jnp.nan)
+
+    def check_values(self, xs: Any, lengths: Any, mask: Any) -> None:
+        if any(map(is_traced, (xs, lengths, mask))):
+            return
+        ids = np.asarray(xs)
+        valid = valid_steps(lengths, mask, ids.shape[0], ids.shape[1:])
+        if valid is not None:
+            ids = ids[np.asarray(valid)]
+        if ids.size and not (ids.min() >= 0 and ids.max() < self.vocab):
+            raise ValueError(
+                f"xs: expected ids in [0, {self.vocab}) for {self!r}, got ids from {ids.min()} to {ids.max()}; "
+                "enlarge vocab or map unknown ids to one of their own"
+            )
+
+
+def embed(vocab: int, features: int, *, init: initializers.Initializer = initializers.normal(1.0)) -> Embed:
+    """A row of a table for each integer id: ids ``(T, *B)`` give ``ys (T, *B, features)``.
+
+    An id outside ``[0, vocab)`` raises where its value is known; in compiled code its row is NaN. Padding may hold
+    any id.
+
+    Args:
+      vocab: number of ids.
+      features: features of the output.
+      init: initialiser of the table.
+
+    Parameters: ``w (vocab, features)``; ``layer.init(key, None)``, since there are no input features.
+
+    >>> layer = jrnn.embed(10, 3)
+    >>> jrnn.unroll(layer, layer.init(jax.random.key(0), None), jnp.array([[1, 2], [3, 4]]))[1].shape
+    (2, 2, 3)
+    """
+    return Embed(vocab, features, init_=init)
+
+
+@dataclass(frozen=True)
+class LayerNorm(Timewise):
+    """See `layer_norm`."""
+
+    epsilon: float = 1e-5
+
+    def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
+        positive_int(in_features, "in_features")
+        return {"scale": jnp.ones(in_features), "shift": jnp.zeros(in_features)}
+
+    def check(self, params: Any, x: Any) -> None:
+        check_features(x, params["scale"], "xs", self)
+
+    def apply(self, params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        wide = x.astype(stable(x.dtype))
+        return emitted(norm.layer_norm(wide, params["scale"], self.epsilon) + params["shift"].astype(wide.dtype), x)
+
+
+def layer_norm(epsilon: float = 1e-5) -> LayerNorm:
+    """Layer normalisation over features (Ba, Kiros and Hinton 2016).
+
+    ``y = (x - mean) / sqrt(variance + epsilon) * scale + shift``; parameters ``scale (F,)``, ``shift (F,)``.
+
+    Args:
+      epsilon: added to the variance.
+
+    >>> layer = jrnn.layer_norm()
+    >>> y = jrnn.unroll(layer, layer.init(jax.random.key(0), 2), jnp.array([[1.0, 3.0]]))[1]
+    >>> y.round(2)
+    Array([[-1.,  1.]], dtype=float32)
+    """
+    return LayerNorm(epsilon)
+
+
+@dataclass(frozen=True)
+class Activate(Timewise):
+    """See `activation`."""
+
+    function: activations.Activation
+
+    def __post_init__(self) -> None:
+        activations.resolve(self.function, "function")
+
+    def apply(self, params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        return activations.resolve(self.function)(x)
+
+
+def activation(function: activations.Activation) -> Activate:
+    """An activation as a layer, elementwise.
+
+    Args:
+      function: a name of `jrnn.activations` or a module-level function.
+
+    >>> jrnn.unroll(jrnn.activation("relu"), {}, jnp.array([[-1.0, 2.0]]))[1]
+    Array([[0., 2.]], dtype=float32)
+    """
+    return Activate(function)
+
+
+@dataclass(frozen=True)
+class Dropout(Timewise):
+    """See `dropout`."""
+
+    rate: float
+
+    uses_key: ClassVar[Any] = True
+
+    def __post_init__(self) -> None:
+        rate(self.rate, "rate")
+
+    def apply(self, params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        if key is None:
+            return x
+        return drop(key, self.rate, x)
+
+
+def drop(key: jax.Array, rate: float, x: jax.Array) -> jax.Array:
+    """Zeros each element with probability ``rate`` and scales the rest so that the mean stays."""
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0)
+
+
+def dropout(rate: float) -> Dropout:
+    """Dropout between layers, a new mask at every step (Srivastava et al. 2014; Zaremba et al. 2014).
+
+    With a key, each element is zero with probability ``rate`` and divided by ``1 - rate`` otherwise; without a key
+    the layer does nothing. It drops what passes through it: in a stack, put it between layers.
+
+    Args:
+      rate: probability of dropping, in [0, 1).
+
+    >>> ys = jrnn.unroll(jrnn.dropout(0.5), {}, jnp.ones((2, 100)), key=jax.random.key(0))[1]
+    >>> sorted(set(ys.ravel().tolist()))
+    [0.0, 2.0]
+    """
+    return Dropout(rate)

@@ -1,0 +1,143 @@
+"""How parameters start: frozen, hashable initialisers, by name or as values.
+
+An initialiser is called as ``init(key, shape, dtype)``. Cells take them by name (``"orthogonal"``), as one of the
+values below where a setting matters (``orthogonal(scale=0.5)``), or as a module-level function with that signature.
+A weight of G gates is drawn gate by gate, so that ``shape`` is ``(F, H)`` or ``(H, H)`` and each block is orthogonal
+by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jrnn._check import module_level
+
+__all__ = ["constant", "glorot_uniform", "identity", "normal", "orthogonal", "resolve", "uniform", "zeros"]
+
+Initializer = str | Callable[..., jax.Array]
+
+
+@dataclass(frozen=True)
+class constant:
+    """Every element equal to ``value``.
+
+    >>> constant(2.0)(jax.random.key(0), (2,), jnp.float32)
+    Array([2., 2.], dtype=float32)
+    """
+
+    value: float = 0.0
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jnp.full(shape, self.value, dtype)
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Zeros.
+
+    >>> zeros(jax.random.key(0), (2,))
+    Array([0., 0.], dtype=float32)
+    """
+    return jnp.zeros(shape, dtype)
+
+
+@dataclass(frozen=True)
+class orthogonal:
+    """``scale`` times a random orthogonal matrix (Saxe et al. 2014): every singular value is ``scale``.
+
+    >>> w = orthogonal(2.0)(jax.random.key(0), (3, 3))
+    >>> bool(jnp.allclose(w @ w.T, 4 * jnp.eye(3), atol=1e-5))
+    True
+    """
+
+    scale: float = 1.0
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.nn.initializers.orthogonal(self.scale)(key, shape, dtype)
+
+
+@dataclass(frozen=True)
+class identity:
+    """``scale`` times the identity matrix, for rectified Elman networks (Le, Jaitly and Hinton 2015).
+
+    >>> identity(0.5)(jax.random.key(0), (2, 2))
+    Array([[0.5, 0. ],
+           [0. , 0.5]], dtype=float32)
+    """
+
+    scale: float = 1.0
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        if len(shape) != 2:
+            raise ValueError(f"identity: expected the shape of a matrix, got {shape}")
+        return self.scale * jnp.eye(*shape, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class glorot_uniform:
+    """Uniform with variance ``2 / (fan_in + fan_out)`` (Glorot and Bengio 2010), fans taken of one gate.
+
+    >>> bool(jnp.abs(glorot_uniform()(jax.random.key(0), (3, 3))).max() <= 1.0)
+    True
+    """
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.nn.initializers.glorot_uniform()(key, shape, dtype)
+
+
+@dataclass(frozen=True)
+class uniform:
+    """Uniform in ``[-bound, bound)``; without a bound PyTorch's ``1 / sqrt(H)``, H the last axis.
+
+    >>> bool(jnp.abs(uniform()(jax.random.key(0), (100, 4))).max() < 0.5)
+    True
+    """
+
+    bound: float | None = None
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        bound = shape[-1] ** -0.5 if self.bound is None else self.bound
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+@dataclass(frozen=True)
+class normal:
+    """Gaussian with standard deviation ``scale``.
+
+    >>> normal(0.1)(jax.random.key(0), (2, 3)).shape
+    (2, 3)
+    """
+
+    scale: float = 0.01
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return self.scale * jax.random.normal(key, shape, dtype)
+
+
+_NAMES: dict[str, Callable[..., jax.Array]] = {
+    "glorot_uniform": glorot_uniform(),
+    "identity": identity(),
+    "normal": normal(),
+    "orthogonal": orthogonal(),
+    "uniform": uniform(),
+    "zeros": zeros,
+}
+
+
+def resolve(init: Initializer, argument: str = "init") -> Callable[..., jax.Array]:
+    """The function behind a name; a callable is returned as it is.
+
+    >>> resolve("orthogonal")
+    orthogonal(scale=1.0)
+    """
+    if isinstance(init, str):
+        if init not in _NAMES:
+            raise ValueError(
+                f"{argument}: expected one of {sorted(_NAMES)} or a function (key, shape, dtype), got {init!r}"
+            )
+        return _NAMES[init]
+    return module_level(init, argument, sorted(_NAMES))

@@ -1,0 +1,50 @@
+"""How many steps are run: one table of schedules, one signature, one place that chooses.
+
+A schedule serves a cell or says why it cannot, and runs it::
+
+    serves(cell, params, xs, steps) -> (bool, reason)
+    run(cell, params, xs, state, steps) -> (state, ys)
+
+`SCHEDULES` lists them from the most wanted to the last resort; a new one is a new row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jrnn.schedules import hoisted, reference
+from jrnn.schedules.steps import Steps
+
+__all__ = ["SCHEDULES", "Schedule", "Steps", "choose"]
+
+
+class Schedule(NamedTuple):
+    """A row of the table."""
+
+    serves: Callable[[Any, Any, Any, Steps], tuple[bool, str]]
+    run: Callable[[Any, Any, Any, Any, Steps], tuple[Any, Any]]
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "hoisted": Schedule(hoisted.serves, hoisted.run),
+    "reference": Schedule(reference.serves, reference.run),
+}
+
+
+def choose(cell: Any, params: Any, xs: Any, steps: Steps, backend: str | None = None) -> tuple[str, str]:
+    """The schedule that runs a cell, and why. A named one that cannot serve is an error, never a fallback."""
+    if backend is not None:
+        served, reason = SCHEDULES[backend].serves(cell, params, xs, steps)
+        if not served:
+            raise ValueError(
+                f"backend: {backend!r} cannot run {cell!r}: {reason}; pass backend=None to let jrnn choose"
+            )
+        return backend, reason
+    refusals = []
+    for name, schedule in SCHEDULES.items():
+        served, reason = schedule.serves(cell, params, xs, steps)
+        if served:
+            return name, "; ".join([reason, *refusals])
+        refusals.append(f"not {name}: {reason}")
+    raise ValueError(f"cell: no schedule can run {cell!r}: {'; '.join(refusals)}")

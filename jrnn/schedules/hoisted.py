@@ -1,0 +1,22 @@
+"""The scan of what needs the state, with the projection of all T inputs taken out of the loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jrnn.cells.base import compute_params, emitted
+from jrnn.schedules.steps import Steps, scan
+
+
+def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
+    if getattr(cell, "hoistable", False):
+        return True, "the cell declares its input projection, which is taken out of the loop for all T at once"
+    return False, "the cell defines only its step, so nothing is known to be free of the state"
+
+
+def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tuple[Any, jax.Array]:
+    params = compute_params(params, xs.dtype)
+    state, ys = scan(cell, params, xs, state, steps, cell.project, cell.update)
+    return state, emitted(ys, xs)

@@ -1,0 +1,17 @@
+"""The plain scan of the cell's own step: serves every cell, and is what the other schedules are held to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jrnn.schedules.steps import Steps, scan
+
+
+def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
+    return True, "a plain scan of the cell's step serves every cell"
+
+
+def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tuple[Any, jax.Array]:
+    return scan(cell, params, xs, state, steps, lambda params, xs: xs, cell.step)

@@ -1,0 +1,147 @@
+"""What a schedule is told about the steps it runs, and the loop over time that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jrnn._check import describe
+
+# Times are folded in as 32-bit unsigned integers; the last of them is kept for what is drawn once per sequence.
+SEQUENCE = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How to run steps: which are valid, where to restart, in which order, with which randomness and memory.
+
+    ``valid`` and ``resets`` are ``(T, *B)`` booleans or None. ``key`` is the run's key, ``start`` the absolute time of
+    the first step and ``path`` the position of the layer in the model: the key of a step is ``key`` with the time and
+    then each index of the path folded in.
+    """
+
+    valid: jax.Array | None = None
+    resets: jax.Array | None = None
+    reverse: bool = False
+    key: jax.Array | None = None
+    start: Any = 0
+    path: tuple[int, ...] = ()
+    remat: int | str | None = None
+    unroll: int = 1
+
+    def child(self, index: int) -> Steps:
+        return replace(self, path=(*self.path, index))
+
+    def opposite(self) -> Steps:
+        """The same steps run from the other end. A boundary before t in one order is one after t in the other."""
+        resets = self.resets
+        if resets is not None and resets.shape[0]:
+            edge = jnp.zeros_like(resets[:1])
+            resets = jnp.concatenate([edge, resets[:-1]]) if self.reverse else jnp.concatenate([resets[1:], edge])
+        return replace(self, reverse=not self.reverse, resets=resets)
+
+    def times(self, length: int) -> jax.Array | None:
+        if self.key is None:
+            return None
+        return jnp.arange(length, dtype=jnp.uint32) + jnp.asarray(self.start).astype(jnp.uint32)
+
+    def key_at(self, time: jax.Array | None) -> jax.Array | None:
+        if self.key is None or time is None:
+            return None
+        key = jax.random.fold_in(self.key, time)
+        for index in self.path:
+            key = jax.random.fold_in(key, index)
+        return key
+
+
+def expand(flags: jax.Array, like: jax.Array) -> jax.Array:
+    """``(*B)`` booleans, with axes added to broadcast against ``(*B, ...)``."""
+    return flags.reshape(flags.shape + (1,) * (like.ndim - flags.ndim))
+
+
+def select(flags: jax.Array, new: Any, old: Any) -> Any:
+    """``new`` where flags hold and ``old`` elsewhere, leaf by leaf; never a product, which would pass NaN on."""
+    return jax.tree.map(lambda n, o: jnp.where(expand(flags, n), n, o), new, old)
+
+
+def scan(
+    cell: Any,
+    params: Any,
+    xs: jax.Array,
+    state: Any,
+    steps: Steps,
+    project: Callable[[Any, jax.Array], Any],
+    step: Callable[..., tuple[Any, jax.Array]],
+) -> tuple[Any, jax.Array]:
+    """``step(params, state, p, key)`` over what ``project(params, xs)`` gives, under the sequence contract."""
+    length = xs.shape[0]
+    batch_shape = xs.shape[1 : xs.ndim - cell.event_ndim]
+    restart = None if steps.resets is None else cell.initial_state(params, batch_shape)
+
+    def body(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
+        p, valid, resets, time = inputs
+        if resets is not None:
+            state = select(resets, restart, state)
+        new, y = step(params, state, p, steps.key_at(time))
+        if valid is not None:
+            new = select(valid, new, state)
+            y = jnp.where(expand(valid, y), y, 0)
+        return new, y
+
+    def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
+        # The projection is made inside the segment, so that with remat it is recomputed and not kept for all T.
+        xs, *rest = inputs
+        count = xs.shape[0]
+        unroll = max(1, min(steps.unroll, count))
+        return lax.scan(body, state, (project(params, xs), *rest), count, steps.reverse, unroll)
+
+    inputs = (xs, steps.valid, steps.resets, steps.times(length))
+    return _checkpointed(segment, state, inputs, length, steps)
+
+
+def _checkpointed(segment: Any, state: Any, inputs: Any, length: int, steps: Steps) -> tuple[Any, jax.Array]:
+    """Runs a segment function over all steps, in chunks whose insides are recomputed backwards (Chen et al. 2016)."""
+    if steps.remat is None or length < 2:
+        return segment(state, inputs)
+    chunk = max(1, round(length**0.5)) if steps.remat == "sqrt" else min(int(steps.remat), length)
+    count, rest = divmod(length, chunk)
+    segment = jax.checkpoint(segment, prevent_cse=False)
+
+    def take(first: int, last: int) -> Any:
+        return jax.tree.map(lambda a: a[first:last], inputs)
+
+    def whole(state: Any, first: int) -> tuple[Any, jax.Array]:
+        chunks = jax.tree.map(lambda a: a.reshape(count, chunk, *a.shape[1:]), take(first, first + count * chunk))
+        state, ys = lax.scan(segment, state, chunks, count, steps.reverse)
+        return state, ys.reshape(count * chunk, *ys.shape[2:])
+
+    # The steps that fill no chunk run last, whichever end is last.
+    if not rest:
+        return whole(state, 0)
+    if steps.reverse:
+        state, later = whole(state, rest)
+        state, earlier = segment(state, take(0, rest))
+    else:
+        state, earlier = whole(state, 0)
+        state, later = segment(state, take(count * chunk, length))
+    return state, jnp.concatenate([earlier, later])
+
+
+def check_step(cell: Any, params: Any, x: Any, state: Any, key: Any) -> None:
+    """Raises where a step does not give back a state of the structure, shapes and dtypes it was given."""
+    new, _ = jax.eval_shape(cell.step, params, state, x, key)
+    old = jax.eval_shape(lambda s: s, state)
+    same = jax.tree.structure(new) == jax.tree.structure(old) and all(
+        (a.shape, a.dtype) == (b.shape, b.dtype)
+        for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    )
+    if not same:
+        raise TypeError(
+            f"cell: expected the step of {cell!r} to return a state like the one it was given, {describe(old)}, got "
+            f"{describe(new)}; a state keeps its structure, shapes and dtypes from step to step"
+        )

@@ -1,0 +1,285 @@
+"""The way in: check the arguments, choose a schedule for each cell, walk the model."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrnn import sequence
+from jrnn._check import describe, is_traced
+from jrnn.cells.base import Layer
+from jrnn.schedules import SCHEDULES, choose
+from jrnn.schedules.steps import SEQUENCE, Steps, check_step, expand
+
+__all__ = ["choose_backend", "unroll"]
+
+
+def unroll(
+    cell: Layer,
+    params: Any,
+    xs: Any,
+    state: Any = None,
+    *,
+    lengths: Any = None,
+    mask: Any = None,
+    resets: Any = None,
+    reverse: bool = False,
+    key: jax.Array | None = None,
+    backend: str | None = None,
+    remat: int | str | None = None,
+    unroll: int = 1,
+    start: Any = 0,
+) -> tuple[Any, jax.Array]:
+    """Runs a cell, a layer or a whole model over time.
+
+    T time, B batch axes (any number, or none), F input features, H output features.
+
+    A step is valid where ``t < lengths`` and ``mask`` is true. At an invalid step the state is held and ``y`` is zero,
+    and nothing that stands there matters, NaN included: not to outputs, states or gradients. ``resets[t]`` replaces
+    the state by the initial state before ``xs[t]`` is consumed; no value and no gradient passes a reset. A reset at an
+    invalid step is padding too, and ignored.
+
+    Args:
+      cell: a layer: a cell, `jrnn.dense`, `jrnn.stack`, … or one of your own.
+      params: its parameters, from ``cell.init``.
+      xs: ``(T, *B, F)`` floats in the parameters' dtype, or in a 16-bit float: then products are taken in it,
+        accumulated in float32, and states stay float32. For models that begin with `jrnn.embed`, ``(T, *B)`` integers.
+      state: where to start; None for ``cell.initial_state(params, batch_shape)``.
+      lengths: ``(*B,)`` integers in [0, T]: how many of each sequence's first steps are valid.
+      mask: ``(T, *B)`` booleans, true at valid steps.
+      resets: ``(T, *B)`` booleans (see `jrnn.sequence.resets_from_done`).
+      reverse: run from the last valid step to the first; outputs stay in input order.
+      key: a PRNG key, which switches dropout, zoneout and their like on; None is deterministic. An error where the
+        model is known to use none.
+      backend: a schedule by name, which raises if it cannot serve; None chooses (see `choose_backend`).
+      remat: a number of steps, or "sqrt": keep the state only every so many steps of a recurrent layer and recompute
+        the rest in the backward pass, which needs memory for about sqrt(T) steps.
+      unroll: how many steps of the loop to compile into one body.
+      start: absolute time of ``xs[0]``, an integer. Randomness is keyed by absolute time, so that chunks draw as the
+        whole would: pass the number of steps already run.
+
+    Returns:
+      ``(state, ys)``: the state after the last valid step of each sequence, and ``ys (T, *B, H)``.
+
+    Raises:
+      ValueError, TypeError: where an argument does not fit, by name, before the loop is traced.
+
+    >>> cell = jrnn.lstm(4)
+    >>> params = cell.init(jax.random.key(0), 3)
+    >>> xs = jax.random.normal(jax.random.key(1), (6, 2, 3))
+    >>> state, ys = jrnn.unroll(cell, params, xs, lengths=jnp.array([6, 2]))
+    >>> ys.shape, bool((ys[2:, 1] == 0).all()), bool((state.h[1] == ys[1, 1]).all())
+    ((6, 2, 4), True, True)
+    >>> first, _ = jrnn.unroll(cell, params, xs[:4])                      # chunks equal the whole
+    >>> _, ys = jrnn.unroll(cell, params, xs[4:], first, start=4)
+    >>> bool(jnp.allclose(ys, jrnn.unroll(cell, params, xs)[1][4:], atol=1e-6))
+    True
+    """
+    if not isinstance(cell, Layer):
+        raise TypeError(f"cell: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {cell!r}")
+    xs, batch_shape = _check_xs(cell, xs)
+    lengths = _check_lengths(lengths, xs.shape[0], batch_shape)
+    mask = _check_flags(mask, "mask", (xs.shape[0], *batch_shape))
+    resets = _check_flags(resets, "resets", (xs.shape[0], *batch_shape))
+    _check_key(cell, key)
+    _check_options(backend, remat, unroll, start)
+    cell.check_values(xs, lengths, mask)
+    return _unroll(
+        cell, params, xs, state, lengths, mask, resets, key, start,
+        reverse=bool(reverse), backend=backend, remat=remat, unroll=unroll,
+    )  # fmt: skip
+
+
+def choose_backend(model: Layer, params: Any, xs: Any) -> tuple[str, str]:
+    """What ``unroll(model, params, xs)`` would run, and why: ``(name, reason)``.
+
+    For a model of several cells the reason has a part for each, and the name joins different names with "+".
+
+    >>> cell = jrnn.gru(4)
+    >>> name, reason = jrnn.choose_backend(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))
+    >>> name
+    'hoisted'
+    """
+    if not isinstance(model, Layer):
+        raise TypeError(f"model: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {model!r}")
+    xs, batch_shape = _check_xs(model, xs)
+    chosen: list[tuple[Any, str, str]] = []
+
+    def walk(params: Any, xs: Any) -> Any:
+        run = Run(Steps(), batch_shape, chosen=chosen)
+        return run(model, params, xs, model.initial_state(params, batch_shape))
+
+    jax.eval_shape(walk, params, xs)
+    if not chosen:
+        return "reference", "no layer is recurrent: each is applied to all steps at once"
+    if len(chosen) == 1:
+        return chosen[0][1:]
+    names = dict.fromkeys(name for _, name, _ in chosen)
+    return "+".join(names), "\n".join(f"{cell!r}: {name}: {reason}" for cell, name, reason in chosen)
+
+
+# Jitted, so that two eager calls with equal arguments compile once. A layer is a value: static, hashed and compared.
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("reverse", "backend", "remat", "unroll"))
+def _unroll(
+    cell: Layer,
+    params: Any,
+    xs: jax.Array,
+    state: Any,
+    lengths: jax.Array | None,
+    mask: jax.Array | None,
+    resets: jax.Array | None,
+    key: jax.Array | None,
+    start: Any,
+    *,
+    reverse: bool,
+    backend: str | None,
+    remat: int | str | None,
+    unroll: int,
+) -> tuple[Any, jax.Array]:
+    cell.check(params, xs)
+    batch_shape = xs.shape[1 : xs.ndim - cell.event_ndim]
+    initial = jax.eval_shape(lambda params: cell.initial_state(params, batch_shape), params)
+    if state is None:
+        state = cell.initial_state(params, batch_shape)
+    else:
+        _check_state(cell, state, initial)
+    valid = sequence.valid_steps(lengths, mask, xs.shape[0], batch_shape)
+    if valid is not None:
+        # Zero before the cell sees it: a NaN that is only hidden afterwards still has a NaN gradient.
+        xs = jnp.where(expand(valid, xs), xs, jnp.zeros((), xs.dtype))
+        resets = None if resets is None else resets & valid
+    if key is not None:
+        in_features = xs.shape[-1] if cell.event_ndim else None
+        params = cell.draw(params, jax.random.fold_in(key, SEQUENCE), batch_shape, in_features)
+    run = Run(Steps(valid, resets, reverse, key, start, (), remat, unroll), batch_shape, backend)
+    return run(cell, params, xs, state)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run over time, as the layers of a model see it: how to run their parts (see `Layer.walk`)."""
+
+    steps: Steps
+    batch_shape: tuple[int, ...]
+    backend: str | None = None
+    chosen: list[tuple[Any, str, str]] = field(default_factory=list)
+
+    def __call__(self, layer: Layer, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+        """Runs a layer over all steps."""
+        layer.check(params, xs)
+        return layer.walk(self, params, xs, state)
+
+    def scan(self, cell: Layer, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+        """Runs a recurrent layer step by step, by the schedule that suits it."""
+        x = jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype)
+        check_step(cell, params, x, state, self.steps.key)
+        name, reason = choose(cell, params, xs, self.steps, self.backend)
+        self.chosen.append((cell, name, reason))
+        return SCHEDULES[name].run(cell, params, xs, state, self.steps)
+
+    def child(self, index: int) -> Run:
+        """The run of a layer's part, with randomness of its own."""
+        return replace(self, steps=self.steps.child(index))
+
+    def opposite(self) -> Run:
+        """The same run from the other end of the sequence."""
+        return replace(self, steps=self.steps.opposite())
+
+    def step_keys(self, length: int) -> jax.Array | None:
+        """A key for each step, or None in a deterministic run."""
+        times = self.steps.times(length)
+        return None if times is None else jax.vmap(self.steps.key_at)(times)
+
+    def zero_invalid(self, ys: jax.Array) -> jax.Array:
+        """Outputs with zeros at invalid steps."""
+        valid = self.steps.valid
+        return ys if valid is None else jnp.where(expand(valid, ys), ys, jnp.zeros((), ys.dtype))
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def _check_xs(cell: Layer, xs: Any) -> tuple[jax.Array, tuple[int, ...]]:
+    try:
+        xs = jnp.asarray(xs)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"xs: expected an array (T, *B, F), got {type(xs).__name__}; pad ragged sequences with jrnn.sequence.pad"
+        ) from error
+    if xs.ndim < 1 + cell.event_ndim:
+        shape = "(T, *B, F)" if cell.event_ndim else "(T, *B)"
+        raise ValueError(
+            f"xs: expected {shape} for {cell!r}, got shape {xs.shape}; time is the first axis and batch axes follow it"
+        )
+    return xs, xs.shape[1 : xs.ndim - cell.event_ndim]
+
+
+def _check_lengths(lengths: Any, time: int, batch_shape: tuple[int, ...]) -> Any:
+    if lengths is None:
+        return None
+    lengths = lengths if is_traced(lengths) else np.asarray(lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"lengths: expected integers, got {lengths.dtype}; convert them with .astype(int)")
+    if lengths.shape != batch_shape:
+        raise ValueError(f"lengths: expected the batch shape {batch_shape} of xs, got shape {lengths.shape}")
+    if not is_traced(lengths) and lengths.size and not (lengths.min() >= 0 and lengths.max() <= time):
+        raise ValueError(
+            f"lengths: expected values in [0, {time}], the time axis of xs, got values from {lengths.min()} to "
+            f"{lengths.max()}"
+        )
+    return lengths.astype(np.int32)
+
+
+def _check_flags(flags: Any, argument: str, shape: tuple[int, ...]) -> Any:
+    if flags is None:
+        return None
+    flags = jnp.asarray(flags)
+    if flags.dtype != jnp.bool_:
+        raise TypeError(f"{argument}: expected booleans, got {flags.dtype}; convert with .astype(bool) or compare")
+    if flags.shape != shape:
+        raise ValueError(f"{argument}: expected shape {shape}, time and batch of xs, got {flags.shape}")
+    return flags
+
+
+def _check_key(cell: Layer, key: Any) -> None:
+    if key is None:
+        return
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and shape == ()) and not (dtype == jnp.uint32 and shape is not None and len(shape) == 1):
+        raise TypeError(f"key: expected one PRNG key, as from jax.random.key(0), got {describe(key)}")
+    if cell.uses_key is False:
+        raise ValueError(
+            f"key: expected None, since nothing in {cell!r} is random, got a key; leave it out, or add "
+            "jrnn.dropout, zoneout, variational or dropconnect"
+        )
+
+
+def _check_options(backend: Any, remat: Any, unroll: Any, start: Any) -> None:
+    if backend is not None and backend not in SCHEDULES:
+        raise ValueError(f"backend: expected None or one of {sorted(SCHEDULES)}, got {backend!r}")
+    is_count = isinstance(remat, int) and not isinstance(remat, bool) and remat >= 1
+    if not (remat is None or is_count or (isinstance(remat, str) and remat == "sqrt")):
+        raise ValueError(f'remat: expected None, a positive number of steps or "sqrt", got {remat!r}')
+    if isinstance(unroll, bool) or not isinstance(unroll, int) or unroll < 1:
+        raise ValueError(f"unroll: expected a positive int, got {unroll!r}")
+    if jnp.shape(start) != () or not jnp.issubdtype(jnp.result_type(start), jnp.integer):
+        raise TypeError(f"start: expected an integer, the absolute time of xs[0], got {start!r}")
+    if not is_traced(start) and not 0 <= int(start) < SEQUENCE:
+        raise ValueError(f"start: expected a time in [0, {SEQUENCE}), got {start}")
+
+
+def _check_state(cell: Layer, state: Any, expected: Any) -> None:
+    def shapes(tree: Any) -> list[Any]:
+        return [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)]
+
+    if jax.tree.structure(state) != jax.tree.structure(expected) or shapes(state) != shapes(expected):
+        raise ValueError(
+            f"state: expected {describe(expected)} for {cell!r} and this batch, got {describe(state)}; start from "
+            "None, from cell.initial_state(params, batch_shape), or from the state of an earlier call"
+        )
