@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Tracer = jax.core.Tracer
 
@@ -53,6 +54,17 @@ def describe(tree: Any) -> str:
         return _Text(type(x).__name__)
 
     return repr(jax.tree.map(leaf, tree))
+
+
+def same_form(a: Any, b: Any) -> bool:
+    """Whether two pytrees have the same structure, shapes and dtypes."""
+    structures: list[Any] = [jax.tree.structure(a), jax.tree.structure(b)]
+    if structures[0] != structures[1]:
+        return False
+    return all(
+        jnp.shape(x) == jnp.shape(y) and jnp.result_type(x) == jnp.result_type(y)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 class _Text(str):

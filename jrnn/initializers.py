@@ -123,6 +123,7 @@ _NAMES: dict[str, Callable[..., jax.Array]] = {
     "identity": identity(),
     "normal": normal(),
     "orthogonal": orthogonal(),
+    "standard_normal": normal(1.0),
     "uniform": uniform(),
     "zeros": zeros,
 }

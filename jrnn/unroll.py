@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrnn import sequence
-from jrnn._check import describe, is_traced
+from jrnn._check import describe, is_traced, same_form
 from jrnn.cells.base import Layer
 from jrnn.schedules import SCHEDULES, choose
 from jrnn.schedules.steps import SEQUENCE, Steps, check_step, expand
@@ -275,10 +275,7 @@ def _check_options(backend: Any, remat: Any, unroll: Any, start: Any) -> None:
 
 
 def _check_state(cell: Layer, state: Any, expected: Any) -> None:
-    def shapes(tree: Any) -> list[Any]:
-        return [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)]
-
-    if jax.tree.structure(state) != jax.tree.structure(expected) or shapes(state) != shapes(expected):
+    if not same_form(state, expected):
         raise ValueError(
             f"state: expected {describe(expected)} for {cell!r} and this batch, got {describe(state)}; start from "
             "None, from cell.initial_state(params, batch_shape), or from the state of an earlier call"

@@ -253,8 +253,8 @@ class AffineCell(Cell):
     state_type: ClassVar[Any] = HiddenState
     elementwise: ClassVar[bool | None] = None
     additive: ClassVar[bool | None] = None
-    emits: ClassVar[Any] = "h"
-    uses_key: ClassVar[Any] = False
+    emits = "h"
+    uses_key = False
 
     def __post_init__(self) -> None:
         positive_int(self.hidden, "hidden")

@@ -66,8 +66,8 @@ class Jordan(Cell):
     recurrent_init: initializers.Initializer = field(default="orthogonal", kw_only=True)
     bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
 
-    emits: ClassVar[Any] = "h"
-    uses_key: ClassVar[Any] = False
+    emits = "h"
+    uses_key = False
 
     def __post_init__(self) -> None:
         positive_int(self.hidden, "hidden")
@@ -142,8 +142,8 @@ class IndRNN(Cell):
     recurrent_init: initializers.Initializer = field(default=initializers.uniform(1.0), kw_only=True)
     bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
 
-    emits: ClassVar[Any] = "h"
-    uses_key: ClassVar[Any] = False
+    emits = "h"
+    uses_key = False
 
     def __post_init__(self) -> None:
         positive_int(self.hidden, "hidden")

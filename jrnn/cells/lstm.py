@@ -206,8 +206,8 @@ class ProjectionLSTM(Cell):
     recurrent_init: initializers.Initializer = field(default="orthogonal", kw_only=True)
     bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
 
-    emits: ClassVar[Any] = "h"
-    uses_key: ClassVar[Any] = False
+    emits = "h"
+    uses_key = False
 
     def __post_init__(self) -> None:
         positive_int(self.projection, "projection")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class TDNN(Cell):
     input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
     bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
 
-    uses_key: ClassVar[Any] = False
+    uses_key = False
 
     def __post_init__(self) -> None:
         for name in ("features", "window", "dilation"):

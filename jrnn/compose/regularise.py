@@ -123,7 +123,9 @@ class Zoneout(Wrapper):
             if key is None:
                 fields[name] = zone * old + (1 - zone) * now
             else:
-                fields[name] = jnp.where(jax.random.bernoulli(fold(key, i + 1), zone, now.shape), old, now)
+                fields[name] = jnp.where(
+                    jax.random.bernoulli(jax.random.fold_in(key, i + 1), zone, now.shape), old, now
+                )
         new = new._replace(**fields)
         return new, new.h
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Timewise(Layer):
     ((), (4, 2))
     """
 
-    uses_key: Any = False
+    uses_key = False
 
     def apply(self, params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """The output for one step, or without a key for any number of steps."""
@@ -58,6 +58,11 @@ class Timewise(Layer):
         return state, run.zero_invalid(ys)
 
 
+def weight_shape(params: Any) -> tuple[int, ...]:
+    """Shape of the leaf ``w``, ``()`` where there is none."""
+    return np.shape(params["w"]) if isinstance(params, dict) and "w" in params else ()
+
+
 @dataclass(frozen=True)
 class Dense(Timewise):
     """See `dense`."""
@@ -83,7 +88,7 @@ class Dense(Timewise):
         return self.features
 
     def check(self, params: Any, x: Any) -> None:
-        if not isinstance(params, dict) or jnp.shape(params.get("w"))[1:] != (self.features,):
+        if weight_shape(params)[1:] != (self.features,):
             raise ValueError(f"params: expected w (F, {self.features}) and b ({self.features},) for {self!r}")
         check_features(x, params["w"], "xs", self)
 
@@ -114,23 +119,23 @@ class Embed(Timewise):
 
     vocab: int
     features: int
-    init_: initializers.Initializer = field(default=initializers.normal(1.0), kw_only=True)
+    table_init: initializers.Initializer = field(default="standard_normal", kw_only=True)
 
-    event_ndim: ClassVar[Any] = 0
+    event_ndim = 0
 
     def __post_init__(self) -> None:
         positive_int(self.vocab, "vocab")
         positive_int(self.features, "features")
-        initializers.resolve(self.init_, "init_")
+        initializers.resolve(self.table_init, "table_init")
 
     def init(self, key: jax.Array, in_features: Any = None) -> dict[str, jax.Array]:
-        return {"w": initializers.resolve(self.init_)(key, (self.vocab, self.features), jnp.float32)}
+        return {"w": initializers.resolve(self.table_init)(key, (self.vocab, self.features), jnp.float32)}
 
     def out_features(self, in_features: Any) -> int:
         return self.features
 
     def check(self, params: Any, x: Any) -> None:
-        if not isinstance(params, dict) or jnp.shape(params.get("w")) != (self.vocab, self.features):
+        if weight_shape(params) != (self.vocab, self.features):
             raise ValueError(f"params: expected w ({self.vocab}, {self.features}) for {self!r}")
         if not jnp.issubdtype(x.dtype, jnp.integer):
             raise TypeError(f"xs: expected integer ids for {self!r}, got {x.dtype}")
@@ -155,7 +160,7 @@ class Embed(Timewise):
             )
 
 
-def embed(vocab: int, features: int, *, init: initializers.Initializer = initializers.normal(1.0)) -> Embed:
+def embed(vocab: int, features: int, *, table_init: initializers.Initializer = "standard_normal") -> Embed:
     """A row of a table for each integer id: ids ``(T, *B)`` give ``ys (T, *B, features)``.
 
     An id outside ``[0, vocab)`` raises where its value is known; in compiled code its row is NaN. Padding may hold
@@ -164,7 +169,7 @@ def embed(vocab: int, features: int, *, init: initializers.Initializer = initial
     Args:
       vocab: number of ids.
       features: features of the output.
-      init: initialiser of the table.
+      table_init: initialiser of the table.
 
     Parameters: ``w (vocab, features)``; ``layer.init(key, None)``, since there are no input features.
 
@@ -172,7 +177,7 @@ def embed(vocab: int, features: int, *, init: initializers.Initializer = initial
     >>> jrnn.unroll(layer, layer.init(jax.random.key(0), None), jnp.array([[1, 2], [3, 4]]))[1].shape
     (2, 2, 3)
     """
-    return Embed(vocab, features, init_=init)
+    return Embed(vocab, features, table_init=table_init)
 
 
 @dataclass(frozen=True)
@@ -240,7 +245,7 @@ class Dropout(Timewise):
 
     rate: float
 
-    uses_key: ClassVar[Any] = True
+    uses_key = True
 
     def __post_init__(self) -> None:
         rate(self.rate, "rate")

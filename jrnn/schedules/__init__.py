@@ -41,7 +41,7 @@ def choose(cell: Any, params: Any, xs: Any, steps: Steps, backend: str | None = 
                 f"backend: {backend!r} cannot run {cell!r}: {reason}; pass backend=None to let jrnn choose"
             )
         return backend, reason
-    refusals = []
+    refusals: list[str] = []
     for name, schedule in SCHEDULES.items():
         served, reason = schedule.serves(cell, params, xs, steps)
         if served:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jrnn._check import describe
+from jrnn._check import describe, same_form
 
 # Times are folded in as 32-bit unsigned integers; the last of them is kept for what is drawn once per sequence.
 SEQUENCE = 0xFFFFFFFF
@@ -135,13 +135,8 @@ def _checkpointed(segment: Any, state: Any, inputs: Any, length: int, steps: Ste
 def check_step(cell: Any, params: Any, x: Any, state: Any, key: Any) -> None:
     """Raises where a step does not give back a state of the structure, shapes and dtypes it was given."""
     new, _ = jax.eval_shape(cell.step, params, state, x, key)
-    old = jax.eval_shape(lambda s: s, state)
-    same = jax.tree.structure(new) == jax.tree.structure(old) and all(
-        (a.shape, a.dtype) == (b.shape, b.dtype)
-        for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
-    )
-    if not same:
+    if not same_form(new, state):
         raise TypeError(
-            f"cell: expected the step of {cell!r} to return a state like the one it was given, {describe(old)}, got "
+            f"cell: expected the step of {cell!r} to return a state like the one it was given, {describe(state)}, got "
             f"{describe(new)}; a state keeps its structure, shapes and dtypes from step to step"
         )
