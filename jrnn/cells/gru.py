@@ -140,7 +140,11 @@ class LayerNormGRU(GRU):
 
     def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
         width = 3 * self.hidden
-        return {"scale_ih": jnp.ones(width), "scale_hh": jnp.ones(width), **super().init_theta(key)}
+        return {
+            "scale_ih": jnp.ones(width, jnp.float32),
+            "scale_hh": jnp.ones(width, jnp.float32),
+            **super().init_theta(key),
+        }
 
     def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
         u = layer_norm(product(xs, params["w_ih"]), params["scale_ih"], self.epsilon)

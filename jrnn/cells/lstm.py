@@ -157,10 +157,10 @@ class LayerNormLSTM(LSTM):
     def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
         width, hidden = len(self.gate_names) * self.hidden, self.hidden
         return {
-            "scale_ih": jnp.ones(width),
-            "scale_hh": jnp.ones(width),
-            "scale_c": jnp.ones(hidden),
-            "shift_c": jnp.zeros(hidden),
+            "scale_ih": jnp.ones(width, jnp.float32),
+            "scale_hh": jnp.ones(width, jnp.float32),
+            "scale_c": jnp.ones(hidden, jnp.float32),
+            "shift_c": jnp.zeros(hidden, jnp.float32),
         }
 
     def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:

@@ -188,7 +188,7 @@ class LayerNorm(Timewise):
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         positive_int(in_features, "in_features")
-        return {"scale": jnp.ones(in_features), "shift": jnp.zeros(in_features)}
+        return {"scale": jnp.ones(in_features, jnp.float32), "shift": jnp.zeros(in_features, jnp.float32)}
 
     def check(self, params: Any, x: Any) -> None:
         check_features(x, params["scale"], "xs", self)
