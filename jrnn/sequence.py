@@ -488,19 +488,19 @@ def _with_validity(
     return ys, valid_steps(lengths, mask, ys.shape[0], batch_shape)
 
 
-def _check_lengths(lengths: ArrayLike, time: int, batch_shape: tuple[int, ...]) -> None:
+def _check_lengths(
+    lengths: ArrayLike, time: int, batch_shape: tuple[int, ...], name: str = "lengths", limit: str = "T"
+) -> None:
     """Shape and dtype always; values too where they are known, that is, outside of a transformation."""
-    array = _integers("lengths", lengths)
+    array = _integers(name, lengths)
     if array.shape != batch_shape:
-        raise ValueError(
-            f"lengths: expected shape {batch_shape}, one length for each batch element, got {array.shape}."
-        )
+        raise ValueError(f"{name}: expected shape {batch_shape}, one for each batch element, got {array.shape}.")
     if isinstance(lengths, jax.core.Tracer) or array.size == 0:
         return
     values = np.asarray(lengths)
     if values.min() < 0 or values.max() > time:
         raise ValueError(
-            f"lengths: expected values from 0 to T = {time}, got values from {values.min()} to {values.max()}."
+            f"{name}: expected values from 0 to {limit} = {time}, got values from {values.min()} to {values.max()}."
         )
 
 
