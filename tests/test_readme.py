@@ -1,0 +1,18 @@
+"""The README's Python blocks run as they stand, top to bottom, each file of its own."""
+
+import pathlib
+import re
+
+import pytest
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+
+
+def test_the_readme_has_examples():
+    assert BLOCKS
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_readme_block_runs(number):
+    exec(compile(BLOCKS[number], f"README block {number}", "exec"), {})
