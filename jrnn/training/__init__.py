@@ -1,6 +1,25 @@
 """Training: optimisers, a pure step, a loop, truncated backpropagation, checkpoints."""
 
+from jrnn.training.checkpoint import Checkpoint, Checkpointer
+from jrnn.training.fit import FitResult, NonFiniteError, fit
 from jrnn.training.optimizers import optimizer, schedule
 from jrnn.training.step import Metrics, Step, TrainState, make_step
+from jrnn.training.tbptt import Chunk, chunks, tbptt_step, truncated_unroll
 
-__all__ = ["Metrics", "Step", "TrainState", "make_step", "optimizer", "schedule"]
+__all__ = [
+    "Checkpoint",
+    "Checkpointer",
+    "Chunk",
+    "FitResult",
+    "Metrics",
+    "NonFiniteError",
+    "Step",
+    "TrainState",
+    "chunks",
+    "fit",
+    "make_step",
+    "optimizer",
+    "schedule",
+    "tbptt_step",
+    "truncated_unroll",
+]

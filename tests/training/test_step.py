@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import count_compilations
 
 from jrnn.training import TrainState, make_step, optimizer
+from tests.conftest import count_compilations
 
 KEYS = {"typed": jax.random.key, "legacy": jax.random.PRNGKey}
 OPTIMIZERS = {

@@ -1,0 +1,230 @@
+"""Checkpoints on disk through Orbax: written atomically, the best and the last few kept."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrnn._check import positive_int
+
+_DIFFERENCES_SHOWN = 8
+
+
+class Checkpoint(NamedTuple):
+    """What `Checkpointer.restore` returns.
+
+    Attributes:
+      step: the step it was saved under.
+      tree: the arrays, in the structure, and with the sharding, of the tree asked for.
+      info: the plain data saved beside them.
+
+    >>> Checkpoint(3, {}, None).step
+    3
+    """
+
+    step: int
+    tree: Any
+    info: Any
+
+
+class Checkpointer:
+    """A directory of checkpoints: one for each step saved, holding a pytree of arrays and some plain data.
+
+    Laws:
+      * A save is atomic: after a crash at any moment, ``kill -9`` included, the directory holds every checkpoint that
+        was complete before, and never half of one.
+      * The last `keep` checkpoints are kept, and the best: the earliest of lowest `value`. Older ones are removed.
+      * What is restored equals what was saved, bit for bit; dtypes never change. Typed keys (``jax.random.key``) and
+        old-style ones both survive.
+      * Saving is synchronous: once `save` returns, the arrays may be donated.
+
+    One process writes to a directory at a time. Needs the extra ``checkpoint``. Use it as a context manager, or call
+    `close`.
+
+    Args:
+      directory: where; made if it is not there.
+      keep: how many of the last checkpoints to keep, beside the best.
+
+    Raises:
+      ImportError: without Orbax, naming the extra to install.
+
+    >>> import tempfile
+    >>> tree = {"w": jnp.arange(3.0), "key": jax.random.key(0)}
+    >>> with tempfile.TemporaryDirectory() as directory, Checkpointer(directory, keep=1) as checkpointer:
+    ...     checkpointer.save(10, tree, info={"epoch": 1}, value=0.5)
+    ...     checkpointer.save(20, tree, info={"epoch": 2}, value=0.7)
+    ...     checkpointer.save(30, tree, info={"epoch": 3}, value=0.6)
+    ...     restored = checkpointer.restore(tree)
+    ...     print(checkpointer.steps(), checkpointer.best_step(), restored.step, restored.info)
+    [10, 30] 10 30 {'epoch': 3}
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3):
+        positive_int(keep, "keep")
+        ocp = _orbax()
+        path = os.fspath(directory)
+        self.directory = path if "://" in path else os.path.abspath(os.path.expanduser(path))
+        self.keep = keep
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_LastAndBest(keep),
+                best_fn=_value,
+                best_mode="min",
+                cleanup_tmp_directories=True,
+                # A save in the background would read buffers that the next step has been given to overwrite.
+                enable_async_checkpointing=False,
+            ),
+        )
+
+    def save(self, step: int, tree: Any, *, info: Any = None, value: float | None = None) -> None:
+        """Writes a checkpoint and removes the ones no longer kept.
+
+        Args:
+          step: its number; above that of every checkpoint so far.
+          tree: a pytree of arrays.
+          info: anything JSON can hold.
+          value: how good it is, lower is better; None (or a number that is not finite) for unknown.
+        """
+        ocp = _orbax()
+        latest = self.latest_step()
+        if latest is not None and step <= latest:
+            raise ValueError(f"step: expected one after {latest}, the latest in {self.directory}, got {step}")
+        tree = jax.tree.map(jnp.asarray, tree)
+        record = {"leaves": [[name, *kind] for name, kind in describe_leaves(tree).items()], "info": info}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(tree=ocp.args.StandardSave(tree), info=ocp.args.JsonSave(record)),
+            metrics={"value": value if value is not None and math.isfinite(value) else None},
+        )
+
+    def restore(self, like: Any, step: int | None = None) -> Checkpoint:
+        """Reads a checkpoint back.
+
+        Args:
+          like: a pytree with the structure, shapes and dtypes to expect: arrays or ``jax.ShapeDtypeStruct``.
+          step: which; None for the latest.
+
+        Raises:
+          FileNotFoundError: there is no such checkpoint.
+          ValueError: the checkpoint is of another model; the message names what differs.
+        """
+        ocp = _orbax()
+        step = self._find(step)
+        _compare(self.leaves(step), describe_leaves(like), f"checkpoint {step} in {self.directory}")
+        like = jax.tree.map(_abstract, like)
+        restored = self._manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(like)))
+        return Checkpoint(step, restored["tree"], self._record(step)["info"])
+
+    def leaves(self, step: int | None = None) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of each array of a checkpoint, by path, such as ``state/params/w_hh``."""
+        leaves = self._record(self._find(step))["leaves"]
+        return {name: (tuple(shape), dtype) for name, shape, dtype in leaves}
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, in order."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """The latest step that has a checkpoint, or None."""
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The earliest step of lowest value, or None where no checkpoint has a value."""
+        steps = self.steps()
+        best = _lowest([_value(self._manager.metrics(step)) for step in steps])
+        return None if best is None else steps[best]
+
+    def close(self) -> None:
+        """Lets go of the directory."""
+        self._manager.close()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _find(self, step: int | None) -> int:
+        steps = self.steps()
+        if not steps:
+            raise FileNotFoundError(f"directory: expected a checkpoint in {self.directory}, found none")
+        if step is not None and step not in steps:
+            raise FileNotFoundError(f"step: expected one of {steps}, the checkpoints in {self.directory}, got {step}")
+        return steps[-1] if step is None else step
+
+    def _record(self, step: int) -> Any:
+        ocp = _orbax()
+        return self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))["info"]
+
+
+class _LastAndBest:
+    """Which checkpoints Orbax preserves: the last few and the best."""
+
+    def __init__(self, keep: int):
+        self.keep = keep
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        del context
+        best = _lowest([_value(checkpoint.metrics) for checkpoint in checkpoints])
+        return [i >= len(checkpoints) - self.keep or i == best for i in range(len(checkpoints))]
+
+
+def _value(metrics: Any) -> float:
+    value = None if metrics is None else metrics["value"]
+    return math.inf if value is None else value
+
+
+def _lowest(values: list[float]) -> int | None:
+    """Where the first of the lowest values stands; infinity stands for unknown."""
+    return values.index(min(values)) if min(values, default=math.inf) < math.inf else None
+
+
+def _orbax() -> Any:
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise ImportError('checkpoints need Orbax, which is not installed: pip install "jrnn[checkpoint]"') from error
+    return ocp
+
+
+def describe_leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each leaf by its path, such as ``state/params/w_hh``."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (jnp.shape(leaf), str(jnp.result_type(leaf)))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=sharding)
+
+
+def _compare(saved: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
+    def text(leaves: dict[str, Any], name: str) -> str:
+        shape, dtype = leaves[name]
+        return f"{dtype}[{','.join(map(str, shape))}]"
+
+    differences = []
+    for name in sorted(saved.keys() | wanted.keys()):
+        if name not in wanted:
+            differences.append(f"{name}: {text(saved, name)} in the checkpoint, absent from the model")
+        elif name not in saved:
+            differences.append(f"{name}: absent from the checkpoint, {text(wanted, name)} in the model")
+        elif saved[name] != wanted[name]:
+            differences.append(f"{name}: {text(saved, name)} in the checkpoint, {text(wanted, name)} in the model")
+    if not differences:
+        return
+    shown = differences[:_DIFFERENCES_SHOWN]
+    more = len(differences) - len(shown)
+    raise ValueError(
+        f"{what} is of another model, optimiser or precision:\n  "
+        + "\n  ".join(shown)
+        + (f"\n  and {more} more" if more else "")
+        + "\nRestore it with what it was saved from, or choose another directory."
+    )
