@@ -7,6 +7,7 @@ leaves out means "don't know", never "no".
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -126,6 +127,11 @@ class Layer:
     uses_key: Any = None
     event_ndim: Any = 1
 
+    def __repr__(self) -> str:
+        """The layer as one would write it: fields that differ from their defaults."""
+        shown = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
     def init(self, key: jax.Array, in_features: Any) -> Any:
         """Parameters for inputs of ``in_features`` features: nested dicts and tuples of arrays."""
         raise NotImplementedError(f"{type(self).__name__} must define init(key, in_features)")
@@ -223,7 +229,7 @@ def emitted(y: jax.Array, x: jax.Array) -> jax.Array:
     return y.astype(x.dtype) if is_low(x.dtype) else y
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AffineCell(Cell):
     """A cell whose step is two matrix products and a function of gates; the library owns the products.
 

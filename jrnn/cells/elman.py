@@ -19,7 +19,7 @@ JordanState = HiddenState
 IndRNNState = HiddenState
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Elman(AffineCell):
     """See `elman`."""
 
@@ -54,7 +54,7 @@ def elman(hidden: int, activation: activations.Activation = "tanh", **options: A
     return Elman(hidden, activation, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Jordan(Cell):
     """See `jordan`."""
 
@@ -132,7 +132,7 @@ def jordan(hidden: int, out: int, activation: activations.Activation = "tanh", *
     return Jordan(hidden, out, activation, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class IndRNN(Cell):
     """See `indrnn`."""
 

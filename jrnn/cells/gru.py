@@ -19,7 +19,7 @@ MGUState = HiddenState
 UGRNNState = HiddenState
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Gated(AffineCell):
     """What the gated units share: a function for the gates and one for the candidate."""
 
@@ -39,7 +39,7 @@ class _Gated(AffineCell):
         return activations.resolve(self.gate_activation), activations.resolve(self.activation)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GRU(_Gated):
     """See `gru`: reset after the product."""
 
@@ -56,7 +56,7 @@ class GRU(_Gated):
         return HiddenState((1 - z) * n + z * state.h)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ResetBeforeGRU(Cell):
     """See `gru`: reset before the product, which makes the step two products, one after the other."""
 
@@ -130,7 +130,7 @@ def gru(hidden: int, reset: str = "after", **options: Any) -> GRU | ResetBeforeG
     return GRU(hidden, **options) if reset == "after" else ResetBeforeGRU(hidden, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerNormGRU(GRU):
     """See `layer_norm_gru`."""
 
@@ -171,7 +171,7 @@ def layer_norm_gru(hidden: int, **options: Any) -> LayerNormGRU:
     return LayerNormGRU(hidden, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MGU(_Gated):
     """See `mgu`."""
 
@@ -208,7 +208,7 @@ def mgu(hidden: int, **options: Any) -> MGU:
     return MGU(hidden, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UGRNN(_Gated):
     """See `ugrnn`."""
 

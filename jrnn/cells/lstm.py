@@ -27,7 +27,7 @@ class LSTMState(NamedTuple):
     c: jax.Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LSTM(AffineCell):
     """See `lstm`."""
 
@@ -82,7 +82,7 @@ def lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) -> LSTM:
     return LSTM(hidden, forget_bias, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PeepholeLSTM(LSTM):
     """See `peephole_lstm`."""
 
@@ -117,7 +117,7 @@ def peephole_lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) -> P
     return PeepholeLSTM(hidden, forget_bias, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CoupledLSTM(LSTM):
     """See `coupled_lstm`."""
 
@@ -145,7 +145,7 @@ def coupled_lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) -> Co
     return CoupledLSTM(hidden, forget_bias, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerNormLSTM(LSTM):
     """See `layer_norm_lstm`."""
 
@@ -195,7 +195,7 @@ def layer_norm_lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) ->
     return LayerNormLSTM(hidden, forget_bias, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ProjectionLSTM(Cell):
     """See `projection_lstm`."""
 

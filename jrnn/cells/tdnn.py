@@ -25,7 +25,7 @@ class TDNNState(NamedTuple):
     pending: jax.Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TDNN(Cell):
     """See `tdnn`."""
 

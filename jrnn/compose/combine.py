@@ -26,7 +26,7 @@ def fold(key: jax.Array | None, index: int) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, index)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stack(Layer):
     """See `stack`."""
 
@@ -133,7 +133,7 @@ _MERGES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bidirectional(Layer):
     """See `bidirectional`."""
 
@@ -239,7 +239,7 @@ def bidirectional(
     return Bidirectional(cell, cell if backward is None else backward, merge)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Residual(Layer):
     """See `residual`."""
 
@@ -304,7 +304,7 @@ def residual(layer: Layer) -> Residual:
     return Residual(layer)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Highway(Layer):
     """See `highway`."""
 

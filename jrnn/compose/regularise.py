@@ -20,8 +20,8 @@ class Wrapper(Cell):
     """A cell around a cell, which shares its parameters and state unless a subclass says otherwise.
 
     >>> jrnn.zoneout(jrnn.lstm(4), h=0.1).cell
-    LSTM(hidden=4, input_init='glorot_uniform', recurrent_init='orthogonal', bias_init='zeros', forget_bias=1.0, activation='tanh', gate_activation='sigmoid')
-    """  # noqa: E501
+    LSTM(hidden=4)
+    """
 
     cell: Any
 
@@ -85,7 +85,7 @@ class Wrapper(Cell):
         return state, emitted(y, x)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Zoneout(Wrapper):
     """See `zoneout`."""
 
@@ -156,7 +156,7 @@ def zoneout(cell: Cell, *, h: float = 0.0, c: float = 0.0) -> Zoneout:
     return zoned
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Variational(Wrapper):
     """See `variational`."""
 
@@ -228,7 +228,7 @@ def variational(cell: Cell, *, inputs: float = 0.0, recurrent: float = 0.0) -> V
     return Variational(cell, inputs, recurrent)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DropConnect(Wrapper):
     """See `dropconnect`."""
 
@@ -277,7 +277,7 @@ def dropconnect(cell: Cell, rate: float) -> DropConnect:
     return DropConnect(cell, rate)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LearnedState(Wrapper):
     """See `learned_state`."""
 

@@ -63,7 +63,7 @@ def weight_shape(params: Any) -> tuple[int, ...]:
     return np.shape(params["w"]) if isinstance(params, dict) and "w" in params else ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dense(Timewise):
     """See `dense`."""
 
@@ -113,7 +113,7 @@ def dense(features: int, **options: Any) -> Dense:
     return Dense(features, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Embed(Timewise):
     """See `embed`."""
 
@@ -180,7 +180,7 @@ def embed(vocab: int, features: int, *, table_init: initializers.Initializer = "
     return Embed(vocab, features, table_init=table_init)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerNorm(Timewise):
     """See `layer_norm`."""
 
@@ -214,7 +214,7 @@ def layer_norm(epsilon: float = 1e-5) -> LayerNorm:
     return LayerNorm(epsilon)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Activate(Timewise):
     """See `activation`."""
 
@@ -239,7 +239,7 @@ def activation(function: activations.Activation) -> Activate:
     return Activate(function)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dropout(Timewise):
     """See `dropout`."""
 
