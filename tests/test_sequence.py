@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import count_compilations
 
 from jrnn import sequence
+from tests.conftest import count_compilations
 
 NAN = float("nan")
 LENGTHS = np.array([3, 0, 5])
