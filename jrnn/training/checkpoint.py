@@ -98,7 +98,9 @@ class Checkpointer:
         record = {"leaves": [[name, *kind] for name, kind in describe_leaves(tree).items()], "info": info}
         self._manager.save(
             step,
-            args=ocp.args.Composite(tree=ocp.args.StandardSave(tree), info=ocp.args.JsonSave(record)),
+            args=ocp.args.Composite(
+                tree=ocp.args.StandardSave(_without_empty(tree)), info=ocp.args.JsonSave(record)
+            ),
             metrics={"value": value if value is not None and math.isfinite(value) else None},
         )
 
@@ -117,8 +119,10 @@ class Checkpointer:
         step = self._find(step)
         _compare(self.leaves(step), describe_leaves(like), f"checkpoint {step} in {self.directory}")
         like = jax.tree.map(_abstract, like)
-        restored = self._manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(like)))
-        return Checkpoint(step, restored["tree"], self._record(step)["info"])
+        wanted = ocp.args.StandardRestore(_without_empty(like))
+        restored = iter(jax.tree.leaves(self._manager.restore(step, args=ocp.args.Composite(tree=wanted))["tree"]))
+        fill = lambda leaf: next(restored) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype)
+        return Checkpoint(step, jax.tree.map(fill, like), self._record(step)["info"])
 
     def leaves(self, step: int | None = None) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of each array of a checkpoint, by path, such as ``state/params/w_hh``."""
@@ -198,6 +202,11 @@ def describe_leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
         jax.tree_util.keystr(path, simple=True, separator="/"): (jnp.shape(leaf), str(jnp.result_type(leaf)))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def _without_empty(tree: Any) -> Any:
+    """Orbax refuses arrays without elements: their shape, in the record, says all about them."""
+    return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
