@@ -334,6 +334,26 @@ class AffineCell(Cell):
         state = self.gates(self.theta(params), p, self.recur(params, state.h), state)
         return state, state.h
 
+    # What a fast schedule asks, of this cell or of a wrapper round it.
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether the step is the library's two products and ``gates``, nothing overridden."""
+        own = type(self)
+        return (own.step, own.update, own.recur) == (Cell.step, AffineCell.update, AffineCell.recur)
+
+    def recurrent_weights(self, params: Any) -> jax.Array:
+        """``W_hh``, as the loop multiplies by it."""
+        return params["w_hh"]
+
+    def recurrent_mask(self, params: Any) -> jax.Array | None:
+        """What ``h`` is multiplied by on its way into the recurrent product, None for nothing."""
+        return None
+
+    def combine(self, theta: Any, u: Any, v: Any, state: Any, key: jax.Array | None) -> Any:
+        """The new state: ``gates``, and what wrappers make of it."""
+        return self.gates(theta, u, v, state)
+
     def split(self, z: jax.Array) -> tuple[jax.Array, ...]:
         """``(..., G*H)`` as one ``(..., H)`` array per gate."""
         return tuple(jnp.split(z, len(self.gate_names), axis=-1))

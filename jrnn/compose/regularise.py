@@ -9,11 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from jrnn._check import rate
-from jrnn.cells.base import AffineCell, Cell, Drawn, compute_params, emitted
+from jrnn.cells.base import AffineCell, Cell, Drawn, compute_params, emitted, product, stable
 from jrnn.compose.combine import fold
 from jrnn.compose.timewise import drop
 
 __all__ = ["Wrapper", "dropconnect", "learned_state", "variational", "zoneout"]
+
+
+def undrawn(params: Any) -> Any:
+    """Parameters without what was drawn beside them."""
+    return params.params if isinstance(params, Drawn) else params
 
 
 class Wrapper(Cell):
@@ -73,6 +78,27 @@ class Wrapper(Cell):
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         return self.cell.update(self.inner(params), state, p, key)
 
+    # What a fast schedule asks of an affine cell, asked of the wrapped one (see `AffineCell`).
+
+    @property
+    def is_affine(self) -> bool:
+        return getattr(self.cell, "is_affine", False)
+
+    def theta(self, params: Any) -> Any:
+        return self.cell.theta(self.inner(params))
+
+    def split(self, z: jax.Array) -> tuple[jax.Array, ...]:
+        return self.cell.split(z)
+
+    def recurrent_weights(self, params: Any) -> jax.Array:
+        return self.cell.recurrent_weights(self.inner(params))
+
+    def recurrent_mask(self, params: Any) -> jax.Array | None:
+        return self.cell.recurrent_mask(self.inner(params))
+
+    def combine(self, theta: Any, u: Any, v: Any, state: Any, key: jax.Array | None) -> Any:
+        return self.cell.combine(theta, u, v, state, key)
+
     def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         # Not Cell.step: a wrapped cell that defines only its step has no projection, and needs none.
         x = jnp.asarray(x)
@@ -115,19 +141,24 @@ class Zoneout(Wrapper):
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         new, _ = self.cell.update(params, state, p, None if self.cell.uses_key is False else fold(key, 0))
+        new = self._zone(new, state, key)
+        return new, new.h
+
+    def combine(self, theta: Any, u: Any, v: Any, state: Any, key: jax.Array | None) -> Any:
+        return self._zone(self.cell.combine(theta, u, v, state, fold(key, 0)), state, key)
+
+    def _zone(self, new: Any, old: Any, key: jax.Array | None) -> Any:
         fields = {}
         for i, (name, zone) in enumerate(self.rates):
             if not zone:
                 continue
-            old, now = getattr(state, name), getattr(new, name)
+            was, now = getattr(old, name), getattr(new, name)
             if key is None:
-                fields[name] = zone * old + (1 - zone) * now
+                fields[name] = zone * was + (1 - zone) * now
             else:
-                fields[name] = jnp.where(
-                    jax.random.bernoulli(jax.random.fold_in(key, i + 1), zone, now.shape), old, now
-                )
-        new = new._replace(**fields)
-        return new, new.h
+                kept = jax.random.bernoulli(jax.random.fold_in(key, i + 1), zone, now.shape)
+                fields[name] = jnp.where(kept, was, now)
+        return new._replace(**fields)
 
 
 def zoneout(cell: Cell, *, h: float = 0.0, c: float = 0.0) -> Zoneout:
@@ -168,7 +199,7 @@ class Variational(Wrapper):
         super().__post_init__()
         rate(self.inputs, "inputs")
         rate(self.recurrent, "recurrent")
-        if self.recurrent and not isinstance(self.cell, AffineCell):
+        if self.recurrent and not (isinstance(self.cell, AffineCell) and self.cell.is_affine):
             raise TypeError(
                 f"cell: expected an AffineCell (lstm, gru, elman, ...) for recurrent dropout, whose recurrent product "
                 f"the library owns, got {self.cell!r}; wrap the cell itself and put other wrappers outside"
@@ -179,7 +210,7 @@ class Variational(Wrapper):
         return True
 
     def inner(self, params: Any) -> Any:
-        return params.params if isinstance(params, Drawn) else params
+        return undrawn(params)
 
     def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
         k_inputs, k_recurrent, k_cell = (jax.random.fold_in(key, i) for i in range(3))
@@ -187,7 +218,8 @@ class Variational(Wrapper):
         if self.inputs:
             noise["inputs"] = drop(k_inputs, self.inputs, jnp.ones((*batch_shape, in_features)))
         if self.recurrent:
-            ones = jnp.ones((*batch_shape, self.cell.out_features(in_features)))
+            w_hh = params["w_hh"]
+            ones = jnp.ones((*batch_shape, w_hh.shape[0]), stable(w_hh.dtype))
             noise["recurrent"] = drop(k_recurrent, self.recurrent, ones)
         return Drawn(self.cell.draw(params, k_cell, batch_shape, in_features), noise)
 
@@ -197,13 +229,16 @@ class Variational(Wrapper):
         return super().project(params, xs)
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
-        if not (isinstance(params, Drawn) and "recurrent" in params.noise):
+        mask = self.recurrent_mask(params) if self.recurrent else None
+        if mask is None:
             return self.cell.update(self.inner(params), state, p, None if self.cell.uses_key is False else key)
-        # Only what goes through the recurrent weights is dropped: the state itself is carried whole.
-        params, mask = params.params, params.noise["recurrent"]
-        v = self.cell.recur(params, state.h * mask.astype(state.h.dtype))  # type: ignore[attr-defined]
-        state = self.cell.gates(self.cell.theta(params), p, v, state)  # type: ignore[attr-defined]
+        v = self.split(product(state.h * mask, self.recurrent_weights(params)))
+        state = self.combine(self.theta(params), p, v, state, key)
         return state, state.h
+
+    def recurrent_mask(self, params: Any) -> jax.Array | None:
+        # Only what goes through the recurrent weights is dropped: the state itself is carried whole.
+        return params.noise.get("recurrent") if isinstance(params, Drawn) else None
 
 
 def variational(cell: Cell, *, inputs: float = 0.0, recurrent: float = 0.0) -> Variational:
@@ -244,7 +279,7 @@ class DropConnect(Wrapper):
         return True
 
     def inner(self, params: Any) -> Any:
-        return params.params if isinstance(params, Drawn) else params
+        return undrawn(params)
 
     def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
         k_weights, k_cell = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
@@ -294,20 +329,21 @@ class LearnedState(Wrapper):
         state = self.cell.initial_state(self.inner(params), batch_shape)
         learned = {
             name: jnp.broadcast_to(value.astype(getattr(state, name).dtype), getattr(state, name).shape)
-            for name, value in params["initial"].items()
+            for name, value in undrawn(params)["initial"].items()
         }
         return type(state)(**learned)
 
     def check(self, params: Any, x: Any) -> None:
-        if not isinstance(params, dict) or set(params) != {"cell", "initial"}:
+        own = undrawn(params)
+        if not isinstance(own, dict) or set(own) != {"cell", "initial"}:
             raise ValueError('params: expected a dict with "cell" and "initial" for a cell with a learned state')
         super().check(params, x)
 
     def inner(self, params: Any) -> Any:
-        return params["cell"]
+        return undrawn(params)["cell"]
 
-    def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> dict[str, Any]:
-        return {**params, "cell": self.cell.draw(params["cell"], key, batch_shape, in_features)}
+    def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
+        return Drawn({**params, "cell": self.cell.draw(params["cell"], key, batch_shape, in_features)}, {})
 
 
 def learned_state(cell: Cell) -> LearnedState:

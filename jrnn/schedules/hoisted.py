@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jrnn.cells.base import compute_params, emitted
+from jrnn.schedules import affine
 from jrnn.schedules.steps import Steps, scan
 
 
@@ -18,5 +19,8 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
 
 def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tuple[Any, jax.Array]:
     params = compute_params(params, xs.dtype)
+    if getattr(cell, "is_affine", False):
+        state, ys = affine.run(cell, params, xs, state, steps)
+        return state, emitted(ys, xs)
     state, ys = scan(cell, params, xs, state, steps, cell.project, cell.update)
     return state, emitted(ys, xs)

@@ -66,7 +66,7 @@ def expand(flags: jax.Array, like: jax.Array) -> jax.Array:
 
 def select(flags: jax.Array, new: Any, old: Any) -> Any:
     """``new`` where flags hold and ``old`` elsewhere, leaf by leaf; never a product, which would pass NaN on."""
-    return jax.tree.map(lambda n, o: jnp.where(expand(flags, n), n, o), new, old)
+    return jax.tree.map(lambda n, o: jnp.where(expand(flags, o), n, o), new, old)
 
 
 def scan(
@@ -101,10 +101,10 @@ def scan(
         return lax.scan(body, state, (project(params, xs), *rest), count, steps.reverse, unroll)
 
     inputs = (xs, steps.valid, steps.resets, steps.times(length))
-    return _checkpointed(segment, state, inputs, length, steps)
+    return checkpointed(segment, state, inputs, length, steps)
 
 
-def _checkpointed(segment: Any, state: Any, inputs: Any, length: int, steps: Steps) -> tuple[Any, jax.Array]:
+def checkpointed(segment: Any, state: Any, inputs: Any, length: int, steps: Steps) -> tuple[Any, jax.Array]:
     """Runs a segment function over all steps, in chunks whose insides are recomputed backwards (Chen et al. 2016)."""
     if steps.remat is None or length < 2:
         return segment(state, inputs)
