@@ -242,7 +242,7 @@ class AffineCell(Cell):
     ``HiddenState(h)``, every field ``(*B, H)`` and zero at first.
 
     Promises: ``elementwise`` says that unit j of each new field depends on unit j of u, v and state alone;
-    ``additive`` says that ``gates`` uses only ``u + v``.
+    ``additive`` says that ``gates`` uses only ``u + v``: of all gates (True), or of those named in a tuple.
 
     Args:
       hidden: H, the number of units.
@@ -269,7 +269,7 @@ class AffineCell(Cell):
     gate_names: ClassVar[tuple[str, ...]] = ("h",)
     state_type: ClassVar[Any] = HiddenState
     elementwise: ClassVar[bool | None] = None
-    additive: ClassVar[bool | None] = None
+    additive: ClassVar[bool | tuple[str, ...] | None] = None
     emits = "h"
     uses_key = False
 
@@ -341,6 +341,13 @@ class AffineCell(Cell):
         """Whether the step is the library's two products and ``gates``, nothing overridden."""
         own = type(self)
         return (own.step, own.update, own.recur) == (Cell.step, AffineCell.update, AffineCell.recur)
+
+    @property
+    def sums(self) -> tuple[bool, ...]:
+        """For each gate, whether it is promised to use only ``u + v``."""
+        if isinstance(self.additive, tuple):
+            return tuple(name in self.additive for name in self.gate_names)
+        return (self.additive is True,) * len(self.gate_names)
 
     def recurrent_weights(self, params: Any) -> jax.Array:
         """``W_hh``, as the loop multiplies by it."""

@@ -26,7 +26,7 @@ class Elman(AffineCell):
     activation: activations.Activation = "tanh"
 
     elementwise: ClassVar[bool | None] = True
-    additive: ClassVar[bool | None] = True
+    additive = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -44,7 +44,7 @@ class GRU(_Gated):
     """See `gru`: reset after the product."""
 
     gate_names: ClassVar[tuple[str, ...]] = ("r", "z", "n")
-    additive: ClassVar[bool | None] = False
+    additive: ClassVar[Any] = ("r", "z")
 
     def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
         return {"b_hn": initializers.resolve(self.bias_init)(key, (self.hidden,), jnp.float32)}
@@ -137,6 +137,7 @@ class LayerNormGRU(GRU):
     epsilon: float = field(default=1e-5, kw_only=True)
 
     elementwise: ClassVar[bool | None] = False
+    additive = False
 
     def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
         width = 3 * self.hidden
@@ -176,7 +177,7 @@ class MGU(_Gated):
     """See `mgu`."""
 
     gate_names: ClassVar[tuple[str, ...]] = ("f", "n")
-    additive: ClassVar[bool | None] = False
+    additive = ("f",)
 
     def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
         return {"b_hn": initializers.resolve(self.bias_init)(key, (self.hidden,), jnp.float32)}
@@ -213,7 +214,7 @@ class UGRNN(_Gated):
     """See `ugrnn`."""
 
     gate_names: ClassVar[tuple[str, ...]] = ("g", "n")
-    additive: ClassVar[bool | None] = True
+    additive = True
 
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
         sigma, tanh = self.functions

@@ -38,7 +38,7 @@ class LSTM(AffineCell):
     gate_names: ClassVar[tuple[str, ...]] = ("i", "f", "g", "o")
     state_type: ClassVar[Any] = LSTMState
     elementwise: ClassVar[bool | None] = True
-    additive: ClassVar[bool | None] = True
+    additive = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +86,7 @@ def lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) -> LSTM:
 class PeepholeLSTM(LSTM):
     """See `peephole_lstm`."""
 
-    additive: ClassVar[bool | None] = True
+    additive = True
 
     def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
         keys = jax.random.split(key, 3)
@@ -152,7 +152,7 @@ class LayerNormLSTM(LSTM):
     epsilon: float = field(default=1e-5, kw_only=True)
 
     elementwise: ClassVar[bool | None] = False
-    additive: ClassVar[bool | None] = False
+    additive = False
 
     def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
         width, hidden = len(self.gate_names) * self.hidden, self.hidden

@@ -90,6 +90,10 @@ class Wrapper(Cell):
     def split(self, z: jax.Array) -> tuple[jax.Array, ...]:
         return self.cell.split(z)
 
+    @property
+    def sums(self) -> tuple[bool, ...]:
+        return self.cell.sums
+
     def recurrent_weights(self, params: Any) -> jax.Array:
         return self.cell.recurrent_weights(self.inner(params))
 
@@ -145,7 +149,7 @@ class Zoneout(Wrapper):
         return new, new.h
 
     def combine(self, theta: Any, u: Any, v: Any, state: Any, key: jax.Array | None) -> Any:
-        return self._zone(self.cell.combine(theta, u, v, state, fold(key, 0)), state, key)
+        return self._zone(super().combine(theta, u, v, state, fold(key, 0)), state, key)
 
     def _zone(self, new: Any, old: Any, key: jax.Array | None) -> Any:
         fields = {}

@@ -111,7 +111,11 @@ def tangent(
         before = select(schedule.resets, inputs.restart, before)
     h = fed(before.h, inputs.mask)
     v = cell.split(product(h, inputs.w_hh))
-    dv = cell.split(product(h, d.w_hh)) if weights_move else None
+    dv = cell.split(product(h, d.w_hh)) if weights_move else (None,) * len(v)
+    # Of a gate that uses only u + v the sum is enough, to read and to send back.
+    sums = cell.sums
+    u, v = zip(*(((a + b, None) if s else (a, b)) for a, b, s in zip(inputs.u, v, sums, strict=True)), strict=True)
+    du, dv = zip(*((_add(a, b), None) if s else (a, b) for a, b, s in zip(d.u, dv, sums, strict=True)), strict=True)
     # The transposed loop multiplies by W_hh^T; made here once, row-major, or XLA would transpose it at every step.
     w_hh_t = inputs.w_hh.T
 
@@ -121,13 +125,19 @@ def tangent(
             ds = select(resets, d.restart, ds)
         key = key_at(plan, schedule.key, time)
         through = cell.split(product_t(fed(ds.h, inputs.mask), w_hh_t))
-        dv = through if dv is None else jax.tree.map(jnp.add, dv, through)
-        dnew = _gates_jvp(lambda *args: cell.combine(*args, key), (inputs.theta, u, v, state), (d.theta, du, dv, ds))
+        du = tuple(_add(a, t) if s else a for a, t, s in zip(du, through, sums, strict=True))
+        dv = tuple(None if s else _add(a, t) for a, t, s in zip(dv, through, sums, strict=True))
+
+        def gates(theta: Any, u: Any, v: Any, state: Any) -> Any:
+            v = tuple(jnp.zeros_like(a) if b is None else b for a, b in zip(u, v, strict=True))
+            return cell.combine(theta, u, v, state, key)
+
+        dnew = _gates_jvp(gates, (inputs.theta, u, v, state), (d.theta, du, dv, ds))
         if valid is not None:
             dnew = select(valid, dnew, ds)
         return dnew, dnew
 
-    steps = (inputs.u, v, before, d.u, dv, (schedule.times, schedule.valid, schedule.resets))
+    steps = (u, v, before, du, dv, (schedule.times, schedule.valid, schedule.resets))
     return scan(plan, body, d.state, steps)
 
 
@@ -163,6 +173,10 @@ def key_at(plan: Plan, key: Any, time: Any) -> Any:
 def scan(plan: Plan, body: Any, state: Any, steps: Any) -> tuple[Any, Any]:
     count = jax.tree.leaves(steps)[0].shape[0]
     return jax.lax.scan(body, state, steps, count, plan.reverse, max(1, min(plan.unroll, count)))
+
+
+def _add(a: jax.Array | None, b: jax.Array | None) -> Any:
+    return b if a is None else a if b is None else a + b
 
 
 def _is_zero(t: Any) -> bool:
