@@ -41,7 +41,7 @@ __all__ = [
 Path = tuple[str | int, ...]
 
 # Which leaves of a cell's parameters act on the state, on the input, or on neither.
-_GROUPS = {"recurrent": ("w_hh",), "input": ("w_ih",), "bias": ("b", "b_hn")}
+_GROUPS = {"recurrent": ("w_hh",), "input": ("w_ih",), "bias": ("b", "b_hn", "b_o")}
 
 
 def mse(predictions: ArrayLike, targets: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
@@ -222,7 +222,7 @@ def l1(params: Any, select: str | Sequence[str] | Callable[[Path], bool] | None 
       select: which leaves:
 
         - None: every floating leaf;
-        - `"recurrent"` (`w_hh`), `"input"` (`w_ih`) or `"bias"` (`b`, `b_hn`);
+        - `"recurrent"` (`w_hh`), `"input"` (`w_ih`) or `"bias"` (`b`, `b_hn`, `b_o`);
         - any other name, or several: the leaves whose own key that is, `"w"` or `("w", "w_ih")`;
         - a function of a leaf's path, such as `(1, "forward", "w_hh")` in a stack.
 
