@@ -292,6 +292,7 @@ def jacobian_products(
     # initial state) at its other end; `fixed` is the end that stays.
     path: list[int]
     others: list[int | None]
+    fixed: int | None
     if end is not None:
         path = order[order.index(end) :: -1]
         others, fixed = [*path[1:], None], end
@@ -801,7 +802,9 @@ def _step_jacobian(cell: Any, params: Any, state: Any, x: jax.Array, key: jax.Ar
         ]
         _, moved = jax.jvp(step, (floats,), (tangents,))
         wide = np.result_type(*(m.dtype for m in moved))
-        return jnp.concatenate([m.reshape(*batch, -1).astype(wide) for m in moved], axis=-1)
+        return jnp.concatenate(
+            [m.reshape(*batch, size).astype(wide) for m, size in zip(moved, sizes, strict=True)], axis=-1
+        )
 
     return jax.vmap(column, out_axes=-1)(jnp.eye(sum(sizes)))
 
