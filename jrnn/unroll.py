@@ -82,6 +82,13 @@ def unroll(
     """
     if not isinstance(cell, Layer):
         raise TypeError(f"cell: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {cell!r}")
+    try:
+        hash(cell)
+    except TypeError as error:
+        raise TypeError(
+            f"cell: expected a hashable layer, a frozen dataclass of numbers, strings, tuples and functions, "
+            f"got {cell!r} ({error}); keep arrays in params and lists as tuples"
+        ) from error
     xs, batch_shape = _check_xs(cell, xs)
     lengths = _check_lengths(lengths, xs.shape[0], batch_shape)
     mask = _check_flags(mask, "mask", (xs.shape[0], *batch_shape))
