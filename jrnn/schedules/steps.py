@@ -38,11 +38,25 @@ class Steps:
         return replace(self, path=(*self.path, index))
 
     def opposite(self) -> Steps:
-        """The same steps run from the other end. A boundary before t in one order is one after t in the other."""
+        """The same steps run from the other end, where a boundary is met at the last valid step before it."""
         resets = self.resets
         if resets is not None and resets.shape[0]:
+            length = resets.shape[0]
             edge = jnp.zeros_like(resets[:1])
-            resets = jnp.concatenate([edge, resets[:-1]]) if self.reverse else jnp.concatenate([resets[1:], edge])
+            if self.valid is None:
+                resets = jnp.concatenate([edge, resets[:-1]] if self.reverse else [resets[1:], edge])
+            else:
+                # Steps that are not valid lie between two steps that are neighbours all the same.
+                times = expand(jnp.arange(length, dtype=jnp.int32), resets)
+                if self.reverse:
+                    seen = lax.cummax(jnp.where(self.valid, times, -1), axis=0)
+                    neighbour = jnp.concatenate([jnp.full_like(seen[:1], -1), seen[:-1]])
+                else:
+                    seen = lax.cummin(jnp.where(self.valid, times, length), axis=0, reverse=True)
+                    neighbour = jnp.concatenate([seen[1:], jnp.full_like(seen[:1], length)])
+                inside = (neighbour >= 0) & (neighbour < length)
+                met = jnp.take_along_axis(resets, jnp.clip(neighbour, 0, length - 1), axis=0)
+                resets = met & inside & self.valid
         return replace(self, reverse=not self.reverse, resets=resets)
 
     def times(self, length: int) -> jax.Array | None:
