@@ -156,8 +156,9 @@ def plot(path, dates, truth, forecast, persistence):
     whole.plot(dates, forecast, color="tab:red", linewidth=0.8, label="forecast, one day ahead")
     whole.set_title("All test days")
     last = slice(-60, None)
-    zoom.plot(dates[last], truth[last], color="0.6", linewidth=2.5, marker="o", markersize=4, label="truth")
-    zoom.plot(dates[last], persistence[last], color="tab:blue", linestyle=":", label="persistence: yesterday's close")
+    zoom.plot(dates[last], truth[last], color="0.4", linewidth=1.5, marker="o", markersize=4, label="truth")
+    # Wide and pale: a forecast that is hardly more than persistence lies on top of it.
+    zoom.plot(dates[last], persistence[last], color="tab:blue", alpha=0.35, linewidth=5, label="persistence")
     zoom.plot(dates[last], forecast[last], color="tab:red", linewidth=1.2, label="forecast, one day ahead")
     zoom.set_title(f"The last {len(truth[last])} of them (persistence is the truth, one day late)")
     for axes in (whole, zoom):
