@@ -148,7 +148,8 @@ class Layer:
         """Features of ``y`` for inputs of ``in_features`` features; found by abstract evaluation unless given."""
         params = jax.eval_shape(lambda key: self.init(key, in_features), jax.random.key(0))
         state = jax.eval_shape(lambda p: self.initial_state(p, ()), params)
-        x = jax.ShapeDtypeStruct((in_features,), jnp.float32)
+        floats = [leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        x = jax.ShapeDtypeStruct((in_features,), floats[0] if floats else jnp.result_type(float))
         return jax.eval_shape(lambda p, s, x: self.step(p, s, x), params, state, x)[1].shape[-1]
 
     def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
