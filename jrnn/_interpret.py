@@ -84,7 +84,7 @@ def _run(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
             outs = outs if eqn.primitive.multiple_results else [np.asarray(outs)]
         else:
             outs = eqn.primitive.bind(*values, **params)
-            outs = outs if eqn.primitive.multiple_results else [outs]
+            outs = list(map(_host, outs if eqn.primitive.multiple_results else [outs]))
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -109,7 +109,6 @@ def _scan(eqn: Any, values: list[Any]) -> list[Any]:
 
 
 def _stacked(values: list[Any]) -> Any:
-    values = list(map(_host, values))
     return (np if isinstance(values[0], np.ndarray | np.generic) else jnp).stack(values)
 
 

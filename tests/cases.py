@@ -1,0 +1,188 @@
+"""The one table of cells, layers, wrappers and their combinations; every law runs over every row.
+
+A row is a layer and the number of its input features (None: integer ids). Widths are few, so that what is compiled
+for one row serves others.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import jrnn
+
+
+class Case(NamedTuple):
+    """``full``: run every law in float32 too, with those that compile, which take longer than all others together."""
+
+    name: str
+    layer: Any
+    in_features: Any = 3
+    full: bool = False
+
+
+def softsign(x):
+    return x / (1 + jnp.abs(x))
+
+
+def difference(a, b):
+    return a - b
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOnly(jrnn.Cell):
+    """A user's cell: a step and nothing else, its state a plain array."""
+
+    decay: float
+
+    def init(self, key, in_features):
+        return {"scale": jnp.ones(in_features)}
+
+    def initial_state(self, params, batch_shape):
+        return jnp.zeros((*batch_shape, *params["scale"].shape), params["scale"].dtype)
+
+    def step(self, params, state, x, key=None):
+        state = self.decay * state + jnp.tanh(params["scale"] * x)
+        return state, state * state
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting(jrnn.Cell):
+    """A user's cell with an integer in its state and randomness of its own; it promises nothing about keys."""
+
+    def init(self, key, in_features):
+        return {"w": jax.random.normal(key, (in_features, in_features))}
+
+    def initial_state(self, params, batch_shape):
+        h = jnp.zeros((*batch_shape, params["w"].shape[1]), params["w"].dtype)
+        return {"h": h, "steps": jnp.zeros(batch_shape, jnp.int32)}
+
+    def step(self, params, state, x, key=None):
+        h = jnp.tanh(jnp.matmul(x, params["w"]) + 0.5 * state["h"])
+        if key is not None:
+            h = h + 0.1 * jax.random.normal(key, h.shape, h.dtype)
+        return {"h": h, "steps": state["steps"] + 1}, h * (1 + state["steps"][..., None].astype(h.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectAndUpdate(jrnn.Cell):
+    """A user's cell that declares its projection."""
+
+    hidden: int
+    uses_key: ClassVar[Any] = False
+    emits: ClassVar[Any] = "h"
+
+    def init(self, key, in_features):
+        k_ih, k_hh = jax.random.split(key)
+        return {
+            "w_ih": jax.random.normal(k_ih, (in_features, self.hidden)),
+            "w_hh": 0.5 * jax.random.normal(k_hh, (self.hidden, self.hidden)),
+        }
+
+    def initial_state(self, params, batch_shape):
+        return jrnn.HiddenState(jnp.full((*batch_shape, self.hidden), 0.25, params["w_hh"].dtype))
+
+    def project(self, params, xs):
+        return {"u": jrnn.product(xs, params["w_ih"])}
+
+    def update(self, params, state, p, key=None):
+        h = jnp.sin(p["u"] + jrnn.product(state.h, params["w_hh"]))
+        return jrnn.HiddenState(h), h
+
+
+class Leaky(jrnn.AffineCell):
+    """A user's affine cell: two gates."""
+
+    gate_names: ClassVar[tuple[str, ...]] = ("z", "n")
+
+    def gates(self, theta, u, v, state):
+        z, n = jax.nn.sigmoid(u[0] + v[0]), jnp.tanh(u[1] + v[1])
+        return state._replace(h=z * state.h + (1 - z) * n)
+
+
+CASES = (
+    # Cells.
+    Case("elman", jrnn.elman(4), full=True),
+    Case("elman_relu", jrnn.elman(4, "relu", recurrent_init="identity")),
+    Case("elman_sigmoid", jrnn.elman(4, "sigmoid")),
+    Case("elman_function", jrnn.elman(4, softsign)),
+    Case("jordan", jrnn.jordan(4, 3, out_activation="tanh")),
+    Case("lstm", jrnn.lstm(4), full=True),
+    Case("peephole_lstm", jrnn.peephole_lstm(4)),
+    Case("coupled_lstm", jrnn.coupled_lstm(4)),
+    Case("projection_lstm", jrnn.projection_lstm(4, 3)),
+    Case("layer_norm_lstm", jrnn.layer_norm_lstm(4)),
+    Case("gru_after", jrnn.gru(4), full=True),
+    Case("gru_before", jrnn.gru(4, "before")),
+    Case("layer_norm_gru", jrnn.layer_norm_gru(4)),
+    Case("mgu", jrnn.mgu(4)),
+    Case("ugrnn", jrnn.ugrnn(4)),
+    Case("indrnn", jrnn.indrnn(4)),
+    Case("indrnn_tanh", jrnn.indrnn(4, "tanh")),
+    Case("tdnn", jrnn.tdnn(4, window=3), full=True),
+    Case("tdnn_dilated", jrnn.tdnn(4, window=3, dilation=2)),
+    Case("tdnn_one", jrnn.tdnn(4, window=1)),
+    Case("step_only", StepOnly(0.5), full=True),
+    Case("counting", Counting(), full=True),
+    Case("project_and_update", ProjectAndUpdate(4)),
+    Case("leaky", Leaky(4)),
+    # Layers without recurrence.
+    Case("dense", jrnn.dense(4), full=True),
+    Case("embed", jrnn.embed(5, 4), None, full=True),
+    Case("layer_norm", jrnn.layer_norm()),
+    Case("activation", jrnn.activation("gelu")),
+    Case("dropout", jrnn.dropout(0.4), full=True),
+    # Wrappers.
+    Case("variational", jrnn.variational(jrnn.lstm(4), inputs=0.3, recurrent=0.4), full=True),
+    Case("variational_gru", jrnn.variational(jrnn.gru(4), recurrent=0.4)),
+    Case("variational_step_only", jrnn.variational(StepOnly(0.5), inputs=0.3)),
+    Case("variational_tdnn", jrnn.variational(jrnn.tdnn(4, window=2), inputs=0.3)),
+    Case("zoneout", jrnn.zoneout(jrnn.lstm(4), h=0.2, c=0.5), full=True),
+    Case("zoneout_gru", jrnn.zoneout(jrnn.gru(4), h=0.3)),
+    Case("zoneout_project", jrnn.zoneout(ProjectAndUpdate(4), h=0.3)),
+    Case("dropconnect", jrnn.dropconnect(jrnn.lstm(4), 0.4), full=True),
+    Case("dropconnect_gru_before", jrnn.dropconnect(jrnn.gru(4, "before"), 0.4)),
+    Case("dropconnect_indrnn", jrnn.dropconnect(jrnn.indrnn(4), 0.4)),
+    Case("learned_state", jrnn.learned_state(jrnn.lstm(4)), full=True),
+    Case("learned_state_tdnn", jrnn.learned_state(jrnn.tdnn(4, window=2))),
+    Case(
+        "wrapped_thrice",
+        jrnn.zoneout(jrnn.dropconnect(jrnn.variational(jrnn.gru(4), inputs=0.3, recurrent=0.4), 0.3), h=0.2),
+    ),
+    Case("learned_and_wrapped", jrnn.learned_state(jrnn.zoneout(jrnn.variational(jrnn.lstm(4), inputs=0.3), c=0.4))),
+    Case("zoneout_of_learned", jrnn.zoneout(jrnn.learned_state(jrnn.variational(jrnn.gru(4), recurrent=0.3)), h=0.4)),
+    # Combinators.
+    Case("residual", jrnn.residual(jrnn.gru(3)), full=True),
+    Case("residual_of_wrapped", jrnn.residual(jrnn.variational(jrnn.gru(3), inputs=0.3))),
+    Case("highway", jrnn.highway(jrnn.elman(3)), full=True),
+    Case("highway_of_random", jrnn.highway(jrnn.stack(jrnn.dropout(0.3), jrnn.elman(3)))),
+    Case("stack", jrnn.stack(jrnn.lstm(4), jrnn.gru(3), jrnn.dense(2)), full=True),
+    Case("stack_random", jrnn.stack(jrnn.gru(4), jrnn.dropout(0.3), jrnn.dropout(0.3), jrnn.elman(4))),
+    Case("stack_nested", jrnn.stack(jrnn.stack(jrnn.elman(4), jrnn.dropout(0.3)), jrnn.stack(jrnn.dense(3)))),
+    Case("stack_embed", jrnn.stack(jrnn.embed(5, 3), jrnn.layer_norm(), jrnn.gru(4)), None),
+    Case("bidirectional", jrnn.bidirectional(jrnn.elman(4)), full=True),
+    Case("bidirectional_different", jrnn.bidirectional(jrnn.lstm(4), jrnn.gru(3))),
+    Case("bidirectional_sum", jrnn.bidirectional(jrnn.elman(4), merge="sum")),
+    Case("bidirectional_mean", jrnn.bidirectional(jrnn.elman(4), merge="mean")),
+    Case("bidirectional_product", jrnn.bidirectional(jrnn.elman(4), merge="product")),
+    Case("bidirectional_function", jrnn.bidirectional(jrnn.elman(4), jrnn.gru(4), merge=difference)),
+    Case("bidirectional_tdnn", jrnn.bidirectional(jrnn.tdnn(4, window=2), jrnn.learned_state(jrnn.elman(4)))),
+    Case("bidirectional_random", jrnn.bidirectional(jrnn.zoneout(jrnn.gru(4), h=0.3), jrnn.elman(4), merge="sum")),
+    Case("bidirectional_nested", jrnn.bidirectional(jrnn.elman(4), jrnn.bidirectional(jrnn.elman(2)), merge="sum")),
+    Case("bidirectional_embed", jrnn.bidirectional(jrnn.stack(jrnn.embed(5, 3), jrnn.elman(3))), None),
+    # Deep mixtures.
+    Case(
+        "deep",
+        jrnn.stack(
+            jrnn.bidirectional(jrnn.variational(jrnn.gru(2), inputs=0.3), jrnn.elman(2)),
+            jrnn.dropout(0.3),
+            jrnn.residual(jrnn.stack(jrnn.tdnn(4, window=2), jrnn.zoneout(jrnn.elman(4), h=0.2))),
+            jrnn.highway(jrnn.bidirectional(jrnn.elman(4), merge="mean")),
+            jrnn.dense(2),
+        ),
+    ),
+    Case(
+        "residual_of_bidirectional", jrnn.residual(jrnn.bidirectional(jrnn.dropconnect(jrnn.gru(3), 0.3), merge="sum"))
+    ),
+)

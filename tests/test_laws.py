@@ -1,0 +1,213 @@
+"""Every law of the sequence contract, over every cell, layer and combination of the table."""
+
+import dataclasses
+import itertools
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jrnn
+from jrnn import testing
+from tests.cases import CASES, StepOnly
+
+# These compile, which takes longer than all the other laws together: on some rows, in float32.
+COMPILE = (testing.check_jit, testing.check_compiles_once)
+INTERPRET = tuple(law for law in testing.LAWS if law not in COMPILE)
+by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@by_name
+def test_laws_float64(case):
+    testing.check_cell(case.layer, case.in_features, dtype="float64", laws=INTERPRET)
+
+
+@by_name
+def test_laws_float32(case):
+    laws = testing.LAWS if case.full else (testing.check_step_equals_unroll, testing.check_state_dtype)
+    testing.check_cell(case.layer, case.in_features, laws=laws)
+
+
+def test_laws_compiled():
+    """What is interpreted elsewhere, compiled: the interpreter is not what makes the laws hold."""
+    laws = (testing.check_padding, testing.check_resets, testing.check_derivatives)
+    testing.check_cell(jrnn.gru(2), 2, laws=laws, jit=True)
+
+
+# Each row under one combination of everything at once, drawn anew for each; the rest of the product is covered by
+# the laws, which take the arguments in turn.
+PRODUCT = list(
+    itertools.product(
+        *[(False, True)] * 6, (None, 1, 2, 3, "sqrt", 9), (None, "reference", "hoisted"), (1, 2, 9), ((4,), (), (2, 2))
+    )
+)
+COMBINATIONS = [(case, random.Random(f"{case.name}{i}").choice(PRODUCT)) for case in CASES for i in range(1)]
+
+
+@pytest.mark.parametrize(("case", "options"), COMBINATIONS, ids=lambda value: getattr(value, "name", ""))
+def test_combination(case, options):
+    """lengths x mask x resets x state x reverse x key x remat x backend x unroll x batch axes."""
+    lengths, mask, resets, state, reverse, keyed, remat, backend, unroll, batch = options
+    with jax.enable_x64(True):
+        bench = testing._Bench("combination", case.layer, case.in_features, "float64", 1, False, None)
+        chosen = {"lengths": lengths, "mask": mask, "resets": resets, "state": state}
+        absent = {name: None for name, present in chosen.items() if not present}
+        key = jax.random.key(5) if keyed and bench.may_draw else None
+        trial = bench.trial(batch=batch, key=key, **absent)
+        if backend is not None and backend not in jrnn.choose_backend(case.layer, trial.params, trial.xs)[1]:
+            backend = None
+        got = bench.run(trial, reverse=reverse, remat=remat, backend=backend, unroll=unroll)
+        bench.compare(got, bench.fold(trial, reverse), str(options))
+
+
+def test_fold_without_a_step():
+    """`fold` reads a layer without a step as its parts; where a layer has a step both readings agree."""
+    model = jrnn.stack(jrnn.gru(4), jrnn.dropout(0.3), jrnn.highway(jrnn.elman(4)))
+    bench = testing._Bench("fold", model, 3, "float32", 0, False, None)
+    trial = bench.trial(key=jax.random.key(3))
+    expected = bench.fold(trial)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testing, "_stepless", lambda layer: isinstance(layer, type(model) | type(model.layers[2])))
+        bench.compare(bench.fold(trial), expected, "parts")
+
+
+# What holds on average.
+
+
+def mean_and_bound(values):
+    """Means over the first axis and five standard errors."""
+    values = np.asarray(values, np.float64)
+    return values.mean(0), 5 * values.std(0) / np.sqrt(len(values)) + 1e-6
+
+
+@pytest.mark.parametrize(
+    "cell", [jrnn.zoneout(jrnn.lstm(4), h=0.2, c=0.6), jrnn.zoneout(jrnn.gru(4), h=0.7)], ids=["lstm", "gru"]
+)
+def test_zoneout_without_key_is_the_mean_over_keys(cell):
+    params = cell.init(jax.random.key(0), 3)
+    state = jax.tree.map(lambda a: a + 1.5, cell.initial_state(params, ()))
+    x = jnp.array([0.5, -1.0, 2.0])
+    keys = jax.random.split(jax.random.key(1), 4000)
+    drawn = jax.jit(jax.vmap(lambda key: cell.step(params, state, x, key)[0]))(keys)
+    expected, _ = cell.step(params, state, x)
+    for values, wanted in zip(jax.tree.leaves(drawn), jax.tree.leaves(expected), strict=True):
+        mean, bound = mean_and_bound(values)
+        assert (np.abs(mean - np.asarray(wanted)) <= bound).all()
+
+
+def test_zoneout_rates_are_the_rates_of_keeping():
+    cell = jrnn.zoneout(jrnn.lstm(50), h=0.1, c=0.6)
+    params = cell.init(jax.random.key(0), 3)
+    state = jax.tree.map(lambda a: a + 1.5, cell.initial_state(params, (200,)))
+    new, _ = jax.jit(cell.step)(params, state, jnp.ones((200, 3)), jax.random.key(1))
+    assert abs(float((new.h == 1.5).mean()) - 0.1) < 0.02
+    assert abs(float((new.c == 1.5).mean()) - 0.6) < 0.02
+
+
+def test_dropout_keeps_the_mean_and_draws_anew_at_each_step():
+    xs = jnp.full((300, 40), 2.0)
+    _, ys = jrnn.unroll(jrnn.dropout(0.25), {}, xs, key=jax.random.key(0))
+    mean, bound = mean_and_bound(np.asarray(ys).ravel())
+    assert abs(mean - 2.0) <= bound
+    assert len({tuple(row) for row in np.asarray(ys != 0).tolist()}) > 290
+
+
+def test_variational_draws_once_for_a_sequence_and_anew_for_each():
+    cell = jrnn.variational(StepOnly(0.0), inputs=0.5)
+    params = {"scale": jnp.ones(20)}
+    _, ys = jrnn.unroll(cell, params, jnp.ones((6, 30, 20)), key=jax.random.key(0))
+    kept = np.asarray(ys != 0)
+    assert (kept == kept[:1]).all()
+    assert len({tuple(row) for row in kept[0].tolist()}) == 30
+    assert abs(kept.mean() - 0.5) < 0.1
+    assert float(jnp.abs(ys - jnp.where(kept, jnp.tanh(2.0) ** 2, 0)).max()) < 1e-6
+
+
+def test_dropconnect_draws_weights_once_for_a_run_and_its_batch():
+    cell = jrnn.dropconnect(jrnn.elman(30, "linear"), 0.4)
+    params = cell.init(jax.random.key(0), 1)
+    params = {**params, "w_ih": jnp.zeros((1, 30)), "w_hh": jnp.eye(30)}
+    state = jrnn.HiddenState(jnp.ones((2, 30)))
+    _, ys = jrnn.unroll(cell, params, jnp.zeros((3, 2, 1)), state, key=jax.random.key(2))
+    kept = np.asarray(ys[0, 0] > 0)
+    assert 5 < kept.sum() < 29
+    for t in range(3):
+        np.testing.assert_allclose(ys[t], np.tile(np.where(kept, (1 / 0.6) ** (t + 1), 0), (2, 1)), rtol=1e-5)
+
+
+# The laws themselves: a cell that breaks one is told so, by the law that it breaks.
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken(jrnn.Cell):
+    """A leaky sum with one fault."""
+
+    fault: str
+
+    def init(self, key, in_features):
+        return {"scale": jnp.ones(in_features)}
+
+    def initial_state(self, params, batch_shape):
+        return jnp.zeros((*batch_shape, *params["scale"].shape), params["scale"].dtype)
+
+    def step(self, params, state, x, key=None):
+        x = params["scale"] * x
+        if self.fault == "derivative at zero":
+            x = jnp.sqrt(jnp.abs(x))
+        elif self.fault == "batch":
+            x = x - x.mean(0, keepdims=x.ndim > 1)
+        state = 0.5 * state + x
+        return state, jnp.tanh(state)
+
+    def project(self, params, xs):
+        return xs
+
+    def update(self, params, state, p, key=None):
+        state, y = self.step(params, state, p, key)
+        return (state, 2 * y) if self.fault == "projection" else (state, y)
+
+    def __eq__(self, other):
+        return self is other if self.fault == "identity" else type(other) is Broken and self.fault == other.fault
+
+    def __hash__(self):
+        return id(self) if self.fault == "identity" else hash(self.fault)
+
+    def out_features(self, in_features):
+        return in_features + 1 if self.fault == "features" else in_features
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        ("derivative at zero", "check_padding"),
+        ("batch", "check_vmap"),
+        ("projection", "check_backends"),
+        ("identity", "check_compiles_once"),
+        ("identity", "check_hashing"),
+        ("features", "check_hashing"),
+    ],
+)
+def test_a_broken_cell_fails_the_law_it_breaks(fault, law):
+    with pytest.raises(AssertionError, match=f"^{law}: Broken"):
+        getattr(testing, law)(Broken(fault))
+    getattr(testing, law)(Broken(""))
+
+
+def test_compare_says_what_differs_and_by_how_much():
+    with pytest.raises(AssertionError, match=r"a law: \['h'\] differs by 0.5 at \(1,\): got 1.0, expected 1.5"):
+        testing.compare({"h": np.ones(2)}, {"h": np.array([1.0, 1.5])}, 1e-6, "a law")
+    with pytest.raises(AssertionError, match="differs by inf"):
+        testing.compare(np.array([np.nan]), np.array([1.0]), 1e-6, "a law")
+    with pytest.raises(AssertionError, match=r"expected float64\(2,\), got float32\(2,\)"):
+        testing.compare(np.ones(2, np.float32), np.ones(2), 1e-6, "a law")
+    with pytest.raises(AssertionError, match="expected the structure"):
+        testing.compare({"a": 1.0}, {"b": 1.0}, 1e-6, "a law")
+
+
+def test_checks_of_the_laws_arguments():
+    with pytest.raises(TypeError, match="cell: expected a layer"):
+        testing.check_cell("lstm")
+    with pytest.raises(ValueError, match="dtype: expected"):
+        testing.check_cell(jrnn.elman(2), dtype="int32")
