@@ -137,6 +137,28 @@ def test_dropconnect_draws_weights_once_for_a_run_and_its_batch():
         np.testing.assert_allclose(ys[t], np.tile(np.where(kept, (1 / 0.6) ** (t + 1), 0), (2, 1)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("backend", ["hoisted", "reference"])
+def test_16_bit_inputs_keep_float32_sums_and_state(dtype, backend):
+    """Against the same rounded operands in float32: only what is fed back is rounded, and there is nothing of it."""
+    cell = jrnn.elman(4, "linear")
+    params = cell.init(jax.random.key(0), 4096)
+    params = {**params, "w_ih": params["w_ih"].astype(dtype).astype(jnp.float32), "w_hh": jnp.zeros((4, 4))}
+    xs = jax.random.uniform(jax.random.key(1), (3, 2, 4096)).astype(dtype)
+    state, ys = jrnn.unroll(cell, params, xs, backend=backend)
+    expected, _ = jrnn.unroll(cell, params, xs.astype(jnp.float32), backend=backend)
+    assert state.h.dtype == jnp.float32
+    assert ys.dtype == dtype
+    np.testing.assert_allclose(state.h, expected.h, rtol=1e-5, atol=1e-5)
+    # Gradients of weights are sums over T and B, in float32 as the weights are.
+    one, other = (
+        jax.grad(lambda p, x: jrnn.unroll(cell, p, x, backend=backend)[0].h.sum())(params, x)["w_ih"]
+        for x in (xs, xs.astype(jnp.float32))
+    )
+    assert one.dtype == jnp.float32
+    np.testing.assert_allclose(one, other, rtol=1e-2, atol=1e-2)
+
+
 # The laws themselves: a cell that breaks one is told so, by the law that it breaks.
 
 
