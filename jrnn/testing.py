@@ -680,18 +680,15 @@ def check_padding(bench: _Bench) -> None:
             for name in ("ys", "gradient of xs"):
                 if got[name] is not None:
                     bench.compare(got[name][~valid], np.zeros_like(got[name][~valid]), f"{about}: {name}", exact=True)
-    for b in range(_BATCH):
-        count = int(valid[:, b].sum())
-        if count != 3:
-            continue
-        one = bench.trial(batch=(), lengths=None)._replace(
-            xs=dirty.xs[:, b], mask=valid[:, b], resets=dirty.resets[:, b], start=0, cotangents=None
-        )
-        cut = one._replace(xs=one.xs[valid[:, b]], mask=None, resets=one.resets[valid[:, b]])
-        whole, short = bench.run(one), bench.run(cut)
-        whole["ys"] = whole["ys"][valid[:, b]]
-        bench.compare(whole, short, "invalid steps cut out")
-        break
+    # Resets behind holes: a boundary lies between the valid steps on both sides of it.
+    mask, resets = np.zeros((2, _TIME), bool)
+    mask[[1, 3, 4]] = resets[[1, 3]] = True
+    whole = bench.trial(batch=(), lengths=None, mask=mask, resets=resets, start=0, cotangents=None)
+    short = whole._replace(xs=whole.xs[mask], mask=None, resets=resets[mask])
+    for reverse in (False, True):
+        got, expected = bench.run(whole, reverse=reverse), bench.run(short, reverse=reverse)
+        got["ys"] = got["ys"][mask]
+        bench.compare(got, expected, f"invalid steps cut out, reverse={reverse}")
 
 
 def _poisoned(trial: Trial, valid: np.ndarray, rng: Any) -> Trial:
