@@ -29,7 +29,7 @@ EXPLODING = 1.75  # spectral radius of the network that clipping is to save
 
 
 def load():
-    """Scaled returns (DAYS, windows, 1) and the scaled log volatility of the AHEAD days after each window (windows,)."""
+    """Scaled returns (DAYS, windows, 1) and scaled log volatility of the AHEAD days after each window (windows,)."""
     from arch.data import sp500  # here: slow to import
 
     returns = np.diff(np.log(sp500.load()["Adj Close"].to_numpy(float)))

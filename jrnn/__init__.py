@@ -24,7 +24,11 @@ from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
 from jrnn.unroll import choose_backend, unroll
 
 if TYPE_CHECKING:
-    from jrnn import diagnose, interop, losses, testing, training
+    import jrnn.diagnose as diagnose
+    import jrnn.interop as interop
+    import jrnn.losses as losses
+    import jrnn.testing as testing
+    import jrnn.training as training
     from jrnn.training import optimizer
 
 __version__ = "0.1.0"

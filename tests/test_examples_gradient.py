@@ -15,7 +15,7 @@ SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "gradient_flow.py"
 
 @pytest.mark.slow
 def test_a_quick_run_shows_gradients_that_vanish_and_explode_and_gates_that_keep_them(tmp_path):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(SCRIPT.parent.parent)}
     command = [sys.executable, "-W", "error", str(SCRIPT), "--quick"]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert (tmp_path / "gradient_flow.png").stat().st_size > 10_000
