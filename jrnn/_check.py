@@ -31,6 +31,14 @@ def rate(value: Any, argument: str) -> None:
         raise ValueError(f"{argument}: expected a rate in [0, 1), got {value}")
 
 
+def epsilon(value: Any) -> None:
+    """What is added to a variance, so that its square root is not zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"epsilon: expected a positive float, got {value!r}")
+    if not value > 0.0:
+        raise ValueError(f"epsilon: expected a positive float, got {value}")
+
+
 def module_level(function: Any, argument: str, names: list[str]) -> Callable[..., Any]:
     """A function that compares by value across two equal calls: not a lambda, not a closure."""
     if not callable(function):

@@ -94,7 +94,7 @@ def unroll(
     mask = _check_flags(mask, "mask", (xs.shape[0], *batch_shape))
     resets = _check_flags(resets, "resets", (xs.shape[0], *batch_shape))
     _check_key(cell, key)
-    _check_options(backend, remat, unroll, start)
+    _check_options(reverse, backend, remat, unroll, start)
     cell.check_values(xs, lengths, mask)
     return _unroll(
         cell, params, xs, state, lengths, mask, resets, key, start,
@@ -267,7 +267,9 @@ def _check_key(cell: Layer, key: Any) -> None:
         )
 
 
-def _check_options(backend: Any, remat: Any, unroll: Any, start: Any) -> None:
+def _check_options(reverse: Any, backend: Any, remat: Any, unroll: Any, start: Any) -> None:
+    if not isinstance(reverse, bool | np.bool_):
+        raise TypeError(f"reverse: expected True or False, got {reverse!r}; it must be known before tracing")
     if backend is not None and backend not in SCHEDULES:
         raise ValueError(f"backend: expected None or one of {sorted(SCHEDULES)}, got {backend!r}")
     is_count = isinstance(remat, int) and not isinstance(remat, bool) and remat >= 1

@@ -8,6 +8,7 @@ leaves out means "don't know", never "no".
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -316,6 +317,7 @@ class AffineCell(Cell):
 
     def check(self, params: Any, x: Any) -> None:
         check_affine(self, params, (self.hidden, len(self.gate_names) * self.hidden))
+        check_named(self, params, _theta_shapes(self))
         check_features(x, params["w_ih"], "xs", self)
 
     def theta(self, params: Any) -> dict[str, jax.Array]:
@@ -369,6 +371,21 @@ class AffineCell(Cell):
     def _per_gate(self, init: initializers.Initializer, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         keys = jax.random.split(key, len(self.gate_names))
         return jnp.concatenate([initializers.resolve(init)(k, shape, jnp.float32) for k in keys], axis=-1)
+
+
+def check_named(cell: Any, params: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises where parameters lack one of the given names, or have it in another shape."""
+    got = {name: jnp.shape(params[name]) for name in shapes if name in params} if isinstance(params, dict) else params
+    if got != shapes:
+        raise ValueError(
+            f"params: expected {shapes} among the parameters of {cell!r}, got {got}; "
+            f"make them with {cell!r}.init(key, in_features)"
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _theta_shapes(cell: Any) -> dict[str, tuple[int, ...]]:
+    return {name: value.shape for name, value in jax.eval_shape(cell.init_theta, jax.random.key(0)).items()}
 
 
 def check_affine(cell: Any, params: Any, recurrent_shape: tuple[int, ...]) -> None:

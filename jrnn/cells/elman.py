@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jrnn import activations, initializers
 from jrnn._check import positive_int
-from jrnn.cells.base import AffineCell, Cell, HiddenState, check_affine, check_features, product, stable
+from jrnn.cells.base import AffineCell, Cell, HiddenState, check_affine, check_features, check_named, product, stable
 
 __all__ = ["ElmanState", "IndRNNState", "JordanState", "elman", "indrnn", "jordan"]
 
@@ -97,6 +97,7 @@ class Jordan(Cell):
 
     def check(self, params: Any, x: Any) -> None:
         check_affine(self, params, (self.out, self.hidden))
+        check_named(self, params, {"w_ho": (self.hidden, self.out), "b_o": (self.out,)})
         check_features(x, params["w_ih"], "xs", self)
 
     def project(self, params: Any, xs: jax.Array) -> jax.Array:

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jrnn import activations, initializers
-from jrnn.cells.base import AffineCell, Cell, HiddenState, product
+from jrnn import _check, activations, initializers
+from jrnn.cells.base import AffineCell, Cell, HiddenState, check_affine, check_features, product
 from jrnn.cells.norm import layer_norm, layer_norm_gates
 
 __all__ = ["GRUState", "MGUState", "UGRNNState", "gru", "layer_norm_gru", "mgu", "ugrnn"]
@@ -89,7 +89,8 @@ class ResetBeforeGRU(Cell):
         return self.hidden
 
     def check(self, params: Any, x: Any) -> None:
-        self._gru.check(params, x)
+        check_affine(self, params, (self.hidden, 3 * self.hidden))
+        check_features(x, params["w_ih"], "xs", self)
 
     def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
         return self._gru.project(params, xs)
@@ -138,6 +139,10 @@ class LayerNormGRU(GRU):
 
     elementwise: ClassVar[bool | None] = False
     additive = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check.epsilon(self.epsilon)
 
     def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
         width = 3 * self.hidden

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrnn import activations, initializers
+from jrnn import _check, activations, initializers
 from jrnn._check import positive_int
-from jrnn.cells.base import AffineCell, Cell, check_affine, check_features, product, stable
+from jrnn.cells.base import AffineCell, Cell, check_affine, check_features, check_named, product, stable
 from jrnn.cells.norm import layer_norm, layer_norm_gates
 
 __all__ = ["LSTMState", "coupled_lstm", "layer_norm_lstm", "lstm", "peephole_lstm", "projection_lstm"]
@@ -154,6 +154,10 @@ class LayerNormLSTM(LSTM):
     elementwise: ClassVar[bool | None] = False
     additive = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check.epsilon(self.epsilon)
+
     def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
         width, hidden = len(self.gate_names) * self.hidden, self.hidden
         return {
@@ -241,6 +245,7 @@ class ProjectionLSTM(Cell):
 
     def check(self, params: Any, x: Any) -> None:
         check_affine(self, params, (self.projection, 4 * self.hidden))
+        check_named(self, params, {"w_hr": (self.hidden, self.projection)})
         check_features(x, params["w_ih"], "xs", self)
 
     def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jrnn import activations, initializers
 from jrnn._check import positive_int
-from jrnn.cells.base import Cell, check_features, product, stable
+from jrnn.cells.base import Cell, check_features, check_named, product, stable
 
 __all__ = ["TDNNState", "tdnn"]
 
@@ -63,6 +63,8 @@ class TDNN(Cell):
         return self.features
 
     def check(self, params: Any, x: Any) -> None:
+        taps = jnp.shape(params["w"])[1:2] if isinstance(params, dict) and "w" in params else (x.shape[-1],)
+        check_named(self, params, {"w": (self.window, *taps, self.features), "b": (self.features,)})
         check_features(x, params["w"], "xs", self, axis=1)
 
     def project(self, params: Any, xs: jax.Array) -> jax.Array:

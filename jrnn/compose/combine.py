@@ -168,6 +168,7 @@ class Bidirectional(Layer):
         return (0, "forward", self.forward), (1, "backward", self.backward)
 
     def init(self, key: jax.Array, in_features: Any) -> dict[str, Any]:
+        self.out_features(in_features)  # raises where the outputs do not fit
         return {name: layer.init(jax.random.fold_in(key, i), in_features) for i, name, layer in self._each()}
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> dict[str, Any]:

@@ -285,10 +285,25 @@ class DropConnect(Wrapper):
     def inner(self, params: Any) -> Any:
         return undrawn(params)
 
+    def init(self, key: jax.Array, in_features: Any) -> Any:
+        params = super().init(key, in_features)
+        self._require_weights(params)
+        return params
+
+    def check(self, params: Any, x: Any) -> None:
+        self._require_weights(self.inner(params))
+        super().check(params, x)
+
+    def _require_weights(self, params: Any) -> None:
+        params = undrawn(params)
+        if not isinstance(params, dict) or "w_hh" not in params:
+            raise ValueError(
+                f"cell: expected a cell with recurrent weights w_hh among its parameters, got {self.cell!r}; wrap the "
+                "cell itself in dropconnect, and put other wrappers outside"
+            )
+
     def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
         k_weights, k_cell = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-        if not isinstance(params, dict) or "w_hh" not in params:
-            raise ValueError(f"params: expected recurrent weights w_hh to drop, {self.cell!r} has none")
         dropped = {**params, "w_hh": drop(k_weights, self.rate, params["w_hh"])}
         return Drawn(self.cell.draw(dropped, k_cell, batch_shape, in_features), {})
 

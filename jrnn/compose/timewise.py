@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrnn import activations, initializers
+from jrnn import _check, activations, initializers
 from jrnn._check import is_traced, positive_int, rate
 from jrnn.cells import norm
-from jrnn.cells.base import Layer, check_features, compute_params, emitted, product, stable
+from jrnn.cells.base import Layer, check_features, check_named, compute_params, emitted, product, stable
 from jrnn.sequence import valid_steps
 
 __all__ = ["Timewise", "activation", "dense", "dropout", "embed", "layer_norm"]
@@ -186,11 +186,16 @@ class LayerNorm(Timewise):
 
     epsilon: float = 1e-5
 
+    def __post_init__(self) -> None:
+        _check.epsilon(self.epsilon)
+
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         positive_int(in_features, "in_features")
         return {"scale": jnp.ones(in_features, jnp.float32), "shift": jnp.zeros(in_features, jnp.float32)}
 
     def check(self, params: Any, x: Any) -> None:
+        width = jnp.shape(params["scale"]) if isinstance(params, dict) and "scale" in params else x.shape[-1:]
+        check_named(self, params, {"scale": width, "shift": width})
         check_features(x, params["scale"], "xs", self)
 
     def apply(self, params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
