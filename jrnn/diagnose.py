@@ -198,8 +198,8 @@ class JacobianProducts(NamedTuple):
     Attributes:
       lags: ``(L,)`` integers, t-k.
       norms: ``(L, *B)``, the largest singular value of ds_t/ds_k, s the whole state.
-      singular_values: ``(L, *B, N)``, all of them, in descending order. Those below the largest one times the
-        precision of the state's dtype (1e-7 in float32) are rounding.
+      singular_values: ``(L, *B, N)``, all of them, in descending order. Those below 1e-16 of the largest, the
+        precision of float64, are rounding.
       bound: ``(L, *B)``, the product of the largest singular values of the single steps' Jacobians, measured: no norm
         is above it, whatever the cell.
       weight_bound: ``(L, *B)``, the bound that follows from the weights alone, or None where none is known.
