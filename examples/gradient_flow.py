@@ -106,7 +106,7 @@ def print_flow(flow):
 
 def print_training(runs, targets, past):
     print(
-        f"\nTraining loss, mean squared error: forecasting the mean gives 1, the last {AHEAD} days' volatility {past:.2f}"
+        f"\nMean squared error in training: 1 is the mean as a forecast, {past:.2f} the last {AHEAD} days' volatility"
     )
     print(f"{'network':<36}{'first 20':>10}{'last 20':>10}{'largest gradient':>18}")
     for name, history in runs.items():
