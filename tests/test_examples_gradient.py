@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -19,10 +20,7 @@ def test_a_quick_run_shows_gradients_that_vanish_and_explode_and_gates_that_keep
     command = [sys.executable, "-W", "error", str(SCRIPT), "--quick"]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert (tmp_path / "gradient_flow.png").stat().st_size > 10_000
-    rows = {line[:20].strip(): line.split() for line in run.stdout.splitlines()}
-    kept = {name: float(cells[-1]) for name, cells in rows.items() if name in ("LSTM", "GRU") or "radius 0.5" in name}
-    assert kept["Elman, radius 0.5"] < 1e-20
-    assert float(rows["Elman, radius 1.5"][-1]) > 100
-    assert 1e-3 < kept["LSTM"] < 1e3
-    assert 1e-3 < kept["GRU"] < 1e3
-    assert "below 0.9 ** (t-k): True" in run.stdout
+    ends = dict(re.findall(r"^(\S.*?)  .*: (vanishes|arrives|explodes)$", run.stdout, re.MULTILINE))
+    assert ends["Elman, radius 0.5"] == "vanishes"
+    assert ends["Elman, radius 1.5"] == "explodes"
+    assert ends["LSTM, forget bias 2"] == ends["GRU, update bias 4"] == "arrives"

@@ -98,9 +98,7 @@ class Checkpointer:
         record = {"leaves": [[name, *kind] for name, kind in describe_leaves(tree).items()], "info": info}
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                tree=ocp.args.StandardSave(_without_empty(tree)), info=ocp.args.JsonSave(record)
-            ),
+            args=ocp.args.Composite(tree=ocp.args.StandardSave(_without_empty(tree)), info=ocp.args.JsonSave(record)),
             metrics={"value": value if value is not None and math.isfinite(value) else None},
         )
 

@@ -198,9 +198,7 @@ class _Run:
     waited: int = 0
     best_step: int | None = None
     best_value: float | None = None
-    history: dict[str, Any] = dataclasses.field(
-        default_factory=lambda: {"train": {}, "validation": {}, "skipped": []}
-    )
+    history: dict[str, Any] = dataclasses.field(default_factory=lambda: {"train": {}, "validation": {}, "skipped": []})
 
     def improves(self, value: float, mode: str, min_delta: float) -> bool:
         """Whether a validation is the best so far; remembers it, or counts the wait. NaN is never better."""

@@ -173,9 +173,7 @@ def _schedule(
         return standard_promotion(optax.exponential_decay(learning_rate, steps, rate, end_value=end))
     if name == "linear":
         return standard_promotion(optax.linear_schedule(learning_rate, end or 0.0, steps))
-    return standard_promotion(
-        optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, steps, end or 0.0)
-    )
+    return standard_promotion(optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, steps, end or 0.0))
 
 
 def _number(value: Any, argument: str, *, positive: bool = True) -> Any:

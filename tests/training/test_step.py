@@ -35,10 +35,12 @@ def batch(seed=0):
 
 def bits(tree):
     """Every leaf as bytes, so that NaN equals NaN and -0 differs from 0."""
+
     def leaf(x):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x = jax.random.key_data(x)
         return (str(x.dtype), x.shape, np.asarray(x).tobytes())
+
     return jax.tree.map(leaf, tree)
 
 
@@ -140,12 +142,14 @@ def test_equal_steps_compile_once():
 
 def test_is_pure_and_randomness_follows_key_and_step():
     step = make_step(lambda p, b, k: p * jax.random.normal(k, ()), optax.sgd(0.0))
+
     def losses(seed):
         state, seen = step.init(1.0, jax.random.key(seed)), []
         for _ in range(3):
             state, metrics = step(state, None)
             seen.append(float(metrics.loss))
         return seen
+
     expected = [float(jax.random.normal(jax.random.fold_in(jax.random.key(0), i), ())) for i in range(3)]
     assert losses(0) == losses(0) == expected
     assert losses(1) != expected
