@@ -64,25 +64,23 @@ def train(xs, lengths, speakers, seeds, epochs):
         init_key, key = jax.random.split(jax.random.key(seed))
         return step.init(MODEL.init(init_key, xs.shape[-1]), key)
 
-    def train_epoch(state, epoch):
-        # The order of the batches is drawn with a key of its own: steps fold their number into the state's.
-        order_key = jax.random.fold_in(jax.random.fold_in(state.key, epochs * steps), epoch)
-        order = jax.random.permutation(order_key, len(speakers))[: steps * BATCH].reshape(steps, BATCH)
-
+    def train_epoch(state, batches):
         def train_step(state, chosen):
             state, metrics = step(state, (xs[:, chosen], lengths[chosen], speakers[chosen]))
             return state, metrics.loss
 
-        state, losses = jax.lax.scan(train_step, state, order)
+        state, losses = jax.lax.scan(train_step, state, batches)
         return state, losses.mean()
 
     # All of the above is about one network. It is made of pure functions, so vmap makes it about several, and jit
     # compiles a whole epoch of all of them to one program.
-    states = jax.vmap(start)(jnp.arange(seeds))
-    train_all = jax.jit(jax.vmap(train_epoch, in_axes=(0, None)), donate_argnums=0)
+    states = jax.jit(jax.vmap(start))(jnp.arange(seeds))
+    train_all = jax.jit(jax.vmap(train_epoch), donate_argnums=0)
     with tqdm(total=epochs, unit="epoch", disable=None) as bar:
         for epoch in range(epochs):
-            states, losses = train_all(states, epoch)
+            orders = [np.random.default_rng([seed, epoch]).permutation(len(speakers)) for seed in range(seeds)]
+            batches = np.stack(orders)[:, : steps * BATCH].reshape(seeds, steps, BATCH)
+            states, losses = train_all(states, batches)
             bar.set_postfix(loss=f"{losses.mean():.3f}", refresh=False)
             bar.update()
     return states.params
