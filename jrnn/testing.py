@@ -39,6 +39,7 @@ from jrnn.unroll import choose_backend, unroll
 
 __all__ = [
     "LAWS",
+    "Trial",
     "check_backends",
     "check_cell",
     "check_chunks",
