@@ -699,6 +699,10 @@ def _poisoned(trial: Trial, valid: np.ndarray, rng: Any) -> Trial:
     return trial._replace(xs=xs, resets=resets)
 
 
+def _nan(a: np.ndarray) -> np.ndarray:
+    return np.full_like(a, np.nan) if _is_float(a) else a
+
+
 def _expand(flags: np.ndarray, like: np.ndarray) -> np.ndarray:
     return flags.reshape(flags.shape + (1,) * (like.ndim - flags.ndim))
 
@@ -717,6 +721,11 @@ def check_zero_length(bench: _Bench) -> None:
     state_bar = _only_floats(trial.state, trial.cotangents[:-1])
     zeros = {name: _zeros(got[name]) for name in ("ys", "gradient of params", "gradient of xs")}
     bench.compare(got, {"state": trial.state, **zeros, "gradient of state": state_bar}, "lengths 0", exact=True)
+    lost = bench.run(trial._replace(state=jax.tree.map(_nan, trial.state)))
+    bench.compare(
+        {name: lost[name] for name in zeros} | {"gradient of state": lost["gradient of state"]},
+        {**zeros, "gradient of state": state_bar}, "lengths 0 and a state of NaN", exact=True,
+    )  # fmt: skip
     for key in bench.last_draw():
         trial = bench.trial(time=0, key=key, cotangents=None)
         got = bench.run(trial)
@@ -777,11 +786,15 @@ def check_resets(bench: _Bench) -> None:
     if bench.stepless:
         return  # the backward direction meets its state after the last step, where no reset can be
     for reverse in (False, True):
-        trial = bench.trial(lengths=np.full(_BATCH, _TIME, np.int32), mask=np.ones((_TIME, _BATCH), bool))
-        resets = np.zeros((_TIME, _BATCH), bool)
-        resets[-1 if reverse else 0] = True
+        # The first step of each sequence that is valid, its first two times or later, is reset.
+        late = np.arange(_BATCH) % 3
+        mask = np.arange(_TIME)[:, None] >= late
+        resets = np.arange(_TIME)[:, None] == late
+        if reverse:
+            mask, resets = mask[::-1].copy(), resets[::-1].copy()
+        trial = bench.trial(lengths=np.full(_BATCH, _TIME, np.int32), mask=mask)
         clean = trial._replace(resets=resets)
-        lost = clean._replace(state=jax.tree.map(lambda a: np.full_like(a, np.nan) if _is_float(a) else a, clean.state))
+        lost = clean._replace(state=jax.tree.map(_nan, clean.state))
         got, expected = bench.run(lost, reverse=reverse), bench.fold(clean, reverse)
         bench.compare(got, expected, f"a state of NaN, reset before it is used, reverse={reverse}")
         bench.compare(

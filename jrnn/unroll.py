@@ -14,7 +14,7 @@ from jrnn import sequence
 from jrnn._check import describe, is_traced, same_form
 from jrnn.cells.base import Layer
 from jrnn.schedules import SCHEDULES, choose
-from jrnn.schedules.steps import SEQUENCE, Steps, check_step, expand
+from jrnn.schedules.steps import SEQUENCE, Steps, check_step, expand, select
 
 __all__ = ["choose_backend", "unroll"]
 
@@ -187,7 +187,14 @@ class Run:
         check_step(cell, params, x, state, self.steps.key)
         name, reason = choose(cell, params, xs, self.steps, self.backend)
         self.chosen.append((cell, name, reason))
-        return SCHEDULES[name].run(cell, params, xs, state, self.steps)
+        if self.steps.valid is None or not xs.shape[0]:
+            return SCHEDULES[name].run(cell, params, xs, state, self.steps)
+        # A state that no valid step consumes stays out of the loop: held over invalid steps, a NaN in it would meet
+        # the zero gradients of those steps.
+        met, any_valid = self.steps.meets(), self.steps.valid.any(0)
+        restart = cell.initial_state(params, self.batch_shape)
+        last, ys = SCHEDULES[name].run(cell, params, xs, select(met, state, restart), self.steps)
+        return select(any_valid, last, state), ys
 
     def child(self, index: int) -> Run:
         """The run of a layer's part, with randomness of its own."""

@@ -14,7 +14,7 @@ import jrnn
 
 
 class Case(NamedTuple):
-    """``full``: run every law in float32 too, with those that compile, which take longer than all others together."""
+    """``full``: run in float32 the laws that compile too, which take longer than all others together."""
 
     name: str
     layer: Any

@@ -266,6 +266,12 @@ def test_shapes_are_checked_under_jit_too(name):
         jax.jit(call)()
 
 
+def test_16_bit_inputs_need_float32_parameters(x64):
+    params = jax.tree.map(lambda a: a.astype(jnp.float64), PARAMS)
+    with pytest.raises(TypeError, match="xs: expected float64 like the parameters, got bfloat16"):
+        run(params=params, xs=jnp.asarray(XS, jnp.bfloat16))
+
+
 def test_wrong_dtype_of_inputs_is_not_promoted(x64):
     with pytest.raises(TypeError, match=r"xs: expected float32 like the parameters .* got float64.*convert one"):
         run(params=jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), PARAMS), xs=XS.astype(np.float64))

@@ -13,7 +13,7 @@ import jrnn
 from jrnn import testing
 from tests.cases import CASES, StepOnly
 
-# These compile, which takes longer than all the other laws together: on some rows, in float32.
+# These compile, which takes longer than all the other laws together: on some rows.
 COMPILE = (testing.check_jit, testing.check_compiles_once)
 INTERPRET = tuple(law for law in testing.LAWS if law not in COMPILE)
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -26,8 +26,7 @@ def test_laws_float64(case):
 
 @by_name
 def test_laws_float32(case):
-    laws = testing.LAWS if case.full else (testing.check_step_equals_unroll, testing.check_state_dtype)
-    testing.check_cell(case.layer, case.in_features, laws=laws)
+    testing.check_cell(case.layer, case.in_features, laws=testing.LAWS if case.full else INTERPRET)
 
 
 def test_laws_compiled():

@@ -106,6 +106,11 @@ def check_features(x: jax.Array, w: jax.Array, argument: str, owner: Any, axis: 
             f"{argument}: expected {w.dtype} like the parameters (or a 16-bit float), got {x.dtype}; convert one "
             "of the two, jrnn never promotes silently"
         )
+    if is_low(x.dtype) and jnp.issubdtype(w.dtype, jnp.floating) and jnp.finfo(w.dtype).bits > 32:
+        raise TypeError(
+            f"{argument}: expected float64 like the parameters, got {x.dtype}; 16-bit inputs choose 16-bit products, "
+            "which float64 parameters have no use for: convert the inputs to float64, or the parameters to float32"
+        )
 
 
 # --- layers ------------------------------------------------------------------------------------------------------
@@ -142,7 +147,11 @@ class Layer:
         raise NotImplementedError(f"{type(self).__name__} must define initial_state(params, batch_shape)")
 
     def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
-        """One step: ``(state, x (*B, F)) -> (state, y)``."""
+        """One step: ``(state, x (*B, F)) -> (state, y)``.
+
+        With a key, what `unroll` draws once per sequence (the masks of variational dropout and DropConnect) is drawn
+        anew by every call, unless the parameters come from `draw`: fold ``draw``'s result, and one key a step.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define step(params, state, x, key=None)")
 
     def out_features(self, in_features: Any) -> int:
@@ -182,6 +191,10 @@ class Cell(Layer):
       The library then calls ``project`` once for all T.
 
     Matrix products belong in ``jrnn.product`` and weights in leaves named ``w_...``, which makes bfloat16 inputs work.
+
+    At steps that are not valid the cell is still called, with zeros for ``x`` and whatever state is held, and what it
+    returns is thrown away: its step must have finite values and derivatives there, or gradients turn NaN. (For the
+    same reason inputs that are NaN at *valid* steps make the gradients of parameters NaN, resets or not.)
 
     Promises: ``emits = "h"`` says that ``y`` is the field ``h`` of the new state, which zoneout needs.
 

@@ -59,6 +59,16 @@ class Steps:
                 resets = met & inside & self.valid
         return replace(self, reverse=not self.reverse, resets=resets)
 
+    def meets(self) -> jax.Array:
+        """``(*B)``: whether the given state meets a step, the first valid one, before a reset replaces it."""
+        if self.valid is None:
+            raise ValueError("valid: expected booleans, got None")
+        if self.resets is None:
+            return self.valid.any(0)
+        order = slice(None, None, -1) if self.reverse else slice(None)
+        first = jnp.argmax(self.valid[order], axis=0)[None]
+        return self.valid.any(0) & ~jnp.take_along_axis(self.resets[order], first, axis=0)[0]
+
     def times(self, length: int) -> jax.Array | None:
         if self.key is None:
             return None
