@@ -18,6 +18,7 @@ from jax import lax
 
 from jrnn import initializers
 from jrnn._check import positive_int
+from jrnn._weigh import weigh
 
 __all__ = ["AffineCell", "Cell", "Drawn", "HiddenState", "Layer"]
 
@@ -74,6 +75,8 @@ def product(x: jax.Array, w: jax.Array) -> jax.Array:
             x = x.astype(w.dtype)
         elif is_low(x.dtype):
             w = w.astype(x.dtype)
+    if x.dtype == w.dtype and not is_low(x.dtype):
+        return weigh(x, w)
     return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=stable(x.dtype))
 
 

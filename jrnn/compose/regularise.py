@@ -84,6 +84,14 @@ class Wrapper(Cell):
     def is_affine(self) -> bool:
         return getattr(self.cell, "is_affine", False)
 
+    @property
+    def elementwise(self) -> bool | None:
+        return getattr(self.cell, "elementwise", None)
+
+    @property
+    def additive(self) -> Any:
+        return getattr(self.cell, "additive", None)
+
     def theta(self, params: Any) -> Any:
         return self.cell.theta(self.inner(params))
 

@@ -4,48 +4,83 @@ The loop itself runs ``v = h W_hh`` and ``gates``. Its tangent is written as a l
 
     ds_t = gates'(du_t, dv_t, ds_{t-1})        dv_t = dh_{t-1} W_hh + [h_{t-1} dW_hh]
 
-where the bracket is one product for all T, before the loop. JAX transposes that into a backward loop with one product
-a step, ``dz_t W_hh^T``, and one product over T*B after it for the gradient of ``W_hh``: nothing accumulates inside.
-Both modes and all higher derivatives follow, since the rule is made of ordinary JAX.
+where the bracket, like ``du = dx W_ih + x dW_ih + db``, is one product for many steps, before their loop. JAX
+transposes that into a backward loop with one product a step, ``dz_t W_hh^T``, and the gradients of all weights as
+products over many steps after it: nothing accumulates inside. Both modes and all higher derivatives follow, since the
+rule is made of ordinary JAX.
+
+Both loops run chunk by chunk, so that what is only needed within a chunk stays in the cache and is never kept for all
+of T.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jrnn.cells.base import product, stable
-from jrnn.schedules.steps import Steps, checkpointed, expand, select
+from jrnn.cells.base import product
+from jrnn.schedules import promises
+from jrnn.schedules.layout import Rows, Units
+from jrnn.schedules.steps import Steps, checkpointed, chunked, expand
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is static about a run: it compiles once for each."""
+    """What is static about a run: it compiles once for each.
+
+    ``sums`` says of each gate whether ``u + v`` is enough; ``forward`` and ``backward`` are the layouts of the loop and
+    of its derivative; ``chunk`` is the number of steps whose products are taken at once; ``keep`` says whether anything
+    is kept for a derivative, and ``read`` whether what the gates read is, or is made again there.
+    """
 
     cell: Any
+    sums: tuple[bool, ...]
+    forward: Rows | Units
+    backward: Rows | Units
+    chunk: int
+    keep: bool
+    read: bool
     reverse: bool
     unroll: int
     path: tuple[int, ...]
+
+    @property
+    def gates(self) -> int:
+        return len(self.sums)
+
+    @property
+    def parts(self) -> int:
+        """How many arrays the gates read: u + v where that is enough, else u and v."""
+        return 2 * self.gates - sum(self.sums)
 
 
 class Inputs(NamedTuple):
     """What the loop is differentiated by."""
 
+    params: Any
+    xs: jax.Array
     theta: Any
     w_hh: jax.Array
     mask: Any
     state: Any
     restart: Any
-    u: tuple[jax.Array, ...]
+
+
+class Kept(NamedTuple):
+    """What a derivative needs of the loop: the state that each step met, and what the gates read if that is kept."""
+
+    before: Any
+    read: Any
 
 
 class Schedule(NamedTuple):
-    """What steers the loop and has no derivative."""
+    """What steers the loop and has no derivative: a key, and of each step its time, whether it is valid, and resets."""
 
     key: Any
     times: Any
@@ -57,93 +92,224 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
     """An affine cell over all steps; ``ys`` in the state's dtype."""
     batch_shape = xs.shape[1 : xs.ndim - cell.event_ndim]
     restart = None if steps.resets is None else cell.initial_state(params, batch_shape)
-    plan = Plan(cell, steps.reverse, steps.unroll, steps.path)
+    weights = (cell.theta(params), cell.recurrent_weights(params), cell.recurrent_mask(params))
 
     def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
         xs, valid, resets, times = inputs
-        u = cell.project(params, xs)
-        weights = (cell.theta(params), cell.recurrent_weights(params), cell.recurrent_mask(params))
-        last, states = loop(plan, Inputs(*weights, state, restart, u), Schedule(steps.key, times, valid, resets))
-        ys = states.h
+        inputs = Inputs(params, xs, *weights, state, restart)
+        last, ys, _ = loop(make_plan(cell, inputs, steps), inputs, Schedule(steps.key, times, valid, resets))
         return last, ys if valid is None else jnp.where(expand(valid, ys), ys, jnp.zeros((), ys.dtype))
 
     inputs = (xs, steps.valid, steps.resets, steps.times(xs.shape[0]))
     return checkpointed(segment, state, inputs, xs.shape[0], steps)
 
 
+# --- choices, made from shapes alone -----------------------------------------------------------------------------
+
+
+class Limits(NamedTuple):
+    """From which sizes on a choice pays, as measured on CPUs (benchmarks/); N sequences, H units.
+
+    ``sequences`` N and ``units`` N * H for a loop with units first, ``parts`` N * H (and ``parts_sequences`` N) for two
+    parts of it, ``backward`` H for a derivative with units first; ``read`` F + H to keep what the gates read rather
+    than make it again; ``width`` elements of all gates in a chunk, between ``rows`` T * N.
+    """
+
+    sequences: int = 8
+    units: int = 4096
+    parts: int = 8192
+    parts_sequences: int = 32
+    backward: int = 768
+    read: int = 128
+    width: int = 2**20
+    rows: tuple[int, int] = (1024, 4096)
+
+
+LIMITS = Limits()
+
+
+def make_plan(cell: Any, inputs: Inputs, steps: Steps) -> Plan:
+    """How a run over these inputs is laid out."""
+    time, *batch, features = inputs.xs.shape
+    count, hidden = math.prod(batch), inputs.w_hh.shape[0]
+    forward: Rows | Units = Rows()
+    backward: Rows | Units = Rows()
+    if steps.key is None and count >= LIMITS.sequences and promises.elementwise(cell, inputs.theta, inputs.state):
+        in_parts = count % 2 == 0 and count >= LIMITS.parts_sequences and count * hidden >= LIMITS.parts
+        forward = Units(2 if in_parts else 1) if count * hidden >= LIMITS.units else Rows()
+        backward = Units() if hidden >= LIMITS.backward else Rows()
+    sums = promises.sums(cell, inputs.theta, inputs.state)
+    read = features + hidden >= LIMITS.read
+    chunk = choose_chunk(time, count, len(sums) * hidden)
+    return Plan(cell, sums, forward, backward, chunk, False, read, steps.reverse, steps.unroll, steps.path)
+
+
+def choose_chunk(time: int, count: int, width: int) -> int:
+    """How many steps to take at once: enough rows for a fast product, few enough to stay in the cache."""
+    fewest, most = LIMITS.rows
+    chunks = max(1, -(-time * count // min(max(LIMITS.width // width, fewest), most)))
+    even = [n for n in range(chunks, min(2 * chunks, time) + 1) if time % n == 0]
+    return max(1, -(-time // (even[0] if even else chunks)))
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def loop(plan: Plan, inputs: Inputs, schedule: Schedule) -> tuple[Any, Any]:
-    """The state after the last step, and the states after every step."""
-    cell = plan.cell
+def loop(plan: Plan, inputs: Inputs, schedule: Schedule) -> tuple[Any, Any, Any]:
+    """The state after the last step, ``h`` after every step, and what a derivative needs if it is to be kept."""
+    cell, layout, batch = plan.cell, plan.forward, inputs.xs.shape[1:-1]
+    w_hh = layout.weights(inputs.w_hh)
+    masks, restarts = layout.enter(inputs.mask), layout.enter(inputs.restart)
 
-    def body(state: Any, step: Any) -> tuple[Any, Any]:
-        u, (time, valid, resets) = step
+    def advance(state: Any, step: Any, mask: Any, restart: Any, time: Any) -> tuple[Any, Any]:
+        u, valid, resets = step
         if resets is not None:
-            state = select(resets, inputs.restart, state)
-        v = cell.split(product(fed(state.h, inputs.mask), inputs.w_hh))
-        new = cell.combine(inputs.theta, u, v, state, key_at(plan, schedule.key, time))
+            state = layout.select(resets, restart, state)
+        v = layout.product(fed(state.h, mask), w_hh)
+        key = key_at(plan, schedule.key, time)
+        new = layout.gates(cell, inputs.theta, u, layout.split(v, plan.gates), state, key)
         if valid is not None:
-            new = select(valid, new, state)
-        return new, new
+            new = layout.select(valid, new, state)
+        kept = Kept(state, v if plan.read else None) if plan.keep else None
+        return new, (new.h, kept)
 
-    steps = (inputs.u, (schedule.times, schedule.valid, schedule.resets))
-    return scan(plan, body, inputs.state, steps)
+    def body(states: Any, step: Any) -> tuple[Any, Any]:
+        parts, time = step
+        return both([advance(s, p, m, r, time) for s, p, m, r in zip(states, parts, masks, restarts, strict=True)])
+
+    def segment(state: Any, steps: Any) -> tuple[Any, Any]:
+        xs, times, valid, resets = steps
+        u = cell.project(inputs.params, xs)
+        us, flags = layout.enter(u, steps=True), layout.enter_flags((valid, resets), steps=True)
+        parts = tuple((u, *flags) for u, flags in zip(us, flags, strict=True))
+        last, outs = scan(plan, body, layout.enter(state), (parts, times))
+        hs, kept = (layout.leave(parts, batch, steps=True) for parts in both(outs))
+        if plan.keep and plan.read:
+            kept = Kept(kept.before, pack(plan, u, kept.read))
+        return layout.leave(last, batch), (hs, kept)
+
+    last, (hs, kept) = chunks(plan, segment, inputs.state, (inputs.xs, *schedule[1:]))
+    return last, hs, kept
 
 
 @functools.partial(loop.defjvp, symbolic_zeros=True)
 def _loop_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
     inputs, schedule = primals
-    last, states = loop(plan, inputs, schedule)
-    moving = jax.tree.map(lambda t: not isinstance(t, SymbolicZero), tangents[0], is_leaf=_is_zero)
-    dense = jax.tree.map(_instantiate, tangents[0], is_leaf=_is_zero)
-    return (last, states), tangent(plan, moving.w_hh, inputs, schedule, states, dense)
+    last, hs, kept = loop(replace(plan, keep=True), inputs, schedule)
+    d = jax.tree.map(lambda t: None if isinstance(t, SymbolicZero) else t, tangents[0], is_leaf=_is_zero)
+    return (last, hs, kept if plan.keep else None), tangent(plan, inputs, schedule, kept, d)
 
 
-# Recomputed backwards from the states: what the tangent loop needs of the primal one (v, the gates) is never kept.
-@functools.partial(jax.checkpoint, static_argnums=(0, 1))
-def tangent(
-    plan: Plan, weights_move: bool, inputs: Inputs, schedule: Schedule, states: Any, d: Inputs
-) -> tuple[Any, Any]:
-    """The derivative of `loop` in the direction ``d``."""
-    cell = plan.cell
-    before = jax.tree.map(lambda first, all_: shifted(first, all_, plan.reverse), inputs.state, states)
-    if schedule.resets is not None:
-        before = select(schedule.resets, inputs.restart, before)
-    h = fed(before.h, inputs.mask)
-    v = cell.split(product(h, inputs.w_hh))
-    dv = cell.split(product(h, d.w_hh)) if weights_move else (None,) * len(v)
-    # Of a gate that uses only u + v the sum is enough, to read and to send back.
-    sums = cell.sums
-    u, v = zip(*(((a + b, None) if s else (a, b)) for a, b, s in zip(inputs.u, v, sums, strict=True)), strict=True)
-    du, dv = zip(*((_add(a, b), None) if s else (a, b) for a, b, s in zip(d.u, dv, sums, strict=True)), strict=True)
-    # The transposed loop multiplies by W_hh^T; made here once, row-major, or XLA would transpose it at every step.
-    w_hh_t = inputs.w_hh.T
+# --- its derivative ----------------------------------------------------------------------------------------------
+
+
+# Recomputed backwards from what was kept: nothing of the tangent loop's own is.
+@functools.partial(jax.checkpoint, static_argnums=(0,), prevent_cse=False)
+def tangent(plan: Plan, inputs: Inputs, schedule: Schedule, kept: Kept, d: Inputs) -> tuple[Any, Any, Any]:
+    """The derivative of `loop` in the direction ``d``, whose leaves are None where nothing moves."""
+    cell, layout, batch = plan.cell, plan.backward, inputs.xs.shape[1:-1]
+    w_hh = layout.weights_t(inputs.w_hh)
+    (mask,), (restart,) = layout.enter(inputs.mask), layout.enter(dense(inputs.restart, d.restart))
+    dtheta = dense(inputs.theta, d.theta)
+    slots = recurrent_slots(plan)
 
     def body(ds: Any, step: Any) -> tuple[Any, Any]:
-        u, v, state, du, dv, (time, valid, resets) = step
+        read, dread, state, valid, resets, time = step
         if resets is not None:
-            ds = select(resets, d.restart, ds)
+            ds = layout.select(resets, restart, ds)
         key = key_at(plan, schedule.key, time)
-        through = cell.split(product_t(fed(ds.h, inputs.mask), w_hh_t))
-        du = tuple(_add(a, t) if s else a for a, t, s in zip(du, through, sums, strict=True))
-        dv = tuple(None if s else _add(a, t) for a, t, s in zip(dv, through, sums, strict=True))
+        dv = layout.product_t(fed(ds.h, mask), w_hh)
 
-        def gates(theta: Any, u: Any, v: Any, state: Any) -> Any:
-            v = tuple(jnp.zeros_like(a) if b is None else b for a, b in zip(u, v, strict=True))
-            return cell.combine(theta, u, v, state, key)
+        def gates(theta: Any, parts: Any, state: Any) -> Any:
+            u = parts[: plan.gates]
+            v = tuple(jnp.zeros_like(u[g]) if slot == g else parts[slot] for g, slot in enumerate(slots))
+            return layout.gates(cell, theta, u, v, state, key)
 
-        dnew = _gates_jvp(gates, (inputs.theta, u, v, state), (d.theta, du, dv, ds))
+        # Checkpointed, so that the transposed loop recomputes the gates instead of reading their derivatives from
+        # memory; with all that only rearranges inside, or that would be done in a loop of its own, and kept.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def moved(read: Any, state: Any, theta: Any, dread: Any, dv: Any, ds: Any, dtheta: Any) -> Any:
+            parts, dparts = layout.split(read, plan.parts), list(layout.split(dread, plan.parts))
+            for slot, part in zip(slots, layout.split(dv, plan.gates), strict=True):
+                dparts[slot] = dparts[slot] + part
+            dnew = jax.jvp(gates, (theta, parts, state), (dtheta, tuple(dparts), ds))[1]
+            return dnew, tuple(dparts) if plan.keep and plan.read else None
+
+        dnew, dparts = moved(read, state, inputs.theta, dread, dv, ds, dtheta)
         if valid is not None:
-            dnew = select(valid, dnew, ds)
-        return dnew, dnew
+            dnew = layout.select(valid, dnew, ds)
+        return dnew, (dnew.h, Kept(ds, dparts) if plan.keep else None)
 
-    steps = (u, v, before, du, dv, (schedule.times, schedule.valid, schedule.resets))
-    return scan(plan, body, d.state, steps)
+    def project(params: Any, xs: Any) -> jax.Array:
+        return jnp.concatenate(cell.project(params, xs), -1)
+
+    def recur(mask: Any, w_hh: Any, h: Any) -> jax.Array:
+        return product(fed(h, mask), w_hh)
+
+    def segment(ds: Any, steps: Any) -> tuple[Any, Any]:
+        xs, dxs, before, read, times, valid, resets = steps
+        u, du = jvp_of(project, (inputs.params, xs), (d.params, dxs))
+        v, dv = jvp_of(recur, (inputs.mask, inputs.w_hh, before.h), (d.mask, d.w_hh, None))
+        read = pack(plan, u, v) if read is None else read
+        (inside,) = layout.enter((read, pack(plan, du, dv), before), steps=True)
+        (flags,) = layout.enter_flags((valid, resets), steps=True)
+        (ds,) = layout.enter(ds)
+        last, outs = scan(plan, body, ds, (*inside, *flags, times))
+        hs, kept = (layout.leave((part,), batch, steps=True) for part in outs)
+        if plan.keep and plan.read:
+            kept = Kept(kept.before, jnp.concatenate(kept.read, -1))
+        return layout.leave((last,), batch), (hs, kept)
+
+    steps = (inputs.xs, d.xs, kept.before, kept.read, *schedule[1:])
+    last, (hs, kept) = chunks(plan, segment, dense(inputs.state, d.state), steps)
+    return last, hs, kept
 
 
-def _gates_jvp(gates: Any, primals: Any, tangents: Any) -> Any:
-    # Checkpointed, so that the transposed loop recomputes the gates instead of reading their derivatives from memory.
-    return jax.checkpoint(lambda p, t: jax.jvp(gates, p, t)[1], prevent_cse=False)(primals, tangents)
+def recurrent_slots(plan: Plan) -> tuple[int, ...]:
+    """Where each gate's recurrent part goes among what the gates read: to its input part where the sum is enough."""
+    slots, free = [], plan.gates
+    for gate, summed in enumerate(plan.sums):
+        slots.append(gate if summed else free)
+        free += not summed
+    return tuple(slots)
+
+
+def pack(plan: Plan, u: Any, v: jax.Array) -> jax.Array:
+    """What the gates read of ``u`` and ``v``, side by side: u, with v added where the sum is enough; then other v."""
+    if all(plan.sums):
+        return (u if isinstance(u, jax.Array) else jnp.concatenate(u, -1)) + v
+    us = plan.cell.split(u) if isinstance(u, jax.Array) else u
+    vs = plan.cell.split(v)
+    summed = [a + b if s else a for a, b, s in zip(us, vs, plan.sums, strict=True)]
+    return jnp.concatenate([*summed, *(b for b, s in zip(vs, plan.sums, strict=True) if not s)], -1)
+
+
+def jvp_of(function: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """`jax.jvp` by the leaves whose tangent is not None; a tangent of zeros where none moves."""
+    tree: Any
+    leaves, tree = jax.tree.flatten(primals)
+    d = tree.flatten_up_to(tangents)
+    moving = [i for i, t in enumerate(d) if t is not None]
+
+    def of(*values: Any) -> Any:
+        filled = list(leaves)
+        for i, value in zip(moving, values, strict=True):
+            filled[i] = value
+        return function(*tree.unflatten(filled))
+
+    if not moving:
+        out = of()
+        return out, jnp.zeros_like(out)
+    return jax.jvp(of, [leaves[i] for i in moving], [d[i] for i in moving])
+
+
+def dense(primal: Any, d: Any) -> Any:
+    """Tangents with zeros where nothing moves."""
+    tree: Any
+    leaves, tree = jax.tree.flatten(primal)
+    moving = tree.flatten_up_to(d)
+    return tree.unflatten([jnp.zeros_like(p) if t is None else t for p, t in zip(leaves, moving, strict=True)])
 
 
 def fed(h: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -151,23 +317,17 @@ def fed(h: jax.Array, mask: jax.Array | None) -> jax.Array:
     return h if mask is None else h * mask
 
 
-def product_t(x: jax.Array, w_t: jax.Array) -> jax.Array:
-    """``x @ w_t.T`` without transposing, so that its transpose is a plain product."""
-    x = x.astype(w_t.dtype)
-    dims = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, w_t, dims, preferred_element_type=stable(w_t.dtype))
-
-
-def shifted(first: jax.Array, states: jax.Array, reverse: bool) -> jax.Array:
-    """The state before each step, from the one before the first and those after each."""
-    if not states.shape[0]:
-        return states
-    parts = [states[1:], first[None]] if reverse else [first[None], states[:-1]]
-    return jnp.concatenate(parts)
+def both(pairs: Any) -> tuple[Any, ...]:
+    """A list of pairs as a pair of tuples."""
+    return tuple(zip(*pairs, strict=True))
 
 
 def key_at(plan: Plan, key: Any, time: Any) -> Any:
     return Steps(key=key, path=plan.path).key_at(time)
+
+
+def chunks(plan: Plan, segment: Any, state: Any, steps: Any) -> tuple[Any, Any]:
+    return chunked(segment, state, steps, steps[0].shape[0], plan.chunk, plan.reverse)
 
 
 def scan(plan: Plan, body: Any, state: Any, steps: Any) -> tuple[Any, Any]:
@@ -175,13 +335,5 @@ def scan(plan: Plan, body: Any, state: Any, steps: Any) -> tuple[Any, Any]:
     return jax.lax.scan(body, state, steps, count, plan.reverse, max(1, min(plan.unroll, count)))
 
 
-def _add(a: jax.Array | None, b: jax.Array | None) -> Any:
-    return b if a is None else a if b is None else a + b
-
-
 def _is_zero(t: Any) -> bool:
     return isinstance(t, SymbolicZero)
-
-
-def _instantiate(t: Any) -> Any:
-    return jnp.zeros(t.shape, t.dtype) if isinstance(t, SymbolicZero) else t

@@ -128,32 +128,38 @@ def scan(
     return checkpointed(segment, state, inputs, length, steps)
 
 
-def checkpointed(segment: Any, state: Any, inputs: Any, length: int, steps: Steps) -> tuple[Any, jax.Array]:
+def checkpointed(segment: Any, state: Any, inputs: Any, length: int, steps: Steps) -> tuple[Any, Any]:
     """Runs a segment function over all steps, in chunks whose insides are recomputed backwards (Chen et al. 2016)."""
     if steps.remat is None or length < 2:
         return segment(state, inputs)
     chunk = max(1, round(length**0.5)) if steps.remat == "sqrt" else min(int(steps.remat), length)
+    return chunked(jax.checkpoint(segment, prevent_cse=False), state, inputs, length, chunk, steps.reverse)
+
+
+def chunked(segment: Any, state: Any, inputs: Any, length: int, chunk: int, reverse: bool) -> tuple[Any, Any]:
+    """A loop over chunks of steps, each run by ``segment(state, inputs) -> (state, outputs)``."""
+    if chunk >= length:
+        return segment(state, inputs)
     count, rest = divmod(length, chunk)
-    segment = jax.checkpoint(segment, prevent_cse=False)
 
     def take(first: int, last: int) -> Any:
         return jax.tree.map(lambda a: a[first:last], inputs)
 
-    def whole(state: Any, first: int) -> tuple[Any, jax.Array]:
+    def whole(state: Any, first: int) -> tuple[Any, Any]:
         chunks = jax.tree.map(lambda a: a.reshape(count, chunk, *a.shape[1:]), take(first, first + count * chunk))
-        state, ys = lax.scan(segment, state, chunks, count, steps.reverse)
-        return state, ys.reshape(count * chunk, *ys.shape[2:])
+        state, ys = lax.scan(segment, state, chunks, count, reverse)
+        return state, jax.tree.map(lambda y: y.reshape(count * chunk, *y.shape[2:]), ys)
 
     # The steps that fill no chunk run last, whichever end is last.
     if not rest:
         return whole(state, 0)
-    if steps.reverse:
+    if reverse:
         state, later = whole(state, rest)
         state, earlier = segment(state, take(0, rest))
     else:
         state, earlier = whole(state, 0)
         state, later = segment(state, take(count * chunk, length))
-    return state, jnp.concatenate([earlier, later])
+    return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), earlier, later)
 
 
 def check_step(cell: Any, params: Any, x: Any, state: Any, key: Any) -> None:

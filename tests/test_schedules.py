@@ -1,0 +1,205 @@
+"""How the hoisted schedule lays out its loops: every layout obeys the laws, and the loops hold what they should."""
+
+import contextlib
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jrnn
+from jrnn import _interpret, testing
+from jrnn.schedules import affine, promises
+from jrnn.schedules.layout import Rows, Units
+from jrnn.schedules.steps import Steps
+from tests.cases import CASES, Leaky
+
+LAYOUTS = {
+    "units": affine.Limits(sequences=1, units=0, parts=10**9, backward=0, read=0, width=1, rows=(8, 8)),
+    "units_in_parts": affine.Limits(sequences=1, units=0, parts=0, parts_sequences=2, backward=0, read=99),
+    "units_forward": affine.Limits(sequences=1, units=0, parts=0, parts_sequences=2, read=0, width=1, rows=(4, 4)),
+    "rows_kept": affine.Limits(sequences=10**9, read=0, width=1, rows=(16, 16)),
+}
+CELLS = ("lstm", "gru_after", "peephole_lstm", "leaky", "variational", "zoneout")
+# What turns on the layout; the other laws are about what stands before it.
+LAWS = (
+    testing.check_step_equals_unroll,
+    testing.check_padding,
+    testing.check_resets,
+    testing.check_reverse,
+    testing.check_derivatives,
+    testing.check_vmap,
+    testing.check_remat,
+    testing.check_zero_length,
+)
+
+
+@contextlib.contextmanager
+def limits(chosen):
+    """Other limits, for programs that are traced anew."""
+    usual = affine.LIMITS
+    forget()
+    affine.LIMITS = chosen
+    try:
+        yield
+    finally:
+        affine.LIMITS = usual
+        forget()
+
+
+def forget():
+    jax.clear_caches()
+    _interpret._traced.cache_clear()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in CELLS], ids=lambda case: case.name)
+def test_laws_in_every_layout(case, layout):
+    with limits(LAYOUTS[layout]):
+        testing.check_cell(case.layer, case.in_features, dtype="float64", laws=LAWS)
+
+
+def plan_of(cell, time, batch, features):
+    params = jax.eval_shape(lambda key: cell.init(key, features), jax.random.key(0))
+    state = jax.eval_shape(lambda params: cell.initial_state(params, batch), params)
+    xs = jax.ShapeDtypeStruct((time, *batch, features), jnp.float32)
+    inputs = affine.Inputs(params, xs, cell.theta(params), cell.recurrent_weights(params), None, state, None)
+    return affine.make_plan(cell, inputs, Steps())
+
+
+def test_what_is_chosen():
+    assert plan_of(jrnn.lstm(256), 100, (32,), 64).forward == Units(2)
+    assert plan_of(jrnn.lstm(256), 100, (4, 8), 64).forward == Units(2)
+    assert plan_of(jrnn.lstm(128), 100, (33,), 64).forward == Units(1)
+    assert plan_of(jrnn.lstm(256), 100, (), 64).forward == Rows()
+    assert plan_of(jrnn.lstm(1024), 35, (32,), 64).backward == Units()
+    assert plan_of(jrnn.lstm(256), 100, (32,), 64).backward == Rows()
+    assert plan_of(jrnn.lstm(64), 128, (16,), 64).read
+    assert not plan_of(jrnn.lstm(32), 128, (16,), 8).read
+
+
+@pytest.mark.parametrize(("time", "count", "width"), [(100, 32, 1024), (35, 32, 4096), (1, 1, 4), (0, 3, 4), (7, 0, 4)])
+def test_chunks_hold_all_steps(time, count, width):
+    chunk = affine.choose_chunk(time, count, width)
+    assert 1 <= chunk <= max(time, 1)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Mixing(jrnn.AffineCell):
+    """Units see each other."""
+
+    def gates(self, theta, u, v, state):
+        return state._replace(h=jnp.cumsum(jnp.tanh(u[0] + v[0]), -1))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Normalised(jrnn.AffineCell):
+    def gates(self, theta, u, v, state):
+        z = u[0] + v[0]
+        return state._replace(h=z - z.mean(-1, keepdims=True))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Written(jrnn.AffineCell):
+    """Elementwise, but a size is written out, so that nothing can be read."""
+
+    def gates(self, theta, u, v, state):
+        return state._replace(h=jnp.tanh(u[0] + v[0]) * jnp.arange(self.hidden, dtype=u[0].dtype))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Scaled(jrnn.AffineCell):
+    """Elementwise with a vector, of which v is used twice."""
+
+    gate_names: ClassVar[tuple[str, ...]] = ("a", "b")
+
+    def init_theta(self, key):
+        return {"scale": jnp.ones(self.hidden)}
+
+    def gates(self, theta, u, v, state):
+        a = jnp.tanh(theta["scale"] * (u[0] + v[0]))
+        return state._replace(h=a * jax.nn.sigmoid(u[1] + v[1]) + 0.1 * v[1])
+
+
+def read(cell):
+    params = cell.init(jax.random.key(0), 3)
+    theta, state = cell.theta(params), cell.initial_state(params, (2,))
+    return promises.elementwise(cell, theta, state), promises.sums(cell, theta, state)
+
+
+@pytest.mark.parametrize(
+    ("cell", "elementwise", "sums"),
+    [
+        (Mixing(4), False, (True,)),
+        (Normalised(4), False, (True,)),
+        (Written(4), False, (False,)),
+        (Scaled(4), True, (True, False)),
+        (Leaky(4), True, (True, True)),
+    ],
+    ids=lambda value: getattr(type(value), "__name__", None),
+)
+def test_what_is_read_from_gates(cell, elementwise, sums):
+    assert read(cell) == (elementwise, sums)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [jrnn.elman(4), jrnn.lstm(4), jrnn.gru(4), jrnn.mgu(4), jrnn.ugrnn(4), jrnn.peephole_lstm(4), jrnn.coupled_lstm(4)],
+)
+def test_what_is_read_agrees_with_what_is_promised(cell):
+    silent = type("Silent", (type(cell),), {"elementwise": None, "additive": None})
+    twin = silent(**{field.name: getattr(cell, field.name) for field in dataclasses.fields(cell)})
+    assert read(twin) == read(cell)
+    assert read(twin)[0]
+
+
+# --- what is inside the loops ------------------------------------------------------------------------------------
+
+
+def loops(jaxpr):
+    """The bodies of all innermost loops."""
+    for eqn in jaxpr.eqns:
+        inner = [sub for value in eqn.params.values() for sub in programs(value)]
+        if eqn.primitive.name == "scan" and not any(True for sub in inner for _ in loops(sub)):
+            yield inner[0]
+        for sub in inner:
+            yield from loops(sub)
+
+
+def programs(value):
+    if isinstance(value, list | tuple):
+        return [sub for item in value for sub in programs(item)]
+    value = getattr(value, "jaxpr", value)
+    return [value] if hasattr(value, "eqns") else []
+
+
+def products(jaxpr):
+    """Multiplications in matrix products, one number for each product."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "weigh"):
+            x, w = (atom.aval for atom in eqn.invars)
+            contracted = eqn.params["dimension_numbers"][0][1] if eqn.params else (0,)
+            free = [size for axis, size in enumerate(w.shape) if axis not in contracted]
+            yield int(x.size * jnp.prod(jnp.array(free)))
+        for value in eqn.params.values():
+            for sub in programs(value):
+                yield from products(sub)
+
+
+@pytest.mark.parametrize("cell", [jrnn.elman(8), jrnn.lstm(8), jrnn.gru(8), jrnn.lstm(256), jrnn.gru(1024)], ids=repr)
+def test_one_recurrent_product_a_step(cell):
+    """Forward and backward loops hold the recurrent product and no other; large batches in two halves."""
+    params = jax.eval_shape(lambda key: cell.init(key, 16), jax.random.key(0))
+    xs = jax.ShapeDtypeStruct((64, 32, 16), jnp.float32)
+
+    def loss(params, xs):
+        return jnp.sum(jrnn.unroll(cell, params, xs)[1])
+
+    forward = [list(products(body)) for body in loops(jax.make_jaxpr(loss)(params, xs).jaxpr)]
+    both = [list(products(body)) for body in loops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, xs).jaxpr)]
+    whole = 32 * params["w_hh"].size
+    parts = plan_of(cell, 64, (32,), 16).forward
+    parts = parts.parts if isinstance(parts, Units) else 1
+    assert forward == [[whole // parts] * parts]
+    assert sorted(filter(None, both)) == sorted([[whole // parts] * parts, [whole]])
