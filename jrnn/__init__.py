@@ -21,6 +21,7 @@ from jrnn.cells.tdnn import TDNNState, tdnn
 from jrnn.compose.combine import bidirectional, highway, residual, stack
 from jrnn.compose.regularise import dropconnect, learned_state, variational, zoneout
 from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
+from jrnn.streaming import stepper
 from jrnn.unroll import choose_backend, unroll
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ __all__ = [
     "residual",
     "sequence",
     "stack",
+    "stepper",
     "tdnn",
     "testing",
     "training",

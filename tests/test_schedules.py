@@ -203,3 +203,45 @@ def test_one_recurrent_product_a_step(cell):
     parts = parts.parts if isinstance(parts, Units) else 1
     assert forward == [[whole // parts] * parts]
     assert sorted(filter(None, both)) == sorted([[whole // parts] * parts, [whole]])
+
+
+# --- what is kept for the backward pass --------------------------------------------------------------------------
+
+
+def temporary_bytes(cell, time, batch, features, **options):
+    params = jax.eval_shape(lambda key: cell.init(key, features), jax.random.key(0))
+    xs = jax.ShapeDtypeStruct((time, batch, features), jnp.float32)
+
+    def loss(params, xs):
+        return jnp.sum(jrnn.unroll(cell, params, xs, **options)[1] ** 2)
+
+    return jax.jit(jax.grad(loss)).lower(params, xs).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    ("cell", "features", "floats"),
+    [
+        # States before each step, what the gates read (where F + H >= 128), outputs and their cotangents.
+        (jrnn.elman(128), 16, 1 + 1 + 2),
+        (jrnn.gru(128), 16, 1 + 4 + 2),
+        (jrnn.lstm(128), 16, 2 + 4 + 2),
+        # With little to multiply by, what the gates read is made again.
+        (jrnn.lstm(64), 16, 2 + 2),
+        (jrnn.gru(64), 16, 1 + 2),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, jrnn.Layer) else None,
+)
+def test_memory_of_a_training_step(cell, features, floats):
+    """A training step holds at most so many times H floats for each step of each sequence, as the README says."""
+    batch, unit = 8, 4 * cell.hidden
+    rows = affine.choose_chunk(10**6, batch, 4 * cell.hidden)
+    short, long = (temporary_bytes(cell, count * rows, batch, features) for count in (4, 8))
+    assert (long - short) / (4 * rows * batch) <= floats * unit
+
+
+def test_memory_with_remat():
+    """With remat="sqrt" memory grows as the square root of T (and as the state, which is put out)."""
+    cell = jrnn.lstm(256)
+    whole = temporary_bytes(cell, 10_000, 1, 64)
+    assert temporary_bytes(cell, 10_000, 1, 64, remat="sqrt") < 0.35 * whole
+    assert temporary_bytes(cell, 100_000, 1, 64, remat="sqrt") < 300e6

@@ -325,8 +325,9 @@ class AffineCell(Cell):
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
         """Zeros, ``(*B, H)`` for each field of the state, in the parameters' dtype but at least float32."""
-        zeros = jnp.zeros((*batch_shape, self.hidden), stable(params["w_hh"].dtype))
-        return self.state_type(*(zeros for _ in self.state_type._fields))
+        shape, dtype = (*batch_shape, self.hidden), stable(params["w_hh"].dtype)
+        # Arrays of their own: a state may be donated, and a buffer only once.
+        return self.state_type(*(jnp.zeros(shape, dtype) for _ in self.state_type._fields))
 
     def out_features(self, in_features: Any) -> int:
         return self.hidden

@@ -354,8 +354,9 @@ class LearnedState(Wrapper):
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
         state = self.cell.initial_state(self.inner(params), batch_shape)
+        # Copied, so that donating a state never gives a parameter away.
         learned = {
-            name: jnp.broadcast_to(value.astype(getattr(state, name).dtype), getattr(state, name).shape)
+            name: jnp.copy(jnp.broadcast_to(value.astype(getattr(state, name).dtype), getattr(state, name).shape))
             for name, value in undrawn(params)["initial"].items()
         }
         return type(state)(**learned)

@@ -204,8 +204,6 @@ def _loop_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
 # --- its derivative ----------------------------------------------------------------------------------------------
 
 
-# Recomputed backwards from what was kept: nothing of the tangent loop's own is.
-@functools.partial(jax.checkpoint, static_argnums=(0,), prevent_cse=False)
 def tangent(plan: Plan, inputs: Inputs, schedule: Schedule, kept: Kept, d: Inputs) -> tuple[Any, Any, Any]:
     """The derivative of `loop` in the direction ``d``, whose leaves are None where nothing moves."""
     cell, layout, batch = plan.cell, plan.backward, inputs.xs.shape[1:-1]
@@ -247,6 +245,8 @@ def tangent(plan: Plan, inputs: Inputs, schedule: Schedule, kept: Kept, d: Input
     def recur(mask: Any, w_hh: Any, h: Any) -> jax.Array:
         return product(fed(h, mask), w_hh)
 
+    # Checkpointed: what a chunk of the tangent needs is made again backwards, from what the loop kept, chunk by chunk.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def segment(ds: Any, steps: Any) -> tuple[Any, Any]:
         xs, dxs, before, read, times, valid, resets = steps
         u, du = jvp_of(project, (inputs.params, xs), (d.params, dxs))

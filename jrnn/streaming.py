@@ -1,0 +1,52 @@
+"""One step at a time, for inputs that arrive while the model runs."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+
+from jrnn.cells.base import Layer
+
+__all__ = ["stepper"]
+
+
+def stepper(layer: Layer) -> Any:
+    """The layer's step, compiled, with its state donated: ``step(params, state, x, key=None) -> (state, y)``.
+
+    A call costs what calling any compiled function costs, and the arithmetic. Folded over the steps of a sequence it
+    gives what `jrnn.unroll` gives, where every step is valid and no reset.
+
+    B batch axes (any number, or none), F input features, H output features.
+
+    Args:
+      layer: a layer that has a step: any but a bidirectional one, whose backward half needs the future.
+
+    Returns:
+      A jitted function, one and the same for equal layers. Its ``x`` is ``(*B, F)`` (integers ``(*B,)`` for models that
+      begin with `jrnn.embed`), its ``y`` ``(*B, H)``. The state that it is given is donated: its buffers are
+      reused, so go on with the state returned, and copy what else you want to keep.
+
+    >>> cell = jrnn.gru(4)
+    >>> params = cell.init(jax.random.key(0), 3)
+    >>> step, state = jrnn.stepper(cell), cell.initial_state(params, ())
+    >>> for x in jnp.ones((5, 3)):
+    ...     state, y = step(params, state, x)
+    >>> bool(jnp.allclose(y, jrnn.unroll(cell, params, jnp.ones((5, 3)))[1][-1], atol=1e-6))
+    True
+    """
+    if not isinstance(layer, Layer):
+        raise TypeError(f"layer: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {layer!r}")
+    return _stepper(layer)
+
+
+# Cached by value, so that a loop that asks for it anew compiles once; the layer is not an argument of the compiled
+# function, which would hash and compare it at every call.
+@functools.lru_cache(maxsize=256)
+def _stepper(layer: Layer) -> Any:
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(params: Any, state: Any, x: Any, key: Any = None) -> tuple[Any, jax.Array]:
+        return layer.step(params, state, x, key)
+
+    return step

@@ -1,0 +1,71 @@
+"""One step at a time: the same numbers as over a whole sequence, one compilation, a state that is given away."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jrnn
+from tests.conftest import count_compilations
+
+MODELS = (
+    jrnn.lstm(4),
+    jrnn.gru(4, "before"),
+    jrnn.learned_state(jrnn.lstm(4)),
+    jrnn.variational(jrnn.zoneout(jrnn.elman(4), h=0.1), inputs=0.1),
+    jrnn.stack(
+        jrnn.tdnn(3, window=2), jrnn.peephole_lstm(4), jrnn.dropout(0.5), jrnn.residual(jrnn.gru(4)), jrnn.dense(2)
+    ),
+)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+@pytest.mark.parametrize("model", MODELS, ids=repr)
+def test_steps_are_what_unroll_gives(model, batch):
+    params = model.init(jax.random.key(0), 3)
+    xs = jax.random.normal(jax.random.key(1), (5, *batch, 3))
+    last, ys = jrnn.unroll(model, params, xs)
+    step, state = jrnn.stepper(model), model.initial_state(params, batch)
+    for x, y in zip(xs, ys, strict=True):
+        state, got = step(params, state, x)
+        np.testing.assert_allclose(got, y, atol=1e-6)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(last), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    jax.block_until_ready(jax.tree.map(jnp.copy, params))  # the parameters are still there
+
+
+def test_the_state_is_donated():
+    cell = jrnn.lstm(4)
+    params = cell.init(jax.random.key(0), 3)
+    before = cell.initial_state(params, (2,))
+    jrnn.stepper(cell)(params, before, jnp.ones((2, 3)))
+    assert before.h.is_deleted()
+    assert before.c.is_deleted()
+
+
+def test_equal_layers_share_what_is_compiled():
+    params = jrnn.gru(5).init(jax.random.key(0), 3)
+    x = jnp.ones((2, 3))
+    state, _ = jrnn.stepper(jrnn.gru(5))(params, jrnn.gru(5).initial_state(params, (2,)), x)
+    with count_compilations() as counter:
+        for _ in range(3):
+            state, _ = jrnn.stepper(jrnn.gru(5))(params, state, x)
+    assert counter["compilations"] == 0
+
+
+def test_keys_are_per_step():
+    model = jrnn.stack(jrnn.dropout(0.5), jrnn.gru(4))
+    params = model.init(jax.random.key(0), 8)
+    step, x = jrnn.stepper(model), jnp.ones(8)
+    outs = [step(params, model.initial_state(params, ()), x, jax.random.key(i))[1] for i in (1, 1, 2)]
+    assert (outs[0] == outs[1]).all()
+    assert (outs[0] != outs[2]).any()
+
+
+def test_what_has_no_step_says_why():
+    model = jrnn.bidirectional(jrnn.gru(4))
+    params = model.init(jax.random.key(0), 3)
+    with pytest.raises(TypeError, match="whole sequences"):
+        jrnn.stepper(model)(params, model.initial_state(params, ()), jnp.ones(3))
+    with pytest.raises(TypeError, match="expected a layer"):
+        jrnn.stepper("lstm")
