@@ -75,8 +75,8 @@ def test_what_is_chosen():
     assert plan_of(jrnn.lstm(256), 100, (), 64).forward == Rows()
     assert plan_of(jrnn.lstm(1024), 35, (32,), 64).backward == Units()
     assert plan_of(jrnn.lstm(256), 100, (32,), 64).backward == Rows()
-    assert plan_of(jrnn.lstm(64), 128, (16,), 64).read
-    assert not plan_of(jrnn.lstm(32), 128, (16,), 8).read
+    assert plan_of(jrnn.lstm(128), 128, (16,), 32).read
+    assert not plan_of(jrnn.lstm(64), 128, (16,), 64).read
 
 
 @pytest.mark.parametrize(("time", "count", "width"), [(100, 32, 1024), (35, 32, 4096), (1, 1, 4), (0, 3, 4), (7, 0, 4)])
@@ -221,10 +221,10 @@ def temporary_bytes(cell, time, batch, features, **options):
 @pytest.mark.parametrize(
     ("cell", "features", "floats"),
     [
-        # States before each step, what the gates read (where F + H >= 128), outputs and their cotangents.
-        (jrnn.elman(128), 16, 1 + 1 + 2),
-        (jrnn.gru(128), 16, 1 + 4 + 2),
-        (jrnn.lstm(128), 16, 2 + 4 + 2),
+        # States before each step, what the gates read (where F + H >= 160), outputs and their cotangents.
+        (jrnn.elman(128), 32, 1 + 1 + 2),
+        (jrnn.gru(128), 32, 1 + 4 + 2),
+        (jrnn.lstm(128), 32, 2 + 4 + 2),
         # With little to multiply by, what the gates read is made again.
         (jrnn.lstm(64), 16, 2 + 2),
         (jrnn.gru(64), 16, 1 + 2),

@@ -120,7 +120,7 @@ class Limits(NamedTuple):
     parts: int = 8192
     parts_sequences: int = 32
     backward: int = 768
-    read: int = 128
+    read: int = 160
     width: int = 2**20
     rows: tuple[int, int] = (1024, 4096)
 
