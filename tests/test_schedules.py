@@ -71,7 +71,8 @@ def plan_of(cell, time, batch, features):
 def test_what_is_chosen():
     assert plan_of(jrnn.lstm(256), 100, (32,), 64).forward == Units(2)
     assert plan_of(jrnn.lstm(256), 100, (4, 8), 64).forward == Units(2)
-    assert plan_of(jrnn.lstm(128), 100, (33,), 64).forward == Units(1)
+    assert plan_of(jrnn.lstm(256), 100, (33,), 64).forward == Units(1)
+    assert plan_of(jrnn.lstm(128), 100, (33,), 64).forward == Rows()
     assert plan_of(jrnn.lstm(256), 100, (), 64).forward == Rows()
     assert plan_of(jrnn.lstm(1024), 35, (32,), 64).backward == Units()
     assert plan_of(jrnn.lstm(256), 100, (32,), 64).backward == Rows()

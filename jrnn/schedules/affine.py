@@ -116,7 +116,7 @@ class Limits(NamedTuple):
     """
 
     sequences: int = 8
-    units: int = 4096
+    units: int = 8192
     parts: int = 8192
     parts_sequences: int = 32
     backward: int = 768
