@@ -1,0 +1,136 @@
+"""The points: which work is measured, at which shapes, by whom.
+
+B batch, T time, F input features, H hidden features, as everywhere in jrnn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+GATES = {"lstm": 4, "gru": 3, "elman": 1}
+
+# (B, T, F, H), small to large, then one long sequence and one that is all overhead.
+SHAPES = (
+    (16, 128, 64, 64),
+    (32, 100, 64, 128),
+    (32, 100, 256, 256),
+    (64, 50, 512, 512),
+    (32, 35, 1024, 1024),
+    (16, 1000, 64, 64),
+    (1, 1000, 16, 32),
+)
+WORK = {"forward": "forward", "train": "forward and backward", "step": "one step"}
+
+ONLY_JRNN = ("jrnn",)
+OWN_CELL = ("jrnn", "jrnn own cell")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One piece of work, the same for every peer.
+
+    ``work`` is "forward" (outputs of all T steps), "train" (the loss ``sum(ys * weights)`` and its gradients with
+    respect to all parameters and to the inputs) or "step" (one time step in one call, its state fed back).
+    ``peers`` names who takes part; None for all.
+    """
+
+    section: str
+    cell: str
+    work: str
+    batch: int
+    time: int
+    features: int
+    hidden: int
+    layers: int = 1
+    bidirectional: bool = False
+    ragged: bool = False
+    dtype: str = "float32"
+    remat: str | None = None
+    peers: tuple[str, ...] | None = None
+
+    @property
+    def id(self) -> str:
+        """A name that says what is measured; results are kept under it."""
+        shape = f"B{self.batch}-T{self.time}-F{self.features}-H{self.hidden}"
+        parts = [self.section, self.cell, self.work, shape]
+        return "/".join(parts + ([f"remat-{self.remat}"] if self.remat else []))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, T, F, H)."""
+        return self.batch, self.time, self.features, self.hidden
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def out_features(self) -> int:
+        return self.directions * self.hidden
+
+    def layer_features(self) -> tuple[int, ...]:
+        """Input features of each layer."""
+        return (self.features,) + (self.out_features,) * (self.layers - 1)
+
+    def flops(self, steps: int) -> float:
+        """Arithmetic of the matrix products over so many valid steps (all sequences together).
+
+        Two for each multiplication and addition; the backward pass has two products for each of the forward pass.
+        """
+        gates = GATES[self.cell]
+        per_step = sum(2.0 * gates * self.hidden * (f + self.hidden) for f in self.layer_features())
+        return per_step * self.directions * steps * (3 if self.work == "train" else 1)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> Point:
+        peers = fields.get("peers")
+        return Point(**{**fields, "peers": None if peers is None else tuple(peers)})
+
+
+def _both(section: str, cell: str, shape: tuple[int, int, int, int], **options: Any) -> Iterator[Point]:
+    for work in ("forward", "train"):
+        yield Point(section, cell, work, *shape, **options)
+
+
+def full() -> tuple[Point, ...]:
+    """Every point of the benchmark, in the order in which they run."""
+    points: list[Point] = []
+    for cell in GATES:
+        for shape in SHAPES:
+            points += _both("grid", cell, shape)
+    for cell in ("lstm", "gru"):
+        points += _both("two layers", cell, (32, 100, 256, 256), layers=2)
+        points += _both("two directions", cell, (32, 100, 256, 256), bidirectional=True)
+        points += _both("ragged", cell, (32, 100, 64, 128), ragged=True)
+    points += _both("two layers", "lstm", (16, 128, 64, 64), layers=2)
+    points += _both("two directions", "lstm", (16, 128, 64, 64), bidirectional=True)
+    points += _both("ragged", "lstm", (16, 1000, 64, 64), ragged=True)
+    for shape in SHAPES[:5]:
+        points += _both("own cell", "lstm", shape, peers=OWN_CELL)
+    for shape in (SHAPES[2], SHAPES[3]):
+        points += _both("bfloat16", "lstm", shape, dtype="bfloat16")
+    for cell in GATES:
+        points.append(Point("one step", cell, "step", 1, 1, 64, 256))
+    for time in (100, 1_000, 10_000, 100_000):
+        points += _both("long", "lstm", (1, time, 16, 64), peers=ONLY_JRNN)
+    for remat in (None, "sqrt"):
+        points.append(Point("memory", "lstm", "train", 1, 100_000, 64, 256, remat=remat, peers=ONLY_JRNN))
+    return tuple(points)
+
+
+def quick() -> tuple[Point, ...]:
+    """A few points that touch every kind of work, for a first look and for trying out changes to the benchmark."""
+    shape = SHAPES[0]
+    return (
+        *_both("grid", "lstm", shape),
+        Point("grid", "gru", "train", *shape),
+        Point("grid", "elman", "train", *shape),
+        Point("ragged", "lstm", "forward", *shape, ragged=True),
+        Point("own cell", "lstm", "train", *shape, peers=OWN_CELL),
+        Point("one step", "lstm", "step", 1, 1, 64, 256),
+    )

@@ -1,0 +1,101 @@
+"""What a measurement depends on: hardware and versions, and how fast this machine multiplies matrices."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("jax", "jaxlib", "numpy", "flax", "dm-haiku", "equinox", "keras", "torch")
+FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hardware() -> dict[str, Any]:
+    """CPU model, number of cores and vector instructions, as far as the system says."""
+    model = platform.processor() or platform.machine()
+    flags: set[str] = set()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        text = info.read_text()
+        found = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+        model = found.group(1).strip() if found else model
+        found = re.search(r"^flags\s*:\s*(.*)$", text, re.MULTILINE)
+        flags = set(found.group(1).split()) if found else flags
+    return {
+        "cpu": model,
+        "machine": platform.machine(),
+        "cores": cores(),
+        "flags": {name: name in flags for name in FLAGS},
+        "system": platform.system(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python, jrnn and the peers' files with a hash of their source, and every package that is installed."""
+    found = {
+        "python": platform.python_version(),
+        "jrnn": f"{_version('jrnn')} (source {source_hash(ROOT / 'jrnn')})",
+        "peers": f"as used in source {source_hash(ROOT / 'benchmarks' / 'peers')}",
+    }
+    for name in PACKAGES:
+        if (version := _version(name)) is not None:
+            found[name] = version
+    return found
+
+
+def source_hash(folder: Path) -> str:
+    """Eight digits that change with any change to the modules of a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def environment(settings: dict[str, Any]) -> dict[str, Any]:
+    """All of it, and how much is measured: two results compare where these are equal."""
+    return {"hardware": hardware(), "versions": versions(), "settings": settings}
+
+
+def fingerprint(environment: dict[str, Any]) -> str:
+    """A short name for an environment."""
+    return hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def slug() -> str:
+    """A folder's name for this machine."""
+    found = hardware()
+    return re.sub(r"[^a-z0-9]+", "-", f"{found['cpu']} {found['cores']} cores".lower()).strip("-")
+
+
+def matmul_rate(size: int = 2048, repeats: int = 12) -> float:
+    """Floating-point operations per second of a large float32 product, the best of several: the floor's rate."""
+    import jax
+    import jax.numpy as jnp
+
+    a = jnp.ones((size, size), jnp.float32)
+    compiled = jax.jit(jnp.matmul).lower(a, a).compile()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(a, a))
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,65 @@
+"""One file for each library: how it does the same work, in its best form.
+
+`PEERS` lists them in the order of the tables. A peer whose library is not installed is reported as absent.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from typing import NamedTuple
+
+from benchmarks.peers.base import Peer
+
+__all__ = ["PEERS", "Entry", "available", "create", "is_jrnn", "version"]
+
+
+class Entry(NamedTuple):
+    """Where a peer is: its class, the module it needs and the distribution that has it."""
+
+    module: str
+    cls: str
+    requires: str
+    distribution: str
+
+
+PEERS: dict[str, Entry] = {
+    "jrnn": Entry("jrnn", "Jrnn", "jrnn", "jrnn"),
+    "jrnn reference": Entry("jrnn", "Reference", "jrnn", "jrnn"),
+    "jrnn own cell": Entry("jrnn", "OwnCell", "jrnn", "jrnn"),
+    "hand": Entry("hand", "Hand", "jax", "jax"),
+    "hand hoisted": Entry("hand", "HandHoisted", "jax", "jax"),
+    "flax.linen": Entry("flax_linen", "Linen", "flax", "flax"),
+    "flax.nnx": Entry("flax_nnx", "NNX", "flax", "flax"),
+    "haiku": Entry("haiku", "Haiku", "haiku", "dm-haiku"),
+    "equinox": Entry("equinox", "Equinox", "equinox", "equinox"),
+    "keras": Entry("keras", "Keras", "keras", "keras"),
+    "torch": Entry("torch", "Torch", "torch", "torch"),
+    "torch padded": Entry("torch", "Padded", "torch", "torch"),
+    "empty": Entry("hand", "Empty", "jax", "jax"),
+}
+
+
+def available(name: str) -> bool:
+    """Whether the peer's library is installed."""
+    return importlib.util.find_spec(PEERS[name].requires) is not None
+
+
+def version(name: str) -> str:
+    """The version of the peer's library."""
+    try:
+        return importlib.metadata.version(PEERS[name].distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def create(name: str) -> Peer:
+    """The peer, with its library imported."""
+    entry = PEERS[name]
+    return getattr(importlib.import_module(f"benchmarks.peers.{entry.module}"), entry.cls)()
+
+
+def is_jrnn(name: str) -> bool:
+    """Whether a peer is jrnn itself in one of its forms, or the empty function: none of these is a competitor."""
+    return name.startswith("jrnn") or name == "empty"

@@ -1,0 +1,73 @@
+"""jrnn itself: the schedule it chooses, the reference schedule, and a cell written by a user."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+import jrnn
+from benchmarks import data
+from benchmarks.grid import Point
+from benchmarks.peers.base import JaxPeer
+
+
+class Jrnn(JaxPeer):
+    """What a user gets who chooses nothing."""
+
+    form = "jrnn.unroll under jit, time-major, the schedule it chooses by itself; jit of cell.step for single steps"
+    lengths = True
+    backend: ClassVar[str | None] = None
+
+    def cell(self, point: Point) -> Any:
+        return data.make_cell(point.cell, point.hidden)
+
+    def convert(self, point: Point, params: Any) -> Any:
+        return data.model_params(point, params)
+
+    def apply(self, point: Point, own: Any, xs: Any, lengths: Any) -> Any:
+        model = data.make_model(self.cell(point), point)
+        return jrnn.unroll(model, own, xs, lengths=lengths, backend=self.backend, remat=point.remat)[1]
+
+    def initial(self, point: Point, own: Any) -> Any:
+        return self.cell(point).initial_state(own, (point.batch,))
+
+    def step(self, point: Point, own: Any, state: Any, x: Any) -> tuple[Any, Any]:
+        return self.cell(point).step(own, state, x)
+
+
+class Reference(Jrnn):
+    """The plain scan of the cell's step, against which every other schedule is tested."""
+
+    form = 'jrnn.unroll(backend="reference") under jit: a plain scan of cell.step'
+    backend = "reference"
+
+    def refuses(self, point: Point) -> str | None:
+        return "a single step has no schedule" if point.work == "step" else super().refuses(point)
+
+
+class OwnLSTM(jrnn.AffineCell):
+    """The LSTM's equations, as a user would write them."""
+
+    gate_names = ("i", "f", "g", "o")
+    state_type = jrnn.LSTMState
+    additive = True  # a promise: `gates` uses only u + v
+    elementwise = True  # a promise: unit j depends on unit j alone
+
+    def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
+        i, f, g, o = (a + b for a, b in zip(u, v, strict=True))
+        c = jax.nn.sigmoid(f) * state.c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        return jrnn.LSTMState(jax.nn.sigmoid(o) * jnp.tanh(c), c)
+
+
+class OwnCell(Jrnn):
+    """A user's AffineCell with the equations of the built-in one."""
+
+    form = "a user's AffineCell with the LSTM's equations (eight lines), run as jrnn above"
+
+    def cell(self, point: Point) -> Any:
+        return OwnLSTM(point.hidden)
+
+    def refuses(self, point: Point) -> str | None:
+        return None if point.peers and "jrnn own cell" in point.peers else "takes part in its own section"
