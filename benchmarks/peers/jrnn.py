@@ -52,8 +52,6 @@ class OwnLSTM(jrnn.AffineCell):
 
     gate_names = ("i", "f", "g", "o")
     state_type = jrnn.LSTMState
-    additive = True  # a promise: `gates` uses only u + v
-    elementwise = True  # a promise: unit j depends on unit j alone
 
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
         i, f, g, o = (a + b for a, b in zip(u, v, strict=True))
