@@ -129,7 +129,7 @@ def quick() -> tuple[Point, ...]:
     return (
         *_both("grid", "lstm", shape),
         Point("grid", "gru", "train", *shape),
-        Point("grid", "elman", "train", *shape),
+        Point("grid", "elman", "forward", *shape),
         Point("ragged", "lstm", "forward", *shape, ragged=True),
         Point("own cell", "lstm", "train", *shape, peers=OWN_CELL),
         Point("one step", "lstm", "step", 1, 1, 64, 256),

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # the repository in place of this folder, whose modu
 from benchmarks import data, driver, grid, machine, peers, report
 from benchmarks.store import Store
 
-FULL, QUICK = driver.Budget(15, 20.0), driver.Budget(5, 1.5)
+FULL, QUICK = driver.Budget(15, 20.0), driver.Budget(5, 1.0)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -62,6 +62,7 @@ class LocalPool:
 @pytest.fixture(autouse=True)
 def _no_repetition_is_long(monkeypatch):
     monkeypatch.setattr(worker, "REPETITION_MS", 0.01)
+    monkeypatch.setattr(worker, "WARM_MS", 0.0)
     monkeypatch.setattr(driver, "PAUSE_S", 0.0)
 
 
