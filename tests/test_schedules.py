@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 from typing import ClassVar
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jrnn
-from jrnn import _interpret, testing
+from jrnn import _interpret, _weigh, testing
 from jrnn.schedules import affine, promises
 from jrnn.schedules.layout import Rows, Units
 from jrnn.schedules.steps import Steps
@@ -32,6 +33,7 @@ LAWS = (
     testing.check_vmap,
     testing.check_remat,
     testing.check_zero_length,
+    testing.check_state_dtype,
 )
 
 
@@ -155,6 +157,33 @@ def test_what_is_read_agrees_with_what_is_promised(cell):
     assert read(twin)[0]
 
 
+@pytest.mark.parametrize("primitive", [True, False], ids=["primitive", "fallback"])
+def test_the_product_is_a_product(primitive, monkeypatch, x64):
+    """Values and all derivatives, where JAX has primitives of one's own and where it has not."""
+    if not primitive:
+        monkeypatch.setattr(_weigh, "_weigh_p", None)
+    x, w = jax.random.normal(jax.random.key(0), (5, 4, 3)), jax.random.normal(jax.random.key(1), (3, 2))
+
+    def results(product):
+        def loss(x, w):
+            return jnp.sum(jnp.sin(product(x, w)))
+
+        each = jax.vmap(jax.grad(loss, (0, 1)), (1, None))
+        slope = jax.jvp(jax.grad(loss, (0, 1)), (x, w), (x, w))
+        return loss(x, w), each(x, w), slope, jax.hessian(loss, 1)(x, w)
+
+    chex.assert_trees_all_close(results(_weigh.weigh), results(jnp.matmul), rtol=1e-12)
+
+
+def test_the_product_over_devices():
+    """Inside `shard_map`, where arrays say how they vary over devices."""
+    mesh, spec = jax.make_mesh((1,), ("i",), (jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec
+    x, w = jax.random.normal(jax.random.key(0), (4, 3)), jax.random.normal(jax.random.key(1), (3, 2))
+    over = jax.shard_map(_weigh.weigh, mesh=mesh, in_specs=(spec("i"), spec()), out_specs=spec("i"))
+    got, want = (jax.grad(lambda w, f=f: jnp.sum(jnp.sin(f(x, w))))(w) for f in (over, jnp.matmul))
+    chex.assert_trees_all_close(got, want, rtol=1e-5)
+
+
 # --- what is inside the loops ------------------------------------------------------------------------------------
 
 
@@ -227,6 +256,7 @@ def temporary_bytes(cell, time, batch, features, **options):
         (jrnn.gru(128), 32, 1 + 4 + 2),
         (jrnn.lstm(128), 32, 2 + 4 + 2),
         # With little to multiply by, what the gates read is made again.
+        (jrnn.elman(64), 16, 1 + 2),
         (jrnn.lstm(64), 16, 2 + 2),
         (jrnn.gru(64), 16, 1 + 2),
     ],
