@@ -228,6 +228,6 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "squeeze": lambda params, x: np.squeeze(x, tuple(params["dimensions"])),
     "stop_gradient": lambda params, x: x,
     "sub": _elementwise(np.subtract),
-    "weigh": lambda params, x, w: np.matmul(x, w),
     "transpose": lambda params, x: np.transpose(x, params["permutation"]),
+    "weigh": lambda params, x, w: np.matmul(x, w),
 }

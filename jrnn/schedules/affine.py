@@ -108,7 +108,7 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
 
 
 class Limits(NamedTuple):
-    """From which sizes on a choice pays, as measured on CPUs (benchmarks/); N sequences, H units.
+    """From which sizes on a choice pays, as measured on two AVX2 cores; N sequences, H units.
 
     ``sequences`` N and ``units`` N * H for a loop with units first, ``parts`` N * H (and ``parts_sequences`` N) for two
     parts of it, ``backward`` H for a derivative with units first; ``read`` F + H to keep what the gates read rather
