@@ -20,10 +20,11 @@ __all__ = ["SCHEDULES", "Schedule", "Steps", "choose"]
 
 
 class Schedule(NamedTuple):
-    """A row of the table."""
+    """A row of the table; one that is not ``automatic`` runs only where it is asked for by name."""
 
     serves: Callable[[Any, Any, Any, Steps], tuple[bool, str]]
     run: Callable[[Any, Any, Any, Any, Steps], tuple[Any, Any]]
+    automatic: bool = True
 
 
 SCHEDULES: dict[str, Schedule] = {
@@ -41,10 +42,13 @@ def choose(cell: Any, params: Any, xs: Any, steps: Steps, backend: str | None = 
                 f"backend: {backend!r} cannot run {cell!r}: {reason}; pass backend=None to let jrnn choose"
             )
         return backend, reason
-    refusals: list[str] = []
+    passed_over: list[str] = []
     for name, schedule in SCHEDULES.items():
         served, reason = schedule.serves(cell, params, xs, steps)
-        if served:
-            return name, "; ".join([reason, *refusals])
-        refusals.append(f"not {name}: {reason}")
-    raise ValueError(f"cell: no schedule can run {cell!r}: {'; '.join(refusals)}")
+        if schedule.automatic:
+            if served:
+                return name, "; ".join([reason, *passed_over])
+            passed_over.append(f"not {name}: {reason}")
+        elif served:
+            passed_over.append(f"{name} would serve, but runs only where asked for by name: {reason}")
+    raise ValueError(f"cell: no schedule can run {cell!r}: {'; '.join(passed_over)}")
