@@ -167,6 +167,15 @@ def _unroll(
     return run(cell, params, xs, state)
 
 
+# A function of its own, so that equal layers on inputs of equal shapes are traced, differentiated and lowered once for
+# all of them. XLA inlines it: what runs is what would run without.
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def _loop(
+    name: str, cell: Layer, params: Any, xs: jax.Array, state: Any, static: Steps, arrays: tuple[Any, ...]
+) -> tuple[Any, jax.Array]:
+    return SCHEDULES[name].run(cell, params, xs, state, static.joined(arrays))
+
+
 @dataclass(frozen=True)
 class Run:
     """One run over time, as the layers of a model see it: how to run their parts (see `Layer.walk`)."""
@@ -184,16 +193,18 @@ class Run:
     def scan(self, cell: Layer, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
         """Runs a recurrent layer step by step, by the schedule that suits it."""
         x = jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype)
-        check_step(cell, params, x, state, self.steps.key)
-        name, reason = choose(cell, params, xs, self.steps, self.backend)
+        # The key of a model, where other layers use it, is none to a cell that is known to use none.
+        steps = replace(self.steps, key=None) if cell.uses_key is False else self.steps
+        check_step(cell, params, x, state, steps.key)
+        name, reason = choose(cell, params, xs, steps, self.backend)
         self.chosen.append((cell, name, reason))
-        if self.steps.valid is None or not xs.shape[0]:
-            return SCHEDULES[name].run(cell, params, xs, state, self.steps)
+        if steps.valid is None or not xs.shape[0]:
+            return _loop(name, cell, params, xs, state, *steps.parted())
         # A state that no valid step consumes stays out of the loop: held over invalid steps, a NaN in it would meet
         # the zero gradients of those steps.
-        met, any_valid = self.steps.meets(), self.steps.valid.any(0)
+        met, any_valid = steps.meets(), steps.valid.any(0)
         restart = cell.initial_state(params, self.batch_shape)
-        last, ys = SCHEDULES[name].run(cell, params, xs, select(met, state, restart), self.steps)
+        last, ys = _loop(name, cell, params, xs, select(met, state, restart), *steps.parted())
         return select(any_valid, last, state), ys
 
     def child(self, index: int) -> Run:

@@ -158,7 +158,13 @@ CASES = (
     Case("highway", jrnn.highway(jrnn.elman(3))),
     Case("highway_of_random", jrnn.highway(jrnn.stack(jrnn.dropout(0.3), jrnn.elman(3)))),
     Case("stack", jrnn.stack(jrnn.lstm(4), jrnn.gru(3), jrnn.dense(2)), full=True),
-    Case("stack_random", jrnn.stack(jrnn.gru(4), jrnn.dropout(0.3), jrnn.dropout(0.3), jrnn.elman(4))),
+    # Equal layers at different places, each with randomness of its own.
+    Case(
+        "stack_random",
+        jrnn.stack(
+            jrnn.zoneout(jrnn.elman(3), h=0.3), jrnn.dropout(0.3), jrnn.dropout(0.3), jrnn.zoneout(jrnn.elman(3), h=0.3)
+        ),
+    ),
     Case("stack_nested", jrnn.stack(jrnn.stack(jrnn.elman(4), jrnn.dropout(0.3)), jrnn.stack(jrnn.dense(3)))),
     Case("stack_embed", jrnn.stack(jrnn.embed(5, 3), jrnn.layer_norm(), jrnn.gru(4)), None),
     Case("bidirectional", jrnn.bidirectional(jrnn.elman(4)), full=True),

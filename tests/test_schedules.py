@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from typing import ClassVar
 
 import chex
@@ -233,6 +234,52 @@ def test_one_recurrent_product_a_step(cell):
     parts = parts.parts if isinstance(parts, Units) else 1
     assert forward == [[whole // parts] * parts]
     assert sorted(filter(None, both)) == sorted([[whole // parts] * parts, [whole]])
+
+
+@pytest.mark.parametrize(
+    ("layers", "key"),
+    [
+        ((jrnn.lstm(8),), False),
+        ((jrnn.zoneout(jrnn.gru(8), h=0.1), jrnn.dropout(0.2)), True),
+        ((jrnn.bidirectional(jrnn.elman(4)),), False),
+        ((jrnn.residual(jrnn.stack(jrnn.gru(8), jrnn.dropout(0.2))),), True),
+        ((jrnn.jordan(8, 8),), False),
+    ],
+    ids=repr,
+)
+def test_equal_layers_share_their_loops(layers, key):
+    """The program has as many loops for eight equal layers as for three, the first of which may have other inputs."""
+    xs = jax.ShapeDtypeStruct((12, 2, 8), jnp.float32)
+
+    def loops_of(depth):
+        model = jrnn.stack(*layers * depth)
+        params = jax.eval_shape(lambda key: model.init(key, 8), jax.random.key(0))
+
+        def loss(params, xs):
+            options = {"key": jax.random.key(0), "remat": 5} if key else {"lengths": jnp.array([12, 7])}
+            return jnp.sum(jrnn.unroll(model, params, xs, **options)[1])
+
+        programs = (jax.jit(loss), jax.jit(jax.grad(loss)), jax.jit(jax.grad(loss, (0, 1))))
+        return [program.lower(params, xs).as_text().count("stablehlo.while") for program in programs]
+
+    few = loops_of(3)
+    assert min(few) > 0
+    assert loops_of(8) == few
+
+
+def test_a_key_of_other_layers_changes_no_layout():
+    """A cell that is known to use no key is laid out as it is without one."""
+    cell, xs = jrnn.lstm(256), jax.ShapeDtypeStruct((8, 32, 16), jnp.float32)
+    model = jrnn.stack(cell, jrnn.dropout(0.2))
+    params = jax.eval_shape(lambda key: model.init(key, 16), jax.random.key(0))
+
+    def run(key, params, xs):
+        return jrnn.unroll(model, params, xs, key=key)[1]
+
+    (body, *_), (keyed, *_) = (
+        list(loops(jax.make_jaxpr(functools.partial(run, key))(params, xs).jaxpr)) for key in (None, jax.random.key(0))
+    )
+    assert list(products(keyed)) == list(products(body)) == [16 * 256 * 1024] * 2
 
 
 # --- what is kept for the backward pass --------------------------------------------------------------------------

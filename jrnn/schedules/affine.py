@@ -48,7 +48,6 @@ class Plan:
     read: bool
     reverse: bool
     unroll: int
-    path: tuple[int, ...]
 
     @property
     def gates(self) -> int:
@@ -80,9 +79,13 @@ class Kept(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """What steers the loop and has no derivative: a key, and of each step its time, whether it is valid, and resets."""
+    """What steers the loop and has no derivative.
+
+    A key and the layer's path in the model, and of each step its time, whether it is valid, and resets.
+    """
 
     key: Any
+    path: Any
     times: Any
     valid: Any
     resets: Any
@@ -97,7 +100,8 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
     def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
         xs, valid, resets, times = inputs
         inputs = Inputs(params, xs, *weights, state, restart)
-        last, ys, _ = loop(make_plan(cell, inputs, steps), inputs, Schedule(steps.key, times, valid, resets))
+        schedule = Schedule(steps.key, () if steps.key is None else steps.path, times, valid, resets)
+        last, ys, _ = loop(make_plan(cell, inputs, steps), inputs, schedule)
         return last, ys if valid is None else jnp.where(expand(valid, ys), ys, jnp.zeros((), ys.dtype))
 
     inputs = (xs, steps.valid, steps.resets, steps.times(xs.shape[0]))
@@ -141,7 +145,7 @@ def make_plan(cell: Any, inputs: Inputs, steps: Steps) -> Plan:
     sums = promises.sums(cell, inputs.theta, inputs.state)
     read = features + hidden >= LIMITS.read
     chunk = choose_chunk(time, count, len(sums) * hidden)
-    return Plan(cell, sums, forward, backward, chunk, False, read, steps.reverse, steps.unroll, steps.path)
+    return Plan(cell, sums, forward, backward, chunk, False, read, steps.reverse, steps.unroll)
 
 
 def choose_chunk(time: int, count: int, width: int) -> int:
@@ -167,7 +171,7 @@ def loop(plan: Plan, inputs: Inputs, schedule: Schedule) -> tuple[Any, Any, Any]
         if resets is not None:
             state = layout.select(resets, restart, state)
         v = layout.product(fed(state.h, mask), w_hh)
-        key = key_at(plan, schedule.key, time)
+        key = Steps(key=schedule.key, path=schedule.path).key_at(time)
         new = layout.gates(cell, inputs.theta, u, layout.split(v, plan.gates), state, key)
         if valid is not None:
             new = layout.select(valid, new, state)
@@ -189,7 +193,7 @@ def loop(plan: Plan, inputs: Inputs, schedule: Schedule) -> tuple[Any, Any, Any]
             kept = Kept(kept.before, pack(plan, u, kept.read))
         return layout.leave(last, batch), (hs, kept)
 
-    last, (hs, kept) = chunks(plan, segment, inputs.state, (inputs.xs, *schedule[1:]))
+    last, (hs, kept) = chunks(plan, segment, inputs.state, (inputs.xs, *schedule[2:]))
     return last, hs, kept
 
 
@@ -216,7 +220,7 @@ def tangent(plan: Plan, inputs: Inputs, schedule: Schedule, kept: Kept, d: Input
         read, dread, state, valid, resets, time = step
         if resets is not None:
             ds = layout.select(resets, restart, ds)
-        key = key_at(plan, schedule.key, time)
+        key = Steps(key=schedule.key, path=schedule.path).key_at(time)
         dv = layout.product_t(fed(ds.h, mask), w_hh)
 
         def gates(theta: Any, parts: Any, state: Any) -> Any:
@@ -261,7 +265,7 @@ def tangent(plan: Plan, inputs: Inputs, schedule: Schedule, kept: Kept, d: Input
             kept = Kept(kept.before, jnp.concatenate(kept.read, -1))
         return layout.leave((last,), batch), (hs, kept)
 
-    steps = (inputs.xs, d.xs, kept.before, kept.read, *schedule[1:])
+    steps = (inputs.xs, d.xs, kept.before, kept.read, *schedule[2:])
     last, (hs, kept) = chunks(plan, segment, dense(inputs.state, d.state), steps)
     return last, hs, kept
 
@@ -320,10 +324,6 @@ def fed(h: jax.Array, mask: jax.Array | None) -> jax.Array:
 def both(pairs: Any) -> tuple[Any, ...]:
     """A list of pairs as a pair of tuples."""
     return tuple(zip(*pairs, strict=True))
-
-
-def key_at(plan: Plan, key: Any, time: Any) -> Any:
-    return Steps(key=key, path=plan.path).key_at(time)
 
 
 def chunks(plan: Plan, segment: Any, state: Any, steps: Any) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ class Steps:
 
     ``valid`` and ``resets`` are ``(T, *B)`` booleans or None. ``key`` is the run's key, ``start`` the absolute time of
     the first step and ``path`` the position of the layer in the model: the key of a step is ``key`` with the time and
-    then each index of the path folded in.
+    then each index of the path folded in. The numbers of a path may be traced.
     """
 
     valid: jax.Array | None = None
@@ -30,12 +30,23 @@ class Steps:
     reverse: bool = False
     key: jax.Array | None = None
     start: Any = 0
-    path: tuple[int, ...] = ()
+    path: tuple[Any, ...] = ()
     remat: int | str | None = None
     unroll: int = 1
 
     def child(self, index: int) -> Steps:
         return replace(self, path=(*self.path, index))
+
+    def parted(self) -> tuple[Steps, tuple[Any, ...]]:
+        """What is static, and what is or may be traced: the same for layers that differ in their place alone."""
+        random = (0, ()) if self.key is None else (self.start, self.path)
+        static = replace(self, valid=None, resets=None, key=None, start=0, path=())
+        return static, (self.valid, self.resets, self.key, *random)
+
+    def joined(self, arrays: tuple[Any, ...]) -> Steps:
+        """From both parts the whole."""
+        valid, resets, key, start, path = arrays
+        return replace(self, valid=valid, resets=resets, key=key, start=start, path=path)
 
     def opposite(self) -> Steps:
         """The same steps run from the other end, where a boundary is met at the last valid step before it."""
