@@ -59,7 +59,8 @@ def _opened(jaxpr: Any) -> tuple[Any, Any]:
 # Operations that only call another program, by the name of the parameter that holds it.
 _CALLS = {
     "checkpoint": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr", "jit": "jaxpr", "pjit": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr",
+    "custom_vjp_call": "call_jaxpr", "custom_vmap_call": "call", "jit": "jaxpr", "pjit": "jaxpr", "remat": "jaxpr",
+    "remat2": "jaxpr",
 }  # fmt: skip
 
 

@@ -1,12 +1,34 @@
-"""What every test runs under: strict promotion, warnings as errors (see pyproject), float32 unless asked."""
+"""What every test runs under: strict promotion, warnings as errors (see pyproject), float32 unless asked.
+
+Everything runs on the CPU, whatever else there is; ``pytest -m gpu`` runs what is marked so, on an NVIDIA GPU.
+"""
 
 import contextlib
+import os
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_platforms", "cpu")
+
+
+def pytest_configure(config):
+    if config.option.markexpr == "gpu":
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the GPU
+    else:
+        jax.config.update("jax_platforms", "cpu")
+
+
+def pytest_collection_modifyitems(config, items):
+    marked = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if not marked:
+        return
+    reason = "runs on an NVIDIA GPU, with pytest -m gpu"
+    if config.option.markexpr == "gpu":
+        found = jax.default_backend()
+        reason = None if found == "gpu" else f"needs an NVIDIA GPU and jax's CUDA plugin; JAX found a {found}"
+    for item in marked if reason else ():
+        item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jrnn.schedules import hoisted, reference
+from jrnn.schedules import cudnn, hoisted, reference
 from jrnn.schedules.steps import Steps
 
 __all__ = ["SCHEDULES", "Schedule", "Steps", "choose"]
@@ -29,6 +29,7 @@ class Schedule(NamedTuple):
 
 SCHEDULES: dict[str, Schedule] = {
     "hoisted": Schedule(hoisted.serves, hoisted.run),
+    "cudnn": Schedule(cudnn.serves, cudnn.run, automatic=False),
     "reference": Schedule(reference.serves, reference.run),
 }
 
