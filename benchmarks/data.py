@@ -130,7 +130,7 @@ def errors(point: Point, got: dict[str, Any], want: dict[str, Any]) -> dict[str,
 
 def tolerance(point: Point) -> float:
     """The largest relative error with which a peer is still timed: rounding, and nothing else."""
-    return 0.05 if point.dtype == "bfloat16" else 2e-4
+    return {"bfloat16": 0.05, "float16": 0.02, "tf32": 0.01}.get(point.arithmetic, 2e-4)
 
 
 def agrees(point: Point, errors: dict[str, float]) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import tempfile
@@ -30,18 +31,20 @@ class Budget(NamedTuple):
 
 
 class Process:
-    """A worker, and the two ends of its pipes."""
+    """A worker, and the two ends of its pipes. ``timeout``: seconds after which one that does not answer is ended."""
 
-    def __init__(self, name: str, log: Path) -> None:
-        self.name, self.log = name, log
+    def __init__(
+        self, name: str, log: Path, variables: dict[str, str] | None = None, timeout: float | None = None
+    ) -> None:
+        self.name, self.log, self.timeout = name, log, timeout
         self.form = ""
         self.started = False
-        variables = {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        usual = {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "2"}
         with log.open("w") as errors:
             self.child = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.worker", name],
                 cwd=ROOT,
-                env={**os.environ, **variables},
+                env={**os.environ, **usual, **(variables or {})},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -83,6 +86,9 @@ class Process:
 
     def _reply(self) -> dict[str, Any]:
         assert self.child.stdout is not None
+        if self.timeout is not None and not select.select([self.child.stdout], [], [], self.timeout)[0]:
+            self.child.kill()
+            raise WorkerError(f"no answer in {self.timeout:.0f} s")
         line = self.child.stdout.readline()
         if not line:
             self.child.wait()

@@ -49,13 +49,20 @@ class Point:
     dtype: str = "float32"
     remat: str | None = None
     peers: tuple[str, ...] | None = None
+    precision: str | None = None  # of float32 products on a GPU: "tf32" or "exact"
 
     @property
     def id(self) -> str:
         """A name that says what is measured; results are kept under it."""
         shape = f"B{self.batch}-T{self.time}-F{self.features}-H{self.hidden}"
         parts = [self.section, self.cell, self.work, shape]
-        return "/".join(parts + ([f"remat-{self.remat}"] if self.remat else []))
+        parts += [f"remat-{self.remat}"] if self.remat else []
+        return "/".join(parts + ([self.arithmetic] if self.precision else []))
+
+    @property
+    def arithmetic(self) -> str:
+        """In which numbers products are taken."""
+        return self.precision if self.precision and self.dtype == "float32" else self.dtype
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -83,8 +90,20 @@ class Point:
         per_step = sum(2.0 * gates * self.hidden * (f + self.hidden) for f in self.layer_features())
         return per_step * self.directions * steps * (3 if self.work == "train" else 1)
 
+    def traffic(self, steps: int) -> float:
+        """Bytes that must pass through memory once: inputs, outputs of each layer, and parameters.
+
+        The backward pass reads inputs, outputs and their cotangents, and writes gradients: three times as much.
+        """
+        size = 4 if self.dtype == "float32" else 2
+        numbers = float(steps) * (self.features + self.layers * self.out_features)
+        for features in self.layer_features():
+            numbers += self.directions * GATES[self.cell] * self.hidden * (features + self.hidden + 1)
+        return size * numbers * (3 if self.work == "train" else 1)
+
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        return fields if self.precision else {name: value for name, value in fields.items() if name != "precision"}
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> Point:

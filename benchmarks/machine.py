@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,11 @@ def slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{found['cpu']} {found['cores']} cores".lower()).strip("-")
 
 
+def slug_of(words: str, quick: bool = False) -> str:
+    """A folder's name from words."""
+    return ("quick-" if quick else "") + re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
 def matmul_rate(size: int = 2048, repeats: int = 12) -> float:
     """Floating-point operations per second of a large float32 product, the best of several: the floor's rate."""
     import jax
@@ -92,6 +98,54 @@ def matmul_rate(size: int = 2048, repeats: int = 12) -> float:
         jax.block_until_ready(compiled(a, a))
         best = min(best, time.perf_counter() - start)
     return 2.0 * size**3 / best
+
+
+def rates(size: int = 8192, repeats: int = 5) -> dict[str, float]:
+    """What this process's JAX device can do: operations per second of a large product in each arithmetic, and ``copy``.
+
+    Each is the best of several runs of calls that are waited for together. ``copy`` counts bytes read and written.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    def best(function: Any, *args: Any) -> float:
+        compiled = jax.jit(function).lower(*args).compile()
+        jax.block_until_ready(compiled(*args))
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            jax.block_until_ready([compiled(*args) for _ in range(4)])
+            times.append((time.perf_counter() - start) / 4)
+        return min(times)
+
+    a = jax.random.normal(jax.random.key(0), (size, size))
+    found: dict[str, float] = {}
+    for name, setting in {"exact": "highest", "tf32": "tensorfloat32"}.items():
+        with jax.default_matmul_precision(setting):
+            found[name] = 2.0 * size**3 / best(jnp.matmul, a, a)
+    for name in ("bfloat16", "float16"):
+        found[name] = 2.0 * size**3 / best(jnp.matmul, a.astype(name), a.astype(name))
+    large = jnp.zeros(4 * size**2, jnp.float32)
+    found["copy"] = 2.0 * large.nbytes / best(lambda x: x + 1, large)
+    return found
+
+
+def gpu() -> dict[str, Any]:
+    """The GPU's name, memory and driver, as far as the system says, and the versions of its libraries."""
+    found: dict[str, Any] = {}
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        text = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        found |= dict(zip(("name", "memory", "driver"), text.strip().split("\n")[0].split(", "), strict=False))
+    except (OSError, subprocess.SubprocessError):
+        pass
+    plugins = [
+        f"{name}-cuda{version}-{part}" for name in ("jax",) for version in (12, 13) for part in ("plugin", "pjrt")
+    ]
+    for name in (*plugins, "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"):
+        if (version := _version(name)) is not None:
+            found[name] = version
+    return found
 
 
 def _version(distribution: str) -> str | None:

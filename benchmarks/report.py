@@ -110,7 +110,8 @@ def line(content: dict[str, Any], point: Point) -> str:
 def label(entry: dict[str, Any]) -> str:
     point = Point.from_json(entry["point"])
     shape = ", ".join(map(str, point.shape))
-    return f"{WORK[point.work]} ({shape})" + (f' remat="{point.remat}"' if point.remat else "")
+    words = f"{WORK[point.work]} ({shape})" + (f' remat="{point.remat}"' if point.remat else "")
+    return f"{words}, {point.arithmetic}" if point.precision else words
 
 
 def faster(entry: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if __name__ == "__main__":  # the repository in place of this folder, whose modules have names that others look for
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import data, driver, grid, machine, peers, report
+from benchmarks import data, driver, gpu, grid, machine, peers, report
 from benchmarks.store import Store
 
 FULL, QUICK = driver.Budget(15, 20.0), driver.Budget(5, 1.0)
@@ -30,13 +30,22 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
     parser.add_argument("--repeats", type=int, help=f"repetitions of each peer at a point (default {FULL.repeats})")
     parser.add_argument("--seconds", type=float, help=f"but stop a point after this long (default {FULL.seconds:.0f})")
+    parser.add_argument(
+        "--grid", choices=("cpu", "gpu", "settings"), default="cpu", help="what is measured, and on what"
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="gpu, settings: begin no point that may end later")
+    parser.add_argument(
+        "--device", choices=("gpu", "cpu"), default="gpu", help="gpu, settings: cpu for a trial without"
+    )
     parser.add_argument("--list", action="store_true", help="print the points' names and stop")
     options = parser.parse_args(argv)
     if options.peers is not None:
         options.peers = [name.strip() for name in options.peers.split(",")]
-        unknown = sorted(set(options.peers) - set(peers.PEERS))
+        known = list(gpu.ENTRANTS if options.grid == "gpu" else peers.PEERS)
+        known = list(gpu.settings_entrants()) if options.grid == "settings" else known
+        unknown = sorted(set(options.peers) - set(known))
         if unknown:
-            parser.error(f"--peers: expected some of {', '.join(peers.PEERS)}, got {', '.join(unknown)}")
+            parser.error(f"--peers: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     if options.repeats is not None and options.repeats < 1:
         parser.error(f"--repeats: expected at least 1, got {options.repeats}")
     return options
@@ -44,6 +53,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
+    if options.grid != "cpu":
+        sys.exit(gpu.main(options))
     points = [p for p in (grid.quick() if options.quick else grid.full()) if options.only in p.id]
     if options.list:
         print("\n".join(point.id for point in points))

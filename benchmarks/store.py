@@ -49,8 +49,14 @@ class Store:
         for name in names:
             self.content["points"].pop(name, None)
 
-    def add(self, point: Point, results: dict[str, Any], flops_per_second: float, load: float, steps: int) -> None:
-        """Keeps a point's results. ``steps`` are its valid steps, of all sequences together."""
+    def add(
+        self, point: Point, results: dict[str, Any], flops_per_second: float, load: float, steps: int, **more: Any
+    ) -> None:
+        """Keeps a point's results. ``steps`` are its valid steps, of all sequences together.
+
+        ``more`` is kept beside them: ``rate_of``, where several rates are measured, says which one this is, and
+        ``bytes`` with ``copy_bytes_per_second`` bound the floor by memory as well.
+        """
         self.content["points"][point.id] = {
             "point": point.to_json(),
             "environment": self.fingerprint,
@@ -60,6 +66,7 @@ class Store:
             "flops": point.flops(steps),
             "floor_ms": 1e3 * point.flops(steps) / flops_per_second,
             "results": results,
+            **more,
         }
         self.write()
 
@@ -74,12 +81,20 @@ class Store:
 
 def set_floors(content: dict[str, Any]) -> None:
     """Every floor at the best rate that its environment has ever shown: a busy moment must not lower the bar."""
-    best: dict[str, float] = {}
+    best: dict[tuple[str, str], float] = {}
+    rates = {
+        "matmul_flops_per_second": lambda entry: entry.get("rate_of", ""),
+        "copy_bytes_per_second": lambda _: "copy",
+    }
     for entry in content["points"].values():
-        name = entry["environment"]
-        best[name] = max(best.get(name, 0.0), entry["matmul_flops_per_second"])
+        for rate, which in rates.items():
+            name = entry["environment"], which(entry)
+            best[name] = max(best.get(name, 0.0), entry.get(rate, 0.0))
     for entry in content["points"].values():
-        entry["floor_ms"] = 1e3 * entry["flops"] / best[entry["environment"]]
+        entry["floor_ms"] = 1e3 * entry["flops"] / best[entry["environment"], entry.get("rate_of", "")]
+        if "bytes" in entry:
+            bytes_ms = 1e3 * entry["bytes"] / best[entry["environment"], "copy"]
+            entry["floor_ms"] = max(entry["floor_ms"], bytes_ms)
 
 
 def dumps(content: dict[str, Any]) -> str:

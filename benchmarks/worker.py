@@ -7,6 +7,8 @@ turns it waits on the pipe. Commands, each answered by one line with ``ok`` or `
 - ``{"do": "prepare", "point": …, "data": path, "expected": path}``: build, compile, check, warm up.
 - ``{"do": "time"}``: one repetition, long enough for the clock; answers milliseconds a call.
 - ``{"do": "drop"}``: let go of the point's arrays.
+- ``{"do": "expect", "point": …, "equations": …, "data": path, "expected": path}``: write jrnn's reference answer.
+- ``{"do": "rates", "size": …}``: how fast this device multiplies and copies.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import data, peers
+from benchmarks import data, machine, peers
 from benchmarks.grid import Point
 from benchmarks.peers.base import Peer, Prepared
 
@@ -120,6 +122,13 @@ class Worker:
                 return self.time()
             case "drop":
                 return self.drop()
+            case "expect":
+                point, inputs = Point.from_json(command["point"]), data.load(Path(command["data"]))
+                with peers.base.products("exact"):
+                    data.save(Path(command["expected"]), data.expected(point, command["equations"], inputs))
+                return {}
+            case "rates":
+                return machine.rates(command["size"])
             case other:
                 raise ValueError(f"do: expected describe, prepare, time or drop, got {other!r}")
 

@@ -10,9 +10,10 @@ import importlib.metadata
 import importlib.util
 from typing import NamedTuple
 
+from benchmarks.peers import base
 from benchmarks.peers.base import Peer
 
-__all__ = ["PEERS", "Entry", "available", "create", "is_jrnn", "version"]
+__all__ = ["ALL", "GPU", "PEERS", "Entry", "available", "base", "create", "is_jrnn", "version"]
 
 
 class Entry(NamedTuple):
@@ -40,23 +41,34 @@ PEERS: dict[str, Entry] = {
     "empty": Entry("hand", "Empty", "jax", "jax"),
 }
 
+# Those that take part on a GPU alone, beside some of the others (see `benchmarks.gpu`).
+GPU: dict[str, Entry] = {
+    "jrnn hoisted": Entry("jrnn", "Hoisted", "jrnn", "jrnn"),
+    "jrnn cudnn": Entry("jrnn", "Cudnn", "jrnn", "jrnn"),
+    "jrnn kernel": Entry("jrnn", "Kernel", "jrnn", "jrnn"),
+    "jrnn own cell in kernel": Entry("jrnn", "OwnKernel", "jrnn", "jrnn"),
+    "jax.experimental.rnn": Entry("experimental_rnn", "ExperimentalRNN", "jax", "jax"),
+    "torch cuda": Entry("torch_cuda", "TorchCuda", "torch", "torch"),
+}
+ALL: dict[str, Entry] = PEERS | GPU
+
 
 def available(name: str) -> bool:
     """Whether the peer's library is installed."""
-    return importlib.util.find_spec(PEERS[name].requires) is not None
+    return importlib.util.find_spec(ALL[name].requires) is not None
 
 
 def version(name: str) -> str:
     """The version of the peer's library."""
     try:
-        return importlib.metadata.version(PEERS[name].distribution)
+        return importlib.metadata.version(ALL[name].distribution)
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
 
 
 def create(name: str) -> Peer:
     """The peer, with its library imported."""
-    entry = PEERS[name]
+    entry = ALL[name]
     return getattr(importlib.import_module(f"benchmarks.peers.{entry.module}"), entry.cls)()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -43,6 +44,8 @@ class Peer:
 
     def refuses(self, point: Point) -> str | None:
         """Why the peer takes no part in a point; None where it does."""
+        if point.ragged and point.bidirectional and not self.lengths:
+            return "knows no lengths, without which the backward direction would begin in padding"
         return None if point.cell in self.cells else f"has no {point.cell} cell"
 
     def note(self, point: Point) -> str:
@@ -86,6 +89,10 @@ class JaxPeer(Peer):
         raise NotImplementedError
 
     def prepare(self, point: Point, data: dict[str, Any]) -> Prepared:
+        with products(point.precision):
+            return self._prepare(point, data)
+
+    def _prepare(self, point: Point, data: dict[str, Any]) -> Prepared:
         import jax
 
         params = jax.tree.map(jax.numpy.asarray, data["params"])
@@ -160,6 +167,14 @@ class JaxPeer(Peer):
     def _from_layout(self, array: Any) -> np.ndarray:
         array = np.asarray(array.astype("float32"))
         return array.swapaxes(0, 1) if self.batch_major else array
+
+
+def products(precision: str | None) -> contextlib.AbstractContextManager[Any]:
+    """How JAX takes float32 products on a GPU: "exact", or "tf32", which is what it does by default there."""
+    import jax
+
+    setting = {"exact": "highest", "tf32": "tensorfloat32"}.get(precision or "")
+    return jax.default_matmul_precision(setting) if setting else contextlib.nullcontext()
 
 
 def compile_ahead(run: Callable[..., Any], args: tuple[Any, ...], **options: Any) -> tuple[Prepared, Any]:

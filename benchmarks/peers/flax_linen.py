@@ -18,7 +18,7 @@ class Linen(JaxPeer):
     lengths = True
 
     def cell(self, point: Point) -> Any:
-        dtype = jnp.bfloat16 if point.dtype == "bfloat16" else None
+        dtype = None if point.dtype == "float32" else jnp.dtype(point.dtype)
         make = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell, "elman": nn.SimpleCell}[point.cell]
         return make(point.hidden, dtype=dtype)
 

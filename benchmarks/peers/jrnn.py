@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar
 
 import jax
@@ -19,6 +20,7 @@ class Jrnn(JaxPeer):
     form = "jrnn.unroll under jit, time-major, the schedule it chooses by itself; jit of cell.step for single steps"
     lengths = True
     backend: ClassVar[str | None] = None
+    steps_in_a_body: ClassVar[int] = 1
 
     def cell(self, point: Point) -> Any:
         return data.make_cell(point.cell, point.hidden)
@@ -28,7 +30,8 @@ class Jrnn(JaxPeer):
 
     def apply(self, point: Point, own: Any, xs: Any, lengths: Any) -> Any:
         model = data.make_model(self.cell(point), point)
-        return jrnn.unroll(model, own, xs, lengths=lengths, backend=self.backend, remat=point.remat)[1]
+        options = {"backend": self.backend, "remat": point.remat, "unroll": self.steps_in_a_body}
+        return jrnn.unroll(model, own, xs, lengths=lengths, **options)[1]
 
     def initial(self, point: Point, own: Any) -> Any:
         return self.cell(point).initial_state(own, (point.batch,))
@@ -69,3 +72,53 @@ class OwnCell(Jrnn):
 
     def refuses(self, point: Point) -> str | None:
         return None if point.peers and "jrnn own cell" in point.peers else "takes part in its own section"
+
+
+class Named(Jrnn):
+    """One schedule by name, wherever it serves."""
+
+    def refuses(self, point: Point) -> str | None:
+        if point.work == "step":
+            return "a single step has no schedule"
+        model = data.make_model(self.cell(point), point)
+        own = jax.eval_shape(lambda key: model.init(key, point.features), jax.random.key(0))
+        xs = jax.ShapeDtypeStruct((point.time, point.batch, point.features), jnp.dtype(point.dtype))
+        lengths = jax.ShapeDtypeStruct((point.batch,), jnp.int32) if point.ragged else None
+        try:
+            jax.eval_shape(lambda *args: self.apply(point, *args), own, xs, lengths)
+        except ValueError as refusal:
+            if str(refusal).startswith("backend:"):
+                return str(refusal)
+            raise
+        return super().refuses(point)
+
+
+class Hoisted(Named):
+    """The schedule of scans, with settings to try out."""
+
+    steps_in_a_body = int(os.environ.get("JRNN_BENCHMARK_UNROLL", "1"))
+    form = f'jrnn.unroll(backend="hoisted", unroll={steps_in_a_body}) under jit'
+    backend = "hoisted"
+
+
+class Cudnn(Named):
+    form = 'jrnn.unroll(backend="cudnn") under jit'
+    backend = "cudnn"
+
+
+class Kernel(Named):
+    form = 'jrnn.unroll(backend="kernel") under jit'
+    backend = "kernel"
+
+
+class OwnKernel(Named):
+    """The user's cell in the kernel."""
+
+    form = 'jrnn own cell, jrnn.unroll(backend="kernel") under jit'
+    backend = "kernel"
+
+    def cell(self, point: Point) -> Any:
+        return OwnLSTM(point.hidden)
+
+    def refuses(self, point: Point) -> str | None:
+        return super().refuses(point) if point.section == "own cell" else "takes part in its own section"

@@ -24,7 +24,7 @@ class Keras(JaxPeer):
 
     def layer(self, point: Point) -> Any:
         make = {"lstm": keras.layers.LSTM, "gru": keras.layers.GRU, "elman": keras.layers.SimpleRNN}[point.cell]
-        dtype = "mixed_bfloat16" if point.dtype == "bfloat16" else "float32"
+        dtype = "float32" if point.dtype == "float32" else f"mixed_{point.dtype}"
         layer = make(point.hidden, return_sequences=True, dtype=dtype)
         return keras.layers.Bidirectional(layer, dtype=dtype) if point.bidirectional else layer
 
