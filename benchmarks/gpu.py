@@ -309,7 +309,8 @@ def main(options: Any) -> int:
             rates = running.ask("", do="rates", size=256 if options.quick else 8192)
         except driver.WorkerError as error:
             print(
-                f"no GPU that JAX can use, with jax's CUDA plugin ({error})\n--device cpu tries out everything but the device"
+                f"no GPU that JAX can use, with jax's CUDA plugin ({error})\n"
+                "--device cpu tries out everything but the device"
             )
             return 1
         print(

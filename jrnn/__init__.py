@@ -22,6 +22,7 @@ from jrnn.compose.combine import bidirectional, highway, residual, stack
 from jrnn.compose.regularise import dropconnect, learned_state, variational, zoneout
 from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
 from jrnn.streaming import stepper
+from jrnn.tuning import Timing, Tuning, tune
 from jrnn.unroll import choose_backend, unroll
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ __all__ = [
     "Layer",
     "MGUState",
     "TDNNState",
+    "Timing",
+    "Tuning",
     "UGRNNState",
     "activation",
     "activations",
@@ -91,6 +94,7 @@ __all__ = [
     "tdnn",
     "testing",
     "training",
+    "tune",
     "ugrnn",
     "unroll",
     "variational",

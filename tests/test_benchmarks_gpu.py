@@ -16,7 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # as `python benc
 
 from benchmarks import data, driver, gpu, gpu_report, grid, machine, peers, run, worker
 from benchmarks.peers import hand
-from benchmarks.peers.jrnn import Cudnn, Jrnn, Kernel
+from benchmarks.peers.jrnn import Cudnn, Jrnn
 from benchmarks.store import Store
 
 TINY = grid.Point("grid", "lstm", "train", 2, 5, 3, 4, precision="tf32")
@@ -165,11 +165,11 @@ class Wrong(hand.Hand):
 
 
 def test_what_fails_is_kept_and_stops_nobody():
-    with pool(first=Raises(), jrnn=Jrnn(), wrong=Wrong(), kernel=Kernel(), hand=hand.Hand()) as running:
+    with pool(first=Raises(), jrnn=Jrnn(), wrong=Wrong(), cudnn=Cudnn(), hand=hand.Hand()) as running:
         results = gpu.measure(running, FORWARD, list(running.given), 3, 1.0)
     assert results["first"] == {"failed": "MemoryError: RESOURCE_EXHAUSTED"}
     assert results["wrong"]["disagrees"]["ys"] > 0.01
-    assert results["kernel"]["refused"].startswith("backend: 'kernel' cannot run")
+    assert results["cudnn"]["refused"].startswith("backend: 'cudnn' cannot run")
     for name in ("jrnn", "hand"):
         assert len(results[name]["samples_ms"]) == 3
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jrnn.schedules import cudnn, hoisted, reference
+from jrnn.schedules import cudnn, hoisted, measured, reference
 from jrnn.schedules.steps import Steps
 
 __all__ = ["SCHEDULES", "Schedule", "Steps", "choose"]
@@ -44,6 +44,11 @@ def choose(cell: Any, params: Any, xs: Any, steps: Steps, backend: str | None = 
             )
         return backend, reason
     passed_over: list[str] = []
+    for row in measured.fitting(cell, xs):
+        served, reason = SCHEDULES[row.schedule].serves(cell, params, xs, steps)
+        if served:
+            return row.schedule, f"{reason}; measured fastest for such shapes on {row.device} ({row.run})"
+        passed_over.append(f"not {row.schedule}, though measured fastest: {reason}")
     for name, schedule in SCHEDULES.items():
         served, reason = schedule.serves(cell, params, xs, steps)
         if schedule.automatic:

@@ -1,0 +1,158 @@
+"""Timing one's own shapes, and the table of what was measured. Nothing here asserts on a time."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jrnn
+from jrnn.schedules import SCHEDULES, measured
+from jrnn.schedules.measured import Measured
+from jrnn.tuning import Timing, Tuning
+
+CELL = jrnn.lstm(4)
+
+
+def arguments(cell=CELL, features=3):
+    return cell, cell.init(jax.random.key(0), features), jnp.ones((5, 2, features))
+
+
+def test_every_schedule_has_a_row(monkeypatch, capsys):
+    for name in set(SCHEDULES) - {"hoisted", "cudnn", "reference"}:
+        monkeypatch.delitem(SCHEDULES, name)
+    found = jrnn.tune(*arguments(jrnn.elman(3)), lengths=jnp.array([5, 2]), repeats=2)
+    assert [row.backend for row in found.rows] == list(SCHEDULES)
+    rows = {row.backend: row for row in found.rows}
+    for name in ("hoisted", "reference"):
+        assert rows[name].forward_ms > 0
+        assert rows[name].train_ms > 0
+        assert rows[name].reason == ""
+    assert rows["cudnn"] == Timing("cudnn", None, None, rows["cudnn"].reason)
+    assert rows["cudnn"].reason.startswith("cuDNN has the plain LSTM alone")
+    assert {found.forward, found.train} <= {row.backend for row in found.rows if row.train_ms is not None}
+    assert (found.default, found.device) == ("hoisted", jax.devices()[0].device_kind)
+    assert capsys.readouterr().out == f"{found}\n"
+
+
+def test_models_and_integers(capsys):
+    model = jrnn.stack(jrnn.embed(5, 3), jrnn.dropout(0.5), jrnn.elman(2))
+    params, ids = model.init(jax.random.key(0), None), jnp.zeros((4, 2), jnp.int32)
+    found = jrnn.tune(model, params, ids, key=jax.random.key(1), backends=("reference",), repeats=1, quiet=True)
+    assert found.train == found.forward == "reference"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_schedule_that_fails_is_a_row(monkeypatch):
+    def run(*_):
+        raise MemoryError("RESOURCE_EXHAUSTED\nand more")
+
+    def no_gradient(cell, params, xs, state, steps):
+        def refuse(*_):
+            raise NotImplementedError("no derivative")
+
+        core = jax.custom_vjp(lambda *args: SCHEDULES["reference"].run(cell, *args, steps))
+        core.defvjp(refuse, refuse)
+        return core(params, xs, state)
+
+    hoisted = SCHEDULES["hoisted"]
+    monkeypatch.setitem(SCHEDULES, "hoisted", hoisted._replace(run=run, automatic=False))
+    monkeypatch.setitem(SCHEDULES, "cudnn", hoisted._replace(run=no_gradient, automatic=False))
+    jax.clear_caches()
+    found = jrnn.tune(*arguments(jrnn.elman(3)), backends=("hoisted", "cudnn", "reference"), repeats=1, quiet=True)
+    jax.clear_caches()
+    rows = {row.backend: row for row in found.rows}
+    assert rows["hoisted"] == Timing("hoisted", None, None, "failed: MemoryError: RESOURCE_EXHAUSTED")
+    assert rows["cudnn"].forward_ms is not None
+    assert rows["cudnn"].train_ms is None
+    assert rows["cudnn"].reason == "no gradients: NotImplementedError: no derivative"
+    assert found.train == "reference"
+
+
+def test_the_choice_and_the_table():
+    rows = (
+        Timing("kernel", 1.0, None, "no gradients"),
+        Timing("hoisted", 2.0, 5.0, ""),
+        Timing("reference", 3.25, 5.0, ""),
+        Timing("cudnn", None, None, "no GPU"),
+    )
+    found = Tuning("Some GPU", "hoisted", rows)
+    assert (found.forward, found.train) == ("kernel", "hoisted")  # of equals the first
+    assert str(found).splitlines() == [
+        "backend    forward ms  forward+backward ms",
+        "kernel              1                    -  no gradients",
+        "hoisted             2                    5",
+        "reference        3.25                    5",
+        "cudnn               -                    -  no GPU",
+        "fastest on Some GPU: forward kernel, forward+backward hoisted; backend=None runs hoisted",
+    ]
+    assert Tuning("cpu", "hoisted", rows[3:]).train is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.device = "another"
+
+
+def test_bad_arguments():
+    cell, params, xs = arguments()
+    with pytest.raises(ValueError, match="repeats: expected a positive int, got 0"):
+        jrnn.tune(cell, params, xs, repeats=0)
+    with pytest.raises(ValueError, match="seconds: expected a positive number"):
+        jrnn.tune(cell, params, xs, seconds=0.0)
+    with pytest.raises(ValueError, match=r"backends: expected None or some of .*'hoisted'.*got"):
+        jrnn.tune(cell, params, xs, backends=("fast",))
+    with pytest.raises(ValueError, match="lengths: expected values"):
+        jrnn.tune(cell, params, xs, lengths=jnp.array([9, 1]))
+    with pytest.raises(TypeError, match="model: expected a layer"):
+        jrnn.tune("lstm", params, xs)
+
+
+# --- what was measured ---------------------------------------------------------------------------------------------
+
+
+def row(**changes):
+    device = jax.devices()[0].device_kind
+    usual = Measured("reference", device, ("LSTM",), "float32", (2, 8), (1, 2), (5, 100), "benchmarks/results/a/b.md")
+    return usual._replace(**changes)
+
+
+def test_rows_name_a_schedule_and_the_run_that_made_them():
+    for entry in measured.MEASURED:
+        assert entry.schedule in SCHEDULES
+        assert (pathlib.Path(__file__).parent.parent / entry.run).is_file()
+        assert all(low <= high for low, high in (entry.hidden, entry.batch, entry.time))
+
+
+def test_where_something_was_measured_it_is_chosen(monkeypatch):
+    monkeypatch.setattr(measured, "MEASURED", (row(),))
+    name, reason = jrnn.choose_backend(*arguments())
+    assert name == "reference"
+    assert "measured fastest for such shapes" in reason
+    assert "benchmarks/results/a/b.md" in reason
+    assert jrnn.choose_backend(*arguments(jrnn.stack(CELL, jrnn.gru(2))))[0] == "reference+hoisted"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"device": "NVIDIA H200"},
+        {"cells": ("GRU",)},
+        {"dtype": "bfloat16"},
+        {"hidden": (5, 8)},
+        {"batch": (3, 9)},
+        {"time": (6, 100)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_elsewhere_the_order_of_the_table_decides(changes, monkeypatch):
+    monkeypatch.setattr(measured, "MEASURED", (row(**changes),))
+    assert jrnn.choose_backend(*arguments())[0] == "hoisted"
+
+
+def test_a_schedule_that_was_fastest_but_cannot_serve(monkeypatch):
+    monkeypatch.setattr(measured, "MEASURED", (row(schedule="cudnn"), row()))
+    name, reason = jrnn.choose_backend(*arguments())
+    assert name == "reference"
+    monkeypatch.setattr(measured, "MEASURED", (row(schedule="cudnn"),))
+    name, reason = jrnn.choose_backend(*arguments())
+    assert name == "hoisted"
+    assert "not cudnn, though measured fastest: cuDNN runs on NVIDIA GPUs" in reason
