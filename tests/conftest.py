@@ -17,6 +17,8 @@ def pytest_configure(config):
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the GPU
     else:
         jax.config.update("jax_platforms", "cpu")
+    # Kernels compiled by the tests are theirs, shared by the processes that run them.
+    os.environ.setdefault("JRNN_CACHE_DIR", str(config.cache.mkdir("kernels")))
 
 
 def pytest_collection_modifyitems(config, items):

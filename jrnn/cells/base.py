@@ -369,6 +369,10 @@ class AffineCell(Cell):
             return tuple(name in self.additive for name in self.gate_names)
         return (self.additive is True,) * len(self.gate_names)
 
+    def input_weights(self, params: Any) -> tuple[jax.Array, jax.Array] | None:
+        """``(W_ih, b)`` of the projection, None where the cell makes a projection of its own."""
+        return (params["w_ih"], params["b"]) if type(self).project is AffineCell.project else None
+
     def recurrent_weights(self, params: Any) -> jax.Array:
         """``W_hh``, as the loop multiplies by it."""
         return params["w_hh"]

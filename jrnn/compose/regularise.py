@@ -102,6 +102,9 @@ class Wrapper(Cell):
     def sums(self) -> tuple[bool, ...]:
         return self.cell.sums
 
+    def input_weights(self, params: Any) -> Any:
+        return self.cell.input_weights(self.inner(params))
+
     def recurrent_weights(self, params: Any) -> jax.Array:
         return self.cell.recurrent_weights(self.inner(params))
 
@@ -247,6 +250,10 @@ class Variational(Wrapper):
         v = self.split(product(state.h * mask, self.recurrent_weights(params)))
         state = self.combine(self.theta(params), p, v, state, key)
         return state, state.h
+
+    def input_weights(self, params: Any) -> Any:
+        masked = isinstance(params, Drawn) and "inputs" in params.noise
+        return None if masked else super().input_weights(params)
 
     def recurrent_mask(self, params: Any) -> jax.Array | None:
         # Only what goes through the recurrent weights is dropped: the state itself is carried whole.

@@ -29,6 +29,7 @@ class Schedule(NamedTuple):
 
 SCHEDULES: dict[str, Schedule] = {
     "hoisted": Schedule(hoisted.serves, hoisted.run),
+    "native": Schedule(native.serves, native.run, automatic=False),
     "cudnn": Schedule(cudnn.serves, cudnn.run, automatic=False),
     "reference": Schedule(reference.serves, reference.run),
 }

@@ -21,7 +21,7 @@ _ELEMENTWISE = frozenset((
 ))
 # fmt: on
 # Operations that only call another program, by the name of the parameter that holds it.
-_CALLS = {"custom_jvp_call": "call_jaxpr", "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
+CALLS = {"custom_jvp_call": "call_jaxpr", "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
 
 # Sizes under which the gates are traced, so that an axis is known by its size.
 _BATCH, _HIDDEN = 3, 5
@@ -85,8 +85,8 @@ def _is_elementwise(jaxpr: Any) -> bool:
         return False
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        if name in _CALLS:
-            inner = eqn.params[_CALLS[name]]
+        if name in CALLS:
+            inner = eqn.params[CALLS[name]]
             if not _is_elementwise(getattr(inner, "jaxpr", inner)):
                 return False
         elif name == "broadcast_in_dim":

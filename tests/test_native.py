@@ -1,0 +1,302 @@
+"""The compiled loop: equal to the plain scan, in values and every gradient, whatever the gates and the threads."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jrnn
+from jrnn import testing
+from jrnn.schedules import SCHEDULES, Steps, native
+from jrnn.schedules.native import build, emit
+from tests.cases import CASES, Leaky, softsign
+
+pytestmark = pytest.mark.skipif(not build.available()[0], reason=build.available()[1] or "")
+
+# What is drawn at each step, what mixes units and what makes a projection of its own is refused; all else is served.
+SERVED = {
+    "elman", "elman_relu", "elman_sigmoid", "elman_function", "lstm", "peephole_lstm", "coupled_lstm", "gru_after",
+    "mgu", "ugrnn", "leaky", "learned_state", "dropconnect", "residual", "stack_nested", "stack_embed", "bidirectional",
+    "bidirectional_sum", "bidirectional_mean", "bidirectional_product", "bidirectional_function", "stack",
+    "variational", "variational_gru", "zoneout", "zoneout_gru", "learned_and_wrapped", "highway", "wrapped_thrice",
+    "zoneout_of_learned", "residual_of_wrapped", "highway_of_random", "stack_random", "bidirectional_random",
+    "bidirectional_nested", "dense", "embed", "layer_norm", "activation", "dropout", "bidirectional_embed",
+    "bidirectional_different", "residual_of_bidirectional",
+}  # fmt: skip
+OPTIONS = [
+    {"reverse": False, "remat": None, "batch": (2, 2)},
+    {"reverse": True, "remat": 2, "batch": (5,), "lengths": None, "resets": None},
+    {"reverse": True, "remat": None, "batch": (), "mask": None},
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [(case, OPTIONS[i % len(OPTIONS)]) for i, case in enumerate(CASES)],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_equals_the_plain_scan_float32(case, options):
+    """With masks, resets and initial states; a row that is refused is one that should be."""
+    bench = testing._Bench("native", case.layer, case.in_features, "float32", 1, False, None)
+    options = dict(options)
+    flow = {name: options.pop(name) for name in ("reverse", "remat")}
+    trial = bench.trial(**options)
+    if case.name not in SERVED:
+        with pytest.raises(ValueError, match="backend: 'native' cannot run"):
+            bench.run(trial, backend="native", **flow)
+        return
+    got = bench.run(trial, backend="native", **flow)
+    bench.compare(got, bench.run(trial, backend="reference", **flow), f"{case.name} {options} {flow}")
+
+
+def data(cell, time, batch, features, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 6)
+    params = cell.init(keys[0], features)
+    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(keys[1], a.shape), params)
+    xs = jax.random.normal(keys[2], (time, batch, features))
+    state = jax.tree.map(lambda a: jax.random.normal(keys[3], a.shape), cell.initial_state(params, (batch,)))
+    marks = {
+        "lengths": jax.random.randint(keys[4], (batch,), 0, time + 1),
+        "resets": jax.random.bernoulli(keys[5], 0.2, (time, batch)),
+    }
+    return params, xs, state, marks
+
+
+def loss(cell, backend, marks):
+    def of(params, xs, state):
+        last, ys = jrnn.unroll(cell, params, xs, state, backend=backend, **marks)
+        return jnp.sum(jnp.sin(ys) * jnp.cos(ys[:, ::-1])) + sum(jnp.sum(jnp.sin(leaf)) for leaf in last)
+
+    return of
+
+
+def assert_near(got, expected, tolerance=2e-5):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * (1e-3 + float(jnp.abs(b).max(initial=0))))
+
+
+@pytest.mark.parametrize(
+    ("cell", "time", "batch", "features", "marked"),
+    [
+        (jrnn.lstm(64), 9, 16, 70, False),  # the batch shared by threads, in several chunks
+        (jrnn.gru(150), 6, 33, 100, True),  # the units shared, in blocks of which the last is short
+        (jrnn.gru(96), 5, 2, 600, False),
+        (jrnn.peephole_lstm(40), 300, 1, 3, True),
+        (jrnn.elman(17), 60, 7, 33, True),
+    ],
+    ids=lambda value: getattr(value, "hidden", value),
+)
+def test_however_it_is_shared(cell, time, batch, features, marked):
+    """Sizes at which threads share the batch, the units or nothing, and blocks that are not whole."""
+    params, xs, state, marks = data(cell, time, batch, features)
+    got, expected = (
+        jax.jit(jax.value_and_grad(loss(cell, backend, marks if marked else {}), (0, 1, 2)))(params, xs, state)
+        for backend in ("native", "reference")
+    )
+    assert_near(got, expected, 1e-4)
+
+
+def test_second_derivatives():
+    cell = jrnn.gru(5)
+    params, xs, state, marks = data(cell, 4, 3, 2)
+    d = jax.tree.map(jnp.ones_like, (params, xs, state))
+
+    def pushed(backend):
+        gradient = jax.grad(loss(cell, backend, marks), (0, 1, 2))
+        forward = jax.jvp(gradient, (params, xs, state), d)[1]
+        sums = lambda *args: sum(
+            jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient(*args), d)), strict=True)
+        )
+        return forward, jax.grad(sums, (0, 1, 2))(params, xs, state)
+
+    assert_near(*(jax.jit(pushed, static_argnums=0)(backend) for backend in ("native", "reference")), 1e-4)
+
+
+def test_vmap():
+    """Over sequences, and over members of an ensemble."""
+    cell = jrnn.lstm(4)
+    params, xs, state, _ = data(cell, 5, 3, 2)
+    many = jax.vmap(lambda key: cell.init(key, 2))(jax.random.split(jax.random.key(3), 3))
+    for axes, args in (
+        ((None, 1, 0), (params, xs[:, :, None], jax.tree.map(lambda a: a[:, None], state))),
+        ((0, None, None), (many, xs, state)),
+    ):
+        got, expected = (
+            jax.vmap(jax.value_and_grad(loss(cell, backend, {}), (0, 1, 2)), axes)(*args)
+            for backend in ("native", "reference")
+        )
+        assert_near(got, expected, 1e-4)
+
+
+def test_jvp_is_refused():
+    cell = jrnn.elman(3)
+    params, xs, _, _ = data(cell, 4, 2, 2)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda xs: jrnn.unroll(cell, params, xs, backend="native")[1], (xs,), (xs,))
+
+
+def test_nothing_to_run():
+    cell = jrnn.lstm(3)
+    params, _, state, _ = data(cell, 4, 2, 2)
+    for shape in ((0, 2, 2), (4, 0, 2)):
+        start = state if shape[1] else None
+        got, expected = (jrnn.unroll(cell, params, jnp.ones(shape), start, backend=b) for b in ("native", "reference"))
+        assert jax.tree.all(jax.tree.map(np.array_equal, got, expected))
+
+
+# --- gates -------------------------------------------------------------------------------------------------------
+
+
+FUNCTIONS = {
+    "tanh": jnp.tanh, "logistic": jax.nn.sigmoid, "exp": jnp.exp, "relu": jax.nn.relu, "relu6": jax.nn.relu6,
+    "softplus": jax.nn.softplus, "gelu": jax.nn.gelu, "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "silu": jax.nn.silu, "elu": jax.nn.elu, "softsign": softsign, "hard_sigmoid": jax.nn.hard_sigmoid,
+    "hard_tanh": jax.nn.hard_tanh, "log": lambda x: jnp.log(1 + x * x), "sqrt": lambda x: jnp.sqrt(1 + x * x),
+    "rsqrt": lambda x: jax.lax.rsqrt(1 + x * x), "sin": jnp.sin, "cos": jnp.cos, "cube": lambda x: x**3,
+    "inverse": lambda x: (2 + x * x) ** -2, "sign": lambda x: jnp.sign(x) * x,
+    "where": lambda x: jnp.where(x > 0.3, x, 0.1 * x),
+    "logic": lambda x: jnp.where((x > 0) & ~(x > 1), x, 2 * x),
+    "max": lambda x: jnp.maximum(x, 0.2) + jnp.minimum(x, -0.1),
+    "expm1": jnp.expm1, "erf": jax.scipy.special.erf, "floor": lambda x: jnp.floor(x) + x,
+    "power": lambda x: jnp.power(jnp.abs(x) + 1, 1.5),
+    "clip": lambda x: jnp.clip(x, -0.5, 0.5), "abs": jnp.abs, "arctan": lambda x: jnp.arctan2(x, 2.0),
+}  # fmt: skip
+GRID = np.concatenate(
+    [np.linspace(-12, 12, 401), [0.0, -0.0, 1e-30, -1e-6, 100.0, -100.0, 3e38, -3e38, np.inf, -np.inf, np.nan]]
+)
+
+
+class FourStates(NamedTuple):
+    h: Any
+    logistic: Any
+    exp: Any
+    max: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Four(jrnn.AffineCell):
+    """A function of the table in each state."""
+
+    gate_names: ClassVar[tuple[str, ...]] = ("h",)
+    state_type: ClassVar[Any] = FourStates
+
+    def gates(self, theta, u, v, state):
+        z = u[0] + v[0]
+        return FourStates(*(FUNCTIONS[name](z) for name in ("tanh", "logistic", "exp", "max")))
+
+
+class TwoStates(NamedTuple):
+    """``h`` stands second."""
+
+    trace: Any
+    h: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Everything(jrnn.AffineCell):
+    """Two vectors in theta, a state that does not begin with h, and every function of the table in one gate."""
+
+    gate_names: ClassVar[tuple[str, ...]] = ("a", "b")
+    state_type: ClassVar[Any] = TwoStates
+
+    def init_theta(self, key):
+        return {"k": jax.random.normal(key, (self.hidden,)), "l": jnp.ones(self.hidden)}
+
+    def gates(self, theta, u, v, state):
+        a = sum(f(0.1 * u[0] + 0.05 * i) for i, f in enumerate(FUNCTIONS.values())) / len(FUNCTIONS)
+        trace = jnp.tanh(theta["k"] * state.trace + a * v[0])
+        return TwoStates(trace, jax.nn.sigmoid(u[1] + v[1] * theta["l"]) * trace)
+
+
+def test_every_operation():
+    """All functions in one cell (one compilation): values and gradients as XLA's."""
+    cell = Everything(6)
+    params, xs, state, marks = data(cell, 5, 3, 2)
+    got, expected = (
+        jax.jit(jax.value_and_grad(loss(cell, backend, marks), (0, 1, 2)))(params, xs, state)
+        for backend in ("native", "reference")
+    )
+    assert_near(got, expected)
+
+
+def test_values_over_the_whole_range():
+    """One step on what float32 can hold: within a few ulp of the exact value; infinities and NaN as in XLA."""
+    params = {"w_ih": jnp.ones((1, 1)), "w_hh": jnp.zeros((1, 1)), "b": jnp.zeros(1)}
+    xs = jnp.asarray(GRID, jnp.float32)[None, :, None]
+    last, _ = jrnn.unroll(Four(1), params, xs, backend="native")
+    for got, name in zip(last, ("tanh", "logistic", "exp", "max"), strict=True):
+        with jax.enable_x64(True), np.errstate(over="ignore"):
+            exact = np.asarray(FUNCTIONS[name](jnp.asarray(np.asarray(xs[0], np.float64)))).astype(np.float32)
+        # What is smaller than the smallest normal number has few digits, or none.
+        np.testing.assert_allclose(got, exact, rtol=1e-6, atol=2e-38, err_msg=name)
+
+
+class Mixing(jrnn.AffineCell):
+    def gates(self, theta, u, v, state):
+        return state._replace(h=jnp.cumsum(jnp.tanh(u[0] + v[0]), -1))
+
+
+class Bits(jrnn.AffineCell):
+    elementwise: ClassVar[Any] = True
+
+    def gates(self, theta, u, v, state):
+        return state._replace(
+            h=jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(u[0] + v[0], jnp.int32), jnp.float32)
+        )
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype", "reason"),
+    [
+        (Mixing(4), "float32", "not elementwise"),
+        (Bits(4), "float32", "bitcast_convert_type"),
+        (jrnn.lstm(4), "bfloat16", "float32 only"),
+        (jrnn.gru(4, "before"), "float32", "affine cells"),
+        (jrnn.layer_norm_lstm(4), "float32", "its input projection|not elementwise"),
+    ],
+    ids=("mixing", "operation", "dtype", "kind", "projection"),
+)
+def test_refusals(cell, dtype, reason):
+    params = cell.init(jax.random.key(0), 3)
+    with pytest.raises(ValueError, match=rf"backend: 'native' cannot run .*({reason})"):
+        jrnn.unroll(cell, params, jnp.ones((4, 2, 3), dtype), backend="native")
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    cell = jrnn.lstm(4)
+    served, reason = SCHEDULES["native"].serves(cell, cell.init(jax.random.key(0), 3), jnp.ones((4, 2, 3)), Steps())
+    assert not served
+    assert "needs a C++ compiler" in reason
+
+
+def test_a_compiler_that_fails_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("JRNN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"the C\+\+ compiler failed: .*kernel.cc"):
+        build._compiled("this is no C++")
+    assert not list(tmp_path.glob("*.so"))
+
+
+def test_compiled_once(monkeypatch):
+    """Cells that differ in size alone share a kernel, and a kernel that is there is not made again."""
+    headers = {
+        native._header(c, c.init(jax.random.key(0), 3), c.initial_state({"w_hh": jnp.ones(1)}, ()))
+        for c in map(jrnn.lstm, (4, 8))
+    }
+    assert len(headers) == 1
+    path = build._compiled(*headers)
+    monkeypatch.setattr(build.subprocess, "run", None)
+    assert build._compiled(*headers) == path
+
+
+def test_header_of_a_users_cell():
+    """What is promised of a cell of one's own holds: its gates are in the header."""
+    cell = Leaky(4)
+    params = cell.init(jax.random.key(0), 3)
+    header = native._header(cell, params, cell.initial_state(params, ()))
+    assert "GATES = 2, SUMS = 2, PARTS = 2" in header
+    assert emit.slots((True, False, True)) == (0, 3, 2)
