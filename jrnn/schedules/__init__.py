@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jrnn.schedules import cudnn, hoisted, measured, native, reference
+from jrnn.schedules import cudnn, hoisted, kernels, measured, native, reference
 from jrnn.schedules.steps import Steps
 
 __all__ = ["SCHEDULES", "Schedule", "Steps", "choose"]
@@ -28,6 +28,7 @@ class Schedule(NamedTuple):
 
 
 SCHEDULES: dict[str, Schedule] = {
+    "kernel": Schedule(kernels.serves, kernels.run, automatic=False),
     "hoisted": Schedule(hoisted.serves, hoisted.run),
     "native": Schedule(native.serves, native.run, automatic=False),
     "cudnn": Schedule(cudnn.serves, cudnn.run, automatic=False),
