@@ -1,12 +1,13 @@
 """Runs a traced program one operation after another, for programs that are run a few times on tiny arrays.
 
 Compiling costs seconds there and running microseconds. What is simple is done by NumPy, anything else by JAX, which
-compiles each operation by itself.
+compiles each operation by itself. JAX's usual keys, two 32-bit words each, are one 64-bit number in NumPy.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,9 @@ def call(function: Any, *args: Any, jit: bool = False) -> Any:
     avals = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
     jaxpr, out = _traced(function, treedef, avals, jnp.result_type(float))
     with np.errstate(all="ignore"):
-        return jax.tree.unflatten(out, [_host(value) for value in _run(*_opened(jaxpr), map(_host, leaves))])
+        values = _run(*_opened(jaxpr), map(_host, leaves))
+        atoms = jaxpr.jaxpr.outvars
+        return jax.tree.unflatten(out, [_device(v, atom) for v, atom in zip(values, atoms, strict=True)])
 
 
 @functools.lru_cache(maxsize=512)
@@ -49,7 +52,17 @@ def _jitted(function: Any) -> Any:
 
 
 def _host(value: Any) -> Any:
-    return value if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else np.asarray(value)
+    """As NumPy has it; keys of another kind than JAX's usual ones stay as they are."""
+    if not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return np.asarray(value)
+    return _packed(np.asarray(jax.random.key_data(value))) if _is_usual(value) else value
+
+
+def _device(value: Any, atom: Any) -> Any:
+    """As JAX has it where that differs."""
+    if _is_usual(atom.aval) and isinstance(value, np.ndarray | np.generic):
+        return jax.random.wrap_key_data(jnp.asarray(_unpacked(value)), impl="threefry2x32")
+    return value
 
 
 def _opened(jaxpr: Any) -> tuple[Any, Any]:
@@ -84,6 +97,7 @@ def _run(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
             outs = _NUMPY[name](params, *values)
             outs = outs if eqn.primitive.multiple_results else [np.asarray(outs)]
         else:
+            values = [_device(value, atom) for value, atom in zip(values, eqn.invars, strict=True)]
             outs = eqn.primitive.bind(*values, **params)
             outs = list(map(_host, outs if eqn.primitive.multiple_results else [outs]))
         env.update(zip(eqn.outvars, outs, strict=True))
@@ -121,6 +135,49 @@ _PLAIN = {np.dtype(name) for name in ("bool", "int32", "int64", "uint32", "uint6
 def _is_plain(value: Any) -> bool:
     # Not 16-bit floats, whose rounding is JAX's own, and not PRNG keys.
     return isinstance(value, np.ndarray | np.generic) and value.dtype in _PLAIN
+
+
+# --- randomness: Threefry-2x32 in 20 rounds (Salmon et al. 2011), as JAX uses it for its usual keys
+
+
+def _is_usual(aval: Any) -> bool:
+    return str(aval.dtype) == "key<fry>" and getattr(jax.config, "jax_threefry_partitionable", True)
+
+
+def _packed(words: Any) -> Any:
+    words = np.asarray(words).astype(np.uint64)
+    return words[..., 0] << np.uint64(32) | words[..., 1]
+
+
+def _unpacked(keys: Any) -> Any:
+    return np.stack([keys >> np.uint64(32), keys & np.uint64(0xFFFFFFFF)], -1).astype(np.uint32)
+
+
+def _threefry(keys: Any, counts: Any) -> Any:
+    """Two words for each key and count, both of 64 bits: two words each."""
+    first, second = (_unpacked(keys)[..., i] for i in range(2))
+    schedule = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
+    x, y = (_unpacked(counts)[..., i] for i in range(2))
+    x, y = x + first, y + second
+    for block in range(5):
+        for by in ((13, 15, 26, 6), (17, 29, 16, 24))[block % 2]:
+            x = x + y
+            y = (y << np.uint32(by) | y >> np.uint32(32 - by)) ^ x
+        x = x + schedule[(block + 1) % 3]
+        y = y + schedule[(block + 2) % 3] + np.uint32(block + 1)
+    return np.stack([x, y], -1)
+
+
+def _counted(keys: Any, shape: tuple[int, ...]) -> Any:
+    counts = np.arange(math.prod(shape), dtype=np.uint64).reshape(shape)
+    return _threefry(keys.reshape(keys.shape + (1,) * len(shape)), counts)
+
+
+def _bits(params: Any, keys: Any) -> Any:
+    width, words = params["bit_width"], _counted(keys, params["shape"])
+    if width == 64:
+        return _packed(words)
+    return (words[..., 0] ^ words[..., 1]).astype(f"uint{width}")
 
 
 def _elementwise(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -180,6 +237,12 @@ def _reduced(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda params, x: function(x, axis=tuple(params["axes"]))
 
 
+def _cumulated(function: Any, x: Any, params: Any) -> Any:
+    if params["reverse"]:
+        return np.flip(function.accumulate(np.flip(x, params["axis"]), params["axis"]), params["axis"])
+    return function.accumulate(x, params["axis"])
+
+
 def _sum(x: Any, axis: Any) -> Any:
     return np.sum(x, axis=axis, dtype=x.dtype)
 
@@ -187,6 +250,10 @@ def _sum(x: Any, axis: Any) -> Any:
 _NUMPY: dict[str, Callable[..., Any]] = {
     **{name: _elementwise(getattr(np, name)) for name in ("cos", "exp", "expm1", "log", "log1p")},
     **{name: _elementwise(getattr(np, name)) for name in ("abs", "sign", "sin", "sqrt", "square", "tanh")},
+    "argmax": lambda params, x: np.argmax(x, *params["axes"]).astype(params["index_dtype"]),
+    "bitcast_convert_type": lambda params, x: np.asarray(x).view(params["new_dtype"]),
+    "cummax": lambda params, x: _cumulated(np.maximum, x, params),
+    "cummin": lambda params, x: _cumulated(np.minimum, x, params),
     "add": _elementwise(np.add),
     "add_any": _elementwise(np.add),
     "and": _elementwise(np.bitwise_and),
@@ -215,8 +282,13 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "not": _elementwise(np.invert),
     "or": _elementwise(np.bitwise_or),
     "pad": _pad,
+    "random_bits": _bits,
+    "random_fold_in": lambda params, keys, data: _packed(_threefry(keys, data.astype(np.uint64))),
+    "random_split": lambda params, keys: _packed(_counted(keys, params["shape"])),
+    "reduce_and": _reduced(np.all),
     "reduce_max": _reduced(np.max),
     "reduce_min": _reduced(np.min),
+    "reduce_or": _reduced(np.any),
     "reduce_sum": _reduced(_sum),
     "reshape": lambda params, x: x.reshape(params["new_sizes"]),
     "rev": lambda params, x: np.flip(x, params["dimensions"]),
@@ -224,11 +296,14 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "select_n": lambda params, which, *cases: (
         np.choose(which.astype(np.int32), cases) if len(cases) != 2 else np.where(which, cases[1], cases[0])
     ),
+    "shift_left": _elementwise(np.left_shift),
+    "shift_right_logical": _elementwise(np.right_shift),
     "slice": _slice,
     "split": _split,
     "squeeze": lambda params, x: np.squeeze(x, tuple(params["dimensions"])),
     "stop_gradient": lambda params, x: x,
     "sub": _elementwise(np.subtract),
     "transpose": lambda params, x: np.transpose(x, params["permutation"]),
+    "xor": _elementwise(np.bitwise_xor),
     "weigh": lambda params, x, w: np.matmul(x, w),
 }

@@ -14,7 +14,7 @@ import jrnn
 
 
 class Case(NamedTuple):
-    """``full``: run in float32 the laws that compile too, which take longer than all others together."""
+    """``full``: run all laws in float32 as well, and those that compile, which take longer than all others together."""
 
     name: str
     layer: Any
