@@ -23,8 +23,8 @@ SHAPES = (
 )
 WORK = {"forward": "forward", "train": "forward and backward", "step": "one step"}
 
-ONLY_JRNN = ("jrnn",)
-OWN_CELL = ("jrnn", "jrnn own cell")
+ONLY_JRNN = ("jrnn", "jrnn native")
+OWN_CELL = ("jrnn", "jrnn native", "jrnn own cell", "jrnn own cell native")
 
 
 @dataclasses.dataclass(frozen=True)

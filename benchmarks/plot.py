@@ -25,7 +25,9 @@ STYLES = {
     "keras": ("#cc79a7", "P"),
     "torch": ("#d55e00", "X"),
     "jrnn": ("#000000", "*"),
+    "jrnn native": ("#b2182b", "*"),
 }
+OURS = ("jrnn", "jrnn native")
 
 
 def write(path: Path, content: dict[str, Any]) -> bool:
@@ -109,12 +111,12 @@ def _panel(ax: Any, entries: list[dict[str, Any]]) -> dict[str, Any]:
         for index, entry in enumerate(entries):
             samples = entry["results"].get(name, {}).get("samples_ms")
             if samples:
-                # Side by side, so that close ones stay apart; jrnn in the middle.
-                offset = 0.0 if name == "jrnn" else (place - (len(STYLES) - 2) / 2) * 0.075
+                # Side by side, so that close ones stay apart; jrnn's forms in the middle.
+                offset = 0.0 if name in OURS else (place - (len(STYLES) - len(OURS) - 1) / 2) * 0.075
                 where.append(index + offset)
                 middle.append(statistics.median(samples))
         if where:
-            big = name == "jrnn"
+            big = name in OURS
             style = {"color": colour, "marker": marker, "s": 150 if big else 34, "zorder": 4 if big else 3}
             handles[name] = ax.scatter(where, middle, **style, facecolor="none" if name == "hand hoisted" else colour)
     ax.set_yscale("log")

@@ -35,6 +35,10 @@ def write(folder: Path, content: dict[str, Any]) -> bool:
     return plot.write(folder / "results.png", content)
 
 
+# The forms of jrnn that are compared with all others.
+FORMS = ("jrnn", "jrnn native")
+
+
 # --- numbers -----------------------------------------------------------------------------------------------------
 
 
@@ -56,10 +60,10 @@ def geometric_mean(values: Iterable[float]) -> float | None:
     return math.exp(sum(logs) / len(logs)) if logs else None
 
 
-def ratios(content: dict[str, Any], peer: str, entries: Iterable[dict[str, Any]]) -> list[float]:
-    """How many times jrnn's time a peer needs, at every point that both have."""
-    pairs = [(median(entry, peer), median(entry, "jrnn")) for entry in entries]
-    return [theirs / ours for theirs, ours in pairs if theirs is not None and ours is not None]
+def ratios(peer: str, ours: str, entries: Iterable[dict[str, Any]]) -> list[float]:
+    """How many times the time of one of jrnn's forms a peer needs, at every point that both have."""
+    pairs = [(median(entry, peer), median(entry, ours)) for entry in entries]
+    return [theirs / mine for theirs, mine in pairs if theirs is not None and mine is not None]
 
 
 def entries_of(content: dict[str, Any], section: str, cell: str | None = None, work: str | None = None) -> list[Any]:
@@ -114,9 +118,9 @@ def label(entry: dict[str, Any]) -> str:
     return f"{words}, {point.arithmetic}" if point.precision else words
 
 
-def faster(entry: dict[str, Any]) -> str:
-    """jrnn beside the fastest other: bold where it loses."""
-    ours, best = median(entry, "jrnn"), best_other(entry)
+def faster(entry: dict[str, Any], form: str = "jrnn") -> str:
+    """One of jrnn's forms beside the fastest other: bold where it loses."""
+    ours, best = median(entry, form), best_other(entry)
     if ours is None or best is None:
         return NOTHING
     ratio = best[1] / ours
@@ -167,6 +171,13 @@ def _conditions(content: dict[str, Any]) -> str:
 
 
 def _summary(content: dict[str, Any]) -> str:
+    parts = [_compared(content, ours) for ours in FORMS]
+    head = "## Summary\n\nGeometric means over the shapes of the tables below.\n\n"
+    return head + "\n".join(filter(None, parts)) if any(parts) else ""
+
+
+def _compared(content: dict[str, Any], ours: str) -> str:
+    """One of jrnn's forms beside all others, and every point that it loses."""
     columns = [
         (cell, work) for cell in GATES for work in ("forward", "train") if entries_of(content, "grid", cell, work)
     ]
@@ -174,11 +185,11 @@ def _summary(content: dict[str, Any]) -> str:
     everything = [entry for entries in columns_of.values() for entry in entries]
     rows = []
     for name in PEERS:
-        if is_jrnn(name) and name != "jrnn reference":
+        if name == ours or (is_jrnn(name) and name not in ("jrnn", "jrnn reference")):
             continue
-        found = ratios(content, name, everything)
+        found = ratios(name, ours, everything)
         if found:
-            means = [geometric_mean(ratios(content, name, entries)) for entries in columns_of.values()]
+            means = [geometric_mean(ratios(name, ours, entries)) for entries in columns_of.values()]
             wins = sum(ratio >= 1 for ratio in found)
             cells = [number(mean, "x") for mean in [*means, geometric_mean(found)]]
             rows.append([name, *cells, number(min(found), "x"), f"{wins} of {len(found)}"])
@@ -186,16 +197,16 @@ def _summary(content: dict[str, Any]) -> str:
         return ""
     losses = []
     for entry in content["points"].values():
-        ours, best = median(entry, "jrnn"), best_other(entry)
-        if ours is not None and best is not None and best[1] < ours:
+        mine, best = median(entry, ours), best_other(entry)
+        if mine is not None and best is not None and best[1] < mine:
             losses.append(
-                (best[1] / ours, f"{entry['point']['section']}, {entry['point']['cell']}, {label(entry)}: ", best)
+                (best[1] / mine, f"{entry['point']['section']}, {entry['point']['cell']}, {label(entry)}: ", best)
             )
     titles = [f"{TITLES[cell]} {'fwd' if work == 'forward' else 'fwd+bwd'}" for cell, work in columns]
-    header = ["time of … over jrnn's", *titles, "all", "worst", "jrnn faster"]
+    header = [f"time of … over {ours}'s", *titles, "all", "worst", f"{ours} faster"]
     lost = "\n".join(f"- {ratio:.2f}x {text}{best[0]}" for ratio, text, best in sorted(losses)) or "None."
-    return f"## Summary\n\nGeometric means over the shapes of the tables below.\n\n{table(header, rows)}\n" + (
-        f"Points that jrnn loses to the fastest other library, of all sections:\n\n{lost}\n"
+    return f"{table(header, rows)}\n" + (
+        f"Points that {ours} loses to the fastest other library, of all sections:\n\n{lost}\n"
     )
 
 
@@ -204,7 +215,11 @@ def _section(entries: list[dict[str, Any]], section: str) -> str:
     micro = section == "one step"
     scale = 1e3 if micro else 1.0
     header = ["(B, T, F, H), µs" if micro else "(B, T, F, H)", *present]
-    extra = {"grid": ["faster", "floor", "µs a step"], "own cell": ["own / built-in"]}
+    if "jrnn native" in present:
+        extra = {"grid": ["faster", "native faster", "floor", "native of floor"]}
+        extra |= {"own cell": ["own / built-in", "native own / built-in"]}
+    else:
+        extra = {"grid": ["faster", "floor", "µs a step"], "own cell": ["own / built-in"]}
     extra |= {"long": ["µs a step"], "memory": ["temporaries", "µs a step"], "one step": ["faster"]}
     added = extra.get(section, ["faster", "floor"])
     rows = []
@@ -215,9 +230,12 @@ def _section(entries: list[dict[str, Any]], section: str) -> str:
             ms = median(entry, name)
             mark = "†" if entry["results"].get(name, {}).get("note") else ""
             values.append(number(None if ms is None else scale * ms) + (mark if ms is not None else ""))
-        own = median(entry, "jrnn own cell")
+        own, native, own_native = (median(entry, f"jrnn {name}") for name in ("own cell", "native", "own cell native"))
         what = {
             "faster": faster(entry),
+            "native faster": faster(entry, "jrnn native"),
+            "native of floor": NOTHING if native is None else f"{100 * entry['floor_ms'] / native:.0f}%",
+            "native own / built-in": NOTHING if None in (native, own_native) else f"{own_native / native:.2f}",
             "floor": NOTHING if ours is None else f"{entry['floor_ms']:.3g} ms, {100 * entry['floor_ms'] / ours:.0f}%",
             "µs a step": NOTHING if ours is None else number(1e3 * ours / point.time),
             "temporaries": size(entry["results"].get("jrnn", {}).get("temp_bytes")),

@@ -27,8 +27,10 @@ class Entry(NamedTuple):
 
 PEERS: dict[str, Entry] = {
     "jrnn": Entry("jrnn", "Jrnn", "jrnn", "jrnn"),
+    "jrnn native": Entry("jrnn", "Native", "jrnn", "jrnn"),
     "jrnn reference": Entry("jrnn", "Reference", "jrnn", "jrnn"),
     "jrnn own cell": Entry("jrnn", "OwnCell", "jrnn", "jrnn"),
+    "jrnn own cell native": Entry("jrnn", "OwnNative", "jrnn", "jrnn"),
     "hand": Entry("hand", "Hand", "jax", "jax"),
     "hand hoisted": Entry("hand", "HandHoisted", "jax", "jax"),
     "flax.linen": Entry("flax_linen", "Linen", "flax", "flax"),

@@ -101,6 +101,25 @@ class Hoisted(Named):
     backend = "hoisted"
 
 
+class Native(Named):
+    """The whole loop compiled for this CPU."""
+
+    form = 'jrnn.unroll(backend="native") under jit: needs a C++ compiler, and is used where asked for'
+    backend = "native"
+
+
+class OwnNative(Native):
+    """The user's cell, compiled likewise."""
+
+    form = 'jrnn own cell, jrnn.unroll(backend="native") under jit'
+
+    def cell(self, point: Point) -> Any:
+        return OwnLSTM(point.hidden)
+
+    def refuses(self, point: Point) -> str | None:
+        return super().refuses(point) if point.section == "own cell" else "takes part in its own section"
+
+
 class Cudnn(Named):
     form = 'jrnn.unroll(backend="cudnn") under jit'
     backend = "cudnn"

@@ -189,14 +189,20 @@ inline void blocks(int rows, long K, const float* A, Left left, const float* B, 
   }
 }
 
-// The same for any number of rows, A (rows, K) at a stride, in blocks as even as can be.
+// The same for any number of rows, A (rows, K) at a stride, in blocks as even as can be; in parts of a long K, so that
+// what all rows read of B stays in the nearest cache.
 void multiply(long rows, long K, const float* A, long lda, const float* B, const float* init, long ldi, float* C,
               long ldc) {
-  const long count = (rows + MR - 1) / MR;
-  for (long i = 0, r = 0; i < count; ++i) {
-    const long m = (rows - r) / (count - i);
-    blocks(m, K, A + r * lda, Rows{lda}, B, init ? init + r * ldi : nullptr, ldi, C + r * ldc, ldc);
-    r += m;
+  const long count = (rows + MR - 1) / MR, parts = count > 1 && K > 1024 ? (K + 511) / 512 : 1;
+  for (long part = 0, k = 0; part < parts; ++part) {
+    const long depth = (K - k) / (parts - part);
+    for (long i = 0, r = 0; i < count; ++i) {
+      const long m = (rows - r) / (count - i);
+      blocks(m, depth, A + r * lda + k, Rows{lda}, B + k * UB, init ? init + r * ldi : nullptr, ldi, C + r * ldc, ldc);
+      r += m;
+    }
+    init = C, ldi = ldc;
+    k += depth;
   }
 }
 
