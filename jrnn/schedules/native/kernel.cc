@@ -296,10 +296,30 @@ struct Run {
   }
 };
 
+// Moves the calling thread to the i-th processor after the given one: a new thread is often begun on its parent's, and
+// moved only after milliseconds.
+void move(int from, long i) {
+  cpu_set_t all, one;
+  if (sched_getaffinity(0, sizeof all, &all) || CPU_COUNT(&all) < 2) return;
+  int cpu = from;
+  for (; i > 0; --i)
+    do
+      cpu = (cpu + 1) % CPU_SETSIZE;
+    while (!CPU_ISSET(cpu, &all));
+  CPU_ZERO(&one);
+  CPU_SET(cpu, &one);
+  sched_setaffinity(0, sizeof one, &one);
+}
+
 template <class Function>
 void parallel(long count, Function work) {
   std::vector<std::thread> others;
-  for (long i = 1; i < count; ++i) others.emplace_back(work, i);
+  const int here = sched_getcpu();
+  for (long i = 1; i < count; ++i)
+    others.emplace_back([&work, here, i] {
+      move(here, i);
+      work(i);
+    });
   work(0);
   for (auto& thread : others) thread.join();
 }
