@@ -138,6 +138,20 @@ def test_jvp_is_refused():
         jax.jvp(lambda xs: jrnn.unroll(cell, params, xs, backend="native")[1], (xs,), (xs,))
 
 
+@pytest.mark.parametrize(
+    ("cell", "floats"),
+    [(jrnn.elman(64), 1 + 1 + 1), (jrnn.lstm(64), 4 + 2 + 1), (jrnn.gru(64), 4 + 1 + 1)],
+    ids=("elman", "lstm", "gru"),
+)
+def test_memory(cell, floats):
+    """A gradient holds what the gates read, the states after each step and the cotangent of the outputs."""
+    params = jax.eval_shape(lambda key: cell.init(key, 16), jax.random.key(0))
+    xs = jax.ShapeDtypeStruct((1000, 8, 16), jnp.float32)
+    gradient = jax.grad(lambda params, xs: jnp.sum(jrnn.unroll(cell, params, xs, backend="native")[1] ** 2))
+    held = jax.jit(gradient).lower(params, xs).compile().memory_analysis().temp_size_in_bytes
+    assert held <= 1.07 * floats * 1000 * 8 * 64 * 4
+
+
 def test_nothing_to_run():
     cell = jrnn.lstm(3)
     params, _, state, _ = data(cell, 4, 2, 2)
