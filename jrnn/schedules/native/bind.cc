@@ -1,5 +1,6 @@
 // The kernel as XLA calls it. Compiled once for a version of jaxlib, whose headers it needs, and linked to every kernel.
 
+#include <exception>
 #include <vector>
 
 #include "kernel.h"
@@ -20,7 +21,11 @@ ffi::Error call(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t revers
   std::vector<Array> in, out;
   for (size_t i = 0; i < args.size(); ++i) in.push_back(plain(*args.get<ffi::AnyBuffer>(i)));
   for (size_t i = 0; i < rets.size(); ++i) out.push_back(plain(**rets.get<ffi::AnyBuffer>(i)));
-  run(in.data(), out.data(), reverse != 0, parts_row);
+  try {
+    run(in.data(), out.data(), reverse != 0, parts_row);
+  } catch (const std::exception& error) {  // no memory
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, error.what());
+  }
   return ffi::Error::Success();
 }
 

@@ -120,8 +120,8 @@ _CALLS = promises.CALLS
 _FLOATS = {
     "abs": "vabs({0})", "add": "{0} + {1}", "add_any": "{0} + {1}", "div": "{0} / {1}", "exp": "vexp({0})",
     "logistic": "vlogistic({0})", "max": "vmax({0}, {1})", "min": "vmin({0}, {1})", "mul": "{0} * {1}",
-    "neg": "-{0}", "rsqrt": "1.0f / vsqrt({0})", "sign": "vsign({0})", "sqrt": "vsqrt({0})",
-    "square": "{0} * {0}", "sub": "{0} - {1}", "tanh": "vtanh({0})",
+    "neg": "-{0}", "one_minus_square": "1.0f - {0} * {0}", "rsqrt": "1.0f / vsqrt({0})",
+    "sign": "vsign({0})", "sqrt": "vsqrt({0})", "square": "{0} * {0}", "sub": "{0} - {1}", "tanh": "vtanh({0})",
 }  # fmt: skip
 _COMPARISONS = {"eq": "==", "ge": ">=", "gt": ">", "le": "<=", "lt": "<", "ne": "!="}
 _LOGIC = {"and": "&", "or": "|", "xor": "^"}

@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -244,7 +245,8 @@ class Scratch {
         free_.pop_back();
         return;
       }
-    data_ = static_cast<float*>(std::aligned_alloc(4096, size_));
+    data_ = static_cast<float*>(std::aligned_alloc(4096, std::max<size_t>(size_, 4096)));
+    if (!data_) throw std::bad_alloc();
   }
   ~Scratch() {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -261,7 +263,6 @@ class Scratch {
     return p;
   }
   static size_t rounded(size_t floats) { return (floats + 15) / 16 * 16; }
-  bool ok() const { return data_ != nullptr; }
 
  private:
   float* data_ = nullptr;
