@@ -10,8 +10,8 @@ import pytest
 
 import jrnn
 from jrnn import testing
-from jrnn.schedules import SCHEDULES, Steps, native
-from jrnn.schedules.native import build, emit
+from jrnn.schedules import SCHEDULES, Steps, native, read
+from jrnn.schedules.native import build
 from tests.cases import CASES, Leaky, softsign
 
 pytestmark = pytest.mark.skipif(not build.available()[0], reason=build.available()[1] or "")
@@ -314,4 +314,4 @@ def test_header_of_a_users_cell():
     params = cell.init(jax.random.key(0), 3)
     header = native._header(cell, params, cell.initial_state(params, ()))
     assert "GATES = 2, SUMS = 2, PARTS = 2" in header
-    assert emit.slots((True, False, True)) == (0, 3, 2)
+    assert read.slots((True, False, True)) == (0, 3, 2)

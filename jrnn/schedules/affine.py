@@ -27,6 +27,7 @@ from jax.custom_derivatives import SymbolicZero
 from jrnn.cells.base import product
 from jrnn.schedules import promises
 from jrnn.schedules.layout import Rows, Units
+from jrnn.schedules.read import pack, parts, slots, unpack
 from jrnn.schedules.steps import Steps, checkpointed, chunked, expand
 
 
@@ -52,11 +53,6 @@ class Plan:
     @property
     def gates(self) -> int:
         return len(self.sums)
-
-    @property
-    def parts(self) -> int:
-        """How many arrays the gates read: u + v where that is enough, else u and v."""
-        return 2 * self.gates - sum(self.sums)
 
 
 class Inputs(NamedTuple):
@@ -190,7 +186,7 @@ def loop(plan: Plan, inputs: Inputs, schedule: Schedule) -> tuple[Any, Any, Any]
         last, outs = scan(plan, body, layout.enter(state), (parts, times))
         hs, kept = (layout.leave(parts, batch, steps=True) for parts in both(outs))
         if plan.keep and plan.read:
-            kept = Kept(kept.before, pack(plan, u, kept.read))
+            kept = Kept(kept.before, pack(cell, plan.sums, u, kept.read))
         return layout.leave(last, batch), (hs, kept)
 
     last, (hs, kept) = chunks(plan, segment, inputs.state, (inputs.xs, *schedule[2:]))
@@ -214,7 +210,7 @@ def tangent(plan: Plan, inputs: Inputs, schedule: Schedule, kept: Kept, d: Input
     w_hh = layout.weights_t(inputs.w_hh)
     (mask,), (restart,) = layout.enter(inputs.mask), layout.enter(dense(inputs.restart, d.restart))
     dtheta = dense(inputs.theta, d.theta)
-    slots = recurrent_slots(plan)
+    count, places = parts(plan.sums), slots(plan.sums)
 
     def body(ds: Any, step: Any) -> tuple[Any, Any]:
         read, dread, state, valid, resets, time = step
@@ -224,16 +220,14 @@ def tangent(plan: Plan, inputs: Inputs, schedule: Schedule, kept: Kept, d: Input
         dv = layout.product_t(fed(ds.h, mask), w_hh)
 
         def gates(theta: Any, parts: Any, state: Any) -> Any:
-            u = parts[: plan.gates]
-            v = tuple(jnp.zeros_like(u[g]) if slot == g else parts[slot] for g, slot in enumerate(slots))
-            return layout.gates(cell, theta, u, v, state, key)
+            return layout.gates(cell, theta, *unpack(plan.sums, parts), state, key)
 
         # Checkpointed, so that the transposed loop recomputes the gates instead of reading their derivatives from
         # memory; with all that only rearranges inside, or that would be done in a loop of its own, and kept.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def moved(read: Any, state: Any, theta: Any, dread: Any, dv: Any, ds: Any, dtheta: Any) -> Any:
-            parts, dparts = layout.split(read, plan.parts), list(layout.split(dread, plan.parts))
-            for slot, part in zip(slots, layout.split(dv, plan.gates), strict=True):
+            parts, dparts = layout.split(read, count), list(layout.split(dread, count))
+            for slot, part in zip(places, layout.split(dv, plan.gates), strict=True):
                 dparts[slot] = dparts[slot] + part
             dnew = jax.jvp(gates, (theta, parts, state), (dtheta, tuple(dparts), ds))[1]
             return dnew, tuple(dparts) if plan.keep and plan.read else None
@@ -255,8 +249,8 @@ def tangent(plan: Plan, inputs: Inputs, schedule: Schedule, kept: Kept, d: Input
         xs, dxs, before, read, times, valid, resets = steps
         u, du = jvp_of(project, (inputs.params, xs), (d.params, dxs))
         v, dv = jvp_of(recur, (inputs.mask, inputs.w_hh, before.h), (d.mask, d.w_hh, None))
-        read = pack(plan, u, v) if read is None else read
-        (inside,) = layout.enter((read, pack(plan, du, dv), before), steps=True)
+        read = pack(cell, plan.sums, u, v) if read is None else read
+        (inside,) = layout.enter((read, pack(cell, plan.sums, du, dv), before), steps=True)
         (flags,) = layout.enter_flags((valid, resets), steps=True)
         (ds,) = layout.enter(ds)
         last, outs = scan(plan, body, ds, (*inside, *flags, times))
@@ -268,25 +262,6 @@ def tangent(plan: Plan, inputs: Inputs, schedule: Schedule, kept: Kept, d: Input
     steps = (inputs.xs, d.xs, kept.before, kept.read, *schedule[2:])
     last, (hs, kept) = chunks(plan, segment, dense(inputs.state, d.state), steps)
     return last, hs, kept
-
-
-def recurrent_slots(plan: Plan) -> tuple[int, ...]:
-    """Where each gate's recurrent part goes among what the gates read: to its input part where the sum is enough."""
-    slots, free = [], plan.gates
-    for gate, summed in enumerate(plan.sums):
-        slots.append(gate if summed else free)
-        free += not summed
-    return tuple(slots)
-
-
-def pack(plan: Plan, u: Any, v: jax.Array) -> jax.Array:
-    """What the gates read of ``u`` and ``v``, side by side: u, with v added where the sum is enough; then other v."""
-    if all(plan.sums):
-        return (u if isinstance(u, jax.Array) else jnp.concatenate(u, -1)) + v
-    us = plan.cell.split(u) if isinstance(u, jax.Array) else u
-    vs = plan.cell.split(v)
-    summed = [a + b if s else a for a, b, s in zip(us, vs, plan.sums, strict=True)]
-    return jnp.concatenate([*summed, *(b for b, s in zip(vs, plan.sums, strict=True) if not s)], -1)
 
 
 def jvp_of(function: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from jax import lax
 
 from jrnn.cells.base import product
 from jrnn.schedules.kernels.plan import Plan, Steps
+from jrnn.schedules.read import unpack
 
 
 def forward(plan: Plan, theta: Any, state: Any, restart: Any, step: Steps, multiply: Any) -> tuple[Any, Any]:
@@ -32,7 +33,7 @@ def forward(plan: Plan, theta: Any, state: Any, restart: Any, step: Steps, multi
 def backward(plan: Plan, theta: Any, met: Any, dnew: Any, dh: Any, step: Steps, multiply: Any) -> tuple[Any, ...]:
     """The transpose of `forward` at one step: ``(dtheta, dread, dstate, drestart)``.
 
-    ``step.read`` is what the gates read (see `jrnn.schedules.affine.pack`), ``dnew`` what flows back into the state
+    ``step.read`` is what the gates read (see `jrnn.schedules.read`), ``dnew`` what flows back into the state
     after the step and ``dh`` what its output adds; ``multiply(dv)`` gives ``dv W_hh^T``.
     """
     dnew = dnew._replace(h=dnew.h + dh)
@@ -56,9 +57,7 @@ def backward(plan: Plan, theta: Any, met: Any, dnew: Any, dh: Any, step: Steps, 
 
 def gates(plan: Plan, theta: Any, read: Any, state: Any) -> Any:
     """The new state from what the gates read: ``u``, with v in it where the sum is enough, then the other v."""
-    u = read[: plan.gates]
-    v = tuple(jnp.zeros_like(u[gate]) if slot == gate else read[slot] for gate, slot in enumerate(plan.slots))
-    return plan.cell.combine(theta, u, v, state, None)
+    return plan.cell.combine(theta, *unpack(plan.sums, read), state, None)
 
 
 def choose(flags: jax.Array, new: Any, old: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from jrnn.schedules import read
+
 
 class Steps(NamedTuple):
     """What every step is given: what its gates read, and whether it is valid and is a reset, or None for all or none.
@@ -39,11 +41,8 @@ class Plan:
 
     @property
     def parts(self) -> int:
-        """How many arrays the gates read: u + v where that is enough, else u and v."""
-        return 2 * self.gates - sum(self.sums)
+        return read.parts(self.sums)
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """Where each gate's recurrent part is among what the gates read: in its input part where the sum is enough."""
-        after = iter(range(self.gates, self.parts))
-        return tuple(gate if summed else next(after) for gate, summed in enumerate(self.sums))
+        return read.slots(self.sums)

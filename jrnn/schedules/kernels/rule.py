@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jrnn.cells.base import product
 from jrnn.schedules.kernels import body
 from jrnn.schedules.kernels.plan import Plan, Steps
+from jrnn.schedules.read import pack
 
 
 class Operands(NamedTuple):
@@ -52,7 +53,7 @@ def _recur_bwd(plan: Plan, kept: Any, d: Any) -> tuple[Any, None, None]:
     (u, w_hh, theta, state, restart), valid, resets, met = kept
     dlast, dhs = d
     v, pull = jax.vjp(lambda w_hh: product(met.h, w_hh), w_hh)
-    steps = (Steps(pack(plan, u, v), valid, resets), met, dhs)
+    steps = (Steps(pack(plan.cell, plan.sums, u, v), valid, resets), met, dhs)
     zero = jax.tree.map(jnp.zeros_like, state)
     dread, (dstate, drestart, dtheta) = _backward(plan, (w_hh, theta), steps, (dlast, zero))
     parts = jnp.split(dread, plan.parts, axis=-1)
@@ -63,18 +64,6 @@ def _recur_bwd(plan: Plan, kept: Any, d: Any) -> tuple[Any, None, None]:
 
 
 recur.defvjp(_recur_fwd, _recur_bwd)
-
-
-def pack(plan: Plan, u: jax.Array, v: jax.Array) -> jax.Array:
-    """What the gates read, side by side: u, with v added where the sum is enough; then the other v."""
-    if all(plan.sums):
-        return u + v
-    pairs = zip(plan.cell.split(u), plan.cell.split(v), plan.sums, strict=True)
-    summed, others = [], []
-    for a, b, enough in pairs:
-        summed.append(a + b if enough else a)
-        others += [] if enough else [b]
-    return jnp.concatenate([*summed, *others], -1)
 
 
 # --- a kernel as a function of JAX -------------------------------------------------------------------------------

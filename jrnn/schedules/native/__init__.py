@@ -20,6 +20,7 @@ from jax import lax
 from jrnn.cells.base import product
 from jrnn.schedules import promises
 from jrnn.schedules.native import build, emit
+from jrnn.schedules.read import parts
 from jrnn.schedules.steps import Steps, checkpointed, expand, select
 
 __all__ = ["run", "serves"]
@@ -151,9 +152,9 @@ def forward(plan: Plan, keep: bool, inputs: Inputs, flags: Flags) -> Any:
     form = jax.ShapeDtypeStruct((time, count, hidden), jnp.float32)
     nothing = jax.ShapeDtypeStruct((0,), jnp.float32)
     last = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in inputs.state]
-    parts = jax.ShapeDtypeStruct((time, count, row), jnp.float32) if keep else nothing
+    kept = jax.ShapeDtypeStruct((time, count, row), jnp.float32) if keep else nothing
     others = [form if keep else nothing for _ in range(len(last) - 1)]
-    call = jax.ffi.ffi_call(kernel.forward, [*last, form, parts, *others], vmap_method="sequential")
+    call = jax.ffi.ffi_call(kernel.forward, [*last, form, kept, *others], vmap_method="sequential")
     outs = call(*_operands(inputs, flags), inputs.b, reverse=int(plan.reverse), parts_row=row)
     states = len(last)
     return type(inputs.state)(*outs[:states]), outs[states], outs[states + 1], tuple(outs[states + 2 :])
@@ -231,6 +232,5 @@ def _operands(inputs: Inputs, flags: Flags) -> list[jax.Array]:
 
 def _row(plan: Plan, kernel: build.Kernel, hidden: int) -> int:
     """Floats of a row of what the gates read: whole blocks of units, and no multiple of a page (see `kernel.cc`)."""
-    parts = 2 * len(plan.sums) - sum(plan.sums)
-    floats = -(-hidden // kernel.unit_block) * kernel.unit_block * parts
+    floats = -(-hidden // kernel.unit_block) * kernel.unit_block * parts(plan.sums)
     return floats if floats % 256 else floats + 16

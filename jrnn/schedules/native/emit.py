@@ -7,7 +7,7 @@ one statement on a vector of units.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.extend.core
@@ -15,30 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrnn.schedules import promises
+from jrnn.schedules.read import parts as count_parts
+from jrnn.schedules.read import slots, unpack
 
-__all__ = ["Unserved", "header", "slots"]
+__all__ = ["Unserved", "header"]
 
 
 class Unserved(Exception):
     """Why gates cannot be written in C++."""
-
-
-class Form(NamedTuple):
-    """What the gates of a cell look like: all that the C++ depends on."""
-
-    cell: Any
-    sums: tuple[bool, ...]
-    theta: Any
-    state: Any
-
-
-def slots(sums: tuple[bool, ...]) -> tuple[int, ...]:
-    """Where each gate's recurrent part goes among what the gates read: to its input part where the sum is enough."""
-    places, free = [], len(sums)
-    for gate, summed in enumerate(sums):
-        places.append(gate if summed else free)
-        free += not summed
-    return tuple(places)
 
 
 @functools.lru_cache(maxsize=256)
@@ -58,12 +42,10 @@ def header(cell: Any, theta_tree: Any, state_tree: Any, sums: tuple[bool, ...]) 
         jax.tree.unflatten(tree, [jax.ShapeDtypeStruct((), jnp.float32)] * tree.num_leaves)
         for tree in (theta_tree, state_tree)
     )
-    parts = (jax.ShapeDtypeStruct((), jnp.float32),) * (2 * len(sums) - sum(sums))
+    parts = (jax.ShapeDtypeStruct((), jnp.float32),) * count_parts(sums)
 
     def gates(theta: Any, parts: Any, state: Any) -> Any:
-        u = parts[: len(sums)]
-        v = tuple(jnp.zeros_like(u[g]) if slot == g else parts[slot] for g, slot in enumerate(places))
-        return cell.combine(theta, u, v, state, None)
+        return cell.combine(theta, *unpack(sums, parts), state, None)
 
     def vjp(theta: Any, parts: Any, state: Any, dnew: Any) -> Any:
         return jax.vjp(gates, theta, parts, state)[1](dnew)
@@ -104,7 +86,7 @@ def _function(name: str, function: Any, arguments: dict[str, Any], results: tupl
     return [
         f"inline void {name}({', '.join(parameters)}) {{",
         *writer.lines,
-        *(f"  {place} = {writer.vector(var)};" for place, var in ends),
+        *(f"  {place} = {writer.value(var)};" for place, var in ends),
         "}",
     ]
 
@@ -176,45 +158,41 @@ class _Writer:
         masks = [atom.aval.dtype == jnp.bool_ for atom in atoms]
         values = [self.value(atom) for atom in atoms]
         if name in _SAME or name == "broadcast_in_dim":
-            return self.vector(atoms[0])
+            return self.value(atoms[0])
         if name in _LOGIC and all(masks):
             return f"{values[0]} {_LOGIC[name]} {values[1]}"
         if name == "not" and masks[0]:
             return f"~{values[0]}"
         if name == "select_n" and len(atoms) == 3 and masks[0]:
-            return f"{values[0]} ? {self.vector(atoms[2])} : {self.vector(atoms[1])}"
+            return f"{values[0]} ? {self.value(atoms[2])} : {self.value(atoms[1])}"
         if name == "convert_element_type":
             if params["new_dtype"] == jnp.bool_:
                 return f"{values[0]} != 0.0f" if not masks[0] else values[0]
-            return f"{values[0]} ? splat(1) : splat(0)" if masks[0] else self.vector(atoms[0])
+            return f"{values[0]} ? splat(1) : splat(0)" if masks[0] else self.value(atoms[0])
         if any(masks):
             raise Unserved(f"{name!r} of booleans in its gates is not known to the kernel")
         if any(atom.aval.dtype != jnp.float32 for atom in atoms):
             raise Unserved(f"{name!r} of {atoms[0].aval.dtype} in its gates is not known to the kernel")
-        vectors = [self.vector(atom) for atom in atoms]
         if name in _FLOATS:
-            return _FLOATS[name].format(*vectors)
+            return _FLOATS[name].format(*values)
         if name in _COMPARISONS:
-            return f"{vectors[0]} {_COMPARISONS[name]} {vectors[1]}"
+            return f"{values[0]} {_COMPARISONS[name]} {values[1]}"
         if name == "clamp":
-            return f"vmin(vmax({vectors[1]}, {vectors[0]}), {vectors[2]})"
+            return f"vmin(vmax({values[1]}, {values[0]}), {values[2]})"
         if name == "integer_pow":
-            return _power(vectors[0], params["y"])
+            return _power(values[0], params["y"])
         if name == "is_finite":
-            return f"vabs({vectors[0]}) <= 3.4028235e38f"
+            return f"vabs({values[0]}) <= 3.4028235e38f"
         if name in _LIBRARY:
-            arguments = ("float a", "float b")[: len(vectors)]
-            call = f"{_LIBRARY[name]}({', '.join('ab'[: len(vectors)])})"
-            return f"each([]({', '.join(arguments)}) {{ return {call}; }}, {', '.join(vectors)})"
+            arguments = ("float a", "float b")[: len(values)]
+            call = f"{_LIBRARY[name]}({', '.join('ab'[: len(values)])})"
+            return f"each([]({', '.join(arguments)}) {{ return {call}; }}, {', '.join(values)})"
         raise Unserved(f"{name!r} in its gates is not known to the kernel")
 
     def value(self, atom: Any) -> str:
         if isinstance(atom, jax.extend.core.Literal):
             return _literal(np.asarray(atom.val, atom.aval.dtype))  # type: ignore[attr-defined]
         return self.names[atom]
-
-    def vector(self, atom: Any) -> str:
-        return self.value(atom)
 
 
 def _literal(value: Any) -> str:
