@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jrnn._device import default_device
 from jrnn.cells.base import Layer
 from jrnn.schedules import SCHEDULES
 from jrnn.unroll import choose_backend, unroll
@@ -158,7 +159,7 @@ def tune(
     for name in names:
         forward, train = (samples.get((name, work)) for work in _WORK)
         rows.append(Timing(name, forward, train, reasons.get(name, "")))
-    found = Tuning(_device(), default, tuple(rows))
+    found = Tuning(default_device().device_kind, default, tuple(rows))
     if not quiet:
         print(found)
     return found
@@ -205,10 +206,3 @@ def _words(error: Exception, work: str) -> str:
     if isinstance(error, ValueError) and text.startswith("backend:"):
         return text.split(": ", 2)[-1].split("; pass backend=None")[0]
     return f"{'no gradients' if work == 'train' else 'failed'}: {type(error).__name__}: {text.splitlines()[0][:200]}"
-
-
-def _device() -> str:
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    if device is None or isinstance(device, str):
-        device = jax.devices(device)[0]
-    return device.device_kind

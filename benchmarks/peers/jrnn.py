@@ -62,6 +62,16 @@ class OwnLSTM(jrnn.AffineCell):
         return jrnn.LSTMState(jax.nn.sigmoid(o) * jnp.tanh(c), c)
 
 
+class Own:
+    """Of a peer: runs the user's cell, in the section that is for it."""
+
+    def cell(self, point: Point) -> Any:
+        return OwnLSTM(point.hidden)
+
+    def refuses(self, point: Point) -> str | None:
+        return super().refuses(point) if point.section == "own cell" else "takes part in its own section"
+
+
 class OwnCell(Jrnn):
     """A user's AffineCell with the equations of the built-in one."""
 
@@ -108,16 +118,10 @@ class Native(Named):
     backend = "native"
 
 
-class OwnNative(Native):
+class OwnNative(Own, Native):
     """The user's cell, compiled likewise."""
 
     form = 'jrnn own cell, jrnn.unroll(backend="native") under jit'
-
-    def cell(self, point: Point) -> Any:
-        return OwnLSTM(point.hidden)
-
-    def refuses(self, point: Point) -> str | None:
-        return super().refuses(point) if point.section == "own cell" else "takes part in its own section"
 
 
 class Cudnn(Named):
@@ -130,14 +134,8 @@ class Kernel(Named):
     backend = "kernel"
 
 
-class OwnKernel(Named):
+class OwnKernel(Own, Named):
     """The user's cell in the kernel."""
 
     form = 'jrnn own cell, jrnn.unroll(backend="kernel") under jit'
     backend = "kernel"
-
-    def cell(self, point: Point) -> Any:
-        return OwnLSTM(point.hidden)
-
-    def refuses(self, point: Point) -> str | None:
-        return super().refuses(point) if point.section == "own cell" else "takes part in its own section"

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
+from jrnn._device import default_device
 
 __all__ = ["MEASURED", "Measured", "fitting"]
 
@@ -40,11 +40,8 @@ def fitting(cell: Any, xs: Any) -> Iterator[Measured]:
     rows = [row for row in MEASURED if type(cell).__name__ in row.cells and row.dtype == str(xs.dtype)]
     if not rows:
         return
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    if device is None or isinstance(device, str):
-        device = jax.devices(device)[0]
     sizes = {"hidden": cell.hidden, "batch": math.prod(xs.shape[1:-1]), "time": xs.shape[0]}
     for row in rows:
         within = all(getattr(row, name)[0] <= size <= getattr(row, name)[1] for name, size in sizes.items())
-        if within and row.device == device.device_kind:
+        if within and row.device == default_device().device_kind:
             yield row

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jrnn._device import default_device
 from jrnn.cells.base import compute_params, emitted
 from jrnn.schedules import promises
 from jrnn.schedules.kernels import body, rule
@@ -105,12 +106,6 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps, target:
 
 def make_plan(cell: Any, theta: Any, state: Any, steps: Steps, target: Target) -> Plan:
     return Plan(cell, promises.sums(cell, theta, state), target.device, target.interpret, steps.reverse)
-
-
-def default_device() -> Any:
-    """Where JAX computes unless told otherwise."""
-    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
-    return jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
 
 
 def present() -> Target | None:
