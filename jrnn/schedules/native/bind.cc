@@ -1,4 +1,4 @@
-// The kernel as XLA calls it. Compiled once for a version of jaxlib, whose headers it needs, and linked to every kernel.
+// The loop as XLA calls it. Compiled once for a version of jaxlib, whose headers it needs.
 
 #include <exception>
 #include <vector>
@@ -9,6 +9,8 @@
 namespace {
 
 namespace ffi = xla::ffi;
+
+thread_local const Cell* called;  // the cell of the call that this thread is in
 
 Array plain(ffi::AnyBuffer buffer) {
   Array array{buffer.untyped_data(), static_cast<long>(buffer.element_count()), {}};
@@ -22,8 +24,8 @@ ffi::Error call(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t revers
   for (size_t i = 0; i < args.size(); ++i) in.push_back(plain(*args.get<ffi::AnyBuffer>(i)));
   for (size_t i = 0; i < rets.size(); ++i) out.push_back(plain(**rets.get<ffi::AnyBuffer>(i)));
   try {
-    run(in.data(), out.data(), reverse != 0, parts_row);
-  } catch (const std::exception& error) {  // no memory
+    run(*called, in.data(), out.data(), reverse != 0, parts_row);
+  } catch (const std::exception& error) {  // no memory, or no threads
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, error.what());
   }
   return ffi::Error::Success();
@@ -32,5 +34,17 @@ ffi::Error call(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t revers
 }  // namespace
 
 #define BIND ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attr<int64_t>("reverse").Attr<int64_t>("parts_row")
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jrnn_forward, call<jrnn_run_forward>, BIND);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jrnn_backward, call<jrnn_run_backward>, BIND);
+XLA_FFI_DEFINE_HANDLER(forward, call<run_forward>, BIND);
+XLA_FFI_DEFINE_HANDLER(backward, call<run_backward>, BIND);
+
+// What a cell's library calls (see cell.cc).
+extern "C" {
+XLA_FFI_Error* jrnn_enter_forward(XLA_FFI_CallFrame* frame, const Cell* cell) {
+  called = cell;
+  return forward(frame);
+}
+XLA_FFI_Error* jrnn_enter_backward(XLA_FFI_CallFrame* frame, const Cell* cell) {
+  called = cell;
+  return backward(frame);
+}
+}

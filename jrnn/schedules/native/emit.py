@@ -27,7 +27,7 @@ class Unserved(Exception):
 
 @functools.lru_cache(maxsize=256)
 def header(cell: Any, theta_tree: Any, state_tree: Any, sums: tuple[bool, ...]) -> str:
-    """``cell.h`` for `kernel.cc`: sizes, ``gates`` and ``gates_vjp``.
+    """``cell.h`` for `cell.cc`: sizes, ``gates`` and ``gates_vjp``.
 
     Args:
       cell: an affine cell whose gates are elementwise.
@@ -108,7 +108,7 @@ _FLOATS = {
 _COMPARISONS = {"eq": "==", "ge": ">=", "gt": ">", "le": "<=", "lt": "<", "ne": "!="}
 _LOGIC = {"and": "&", "or": "|", "xor": "^"}
 _SAME = ("copy", "copy_p", "stop_gradient", "optimization_barrier", "reduce_precision")
-# Lane by lane, by the C library: right, and not fast.
+# Lane by lane, by the C library (as builtins, which need no header): right, and not fast.
 _LIBRARY = {
     "acos": "acosf", "asin": "asinf", "atan": "atanf", "atan2": "atan2f", "cbrt": "cbrtf", "ceil": "ceilf",
     "cos": "cosf", "cosh": "coshf", "erf": "erff", "erfc": "erfcf", "exp2": "exp2f", "expm1": "expm1f",
@@ -185,7 +185,7 @@ class _Writer:
             return f"vabs({values[0]}) <= 3.4028235e38f"
         if name in _LIBRARY:
             arguments = ("float a", "float b")[: len(values)]
-            call = f"{_LIBRARY[name]}({', '.join('ab'[: len(values)])})"
+            call = f"__builtin_{_LIBRARY[name]}({', '.join('ab'[: len(values)])})"
             return f"each([]({', '.join(arguments)}) {{ return {call}; }}, {', '.join(values)})"
         raise Unserved(f"{name!r} in its gates is not known to the kernel")
 
