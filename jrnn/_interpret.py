@@ -7,6 +7,7 @@ compiles each operation by itself. JAX's usual keys, two 32-bit words each, are 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -145,19 +146,24 @@ def _is_usual(aval: Any) -> bool:
 
 
 def _packed(words: Any) -> Any:
-    words = np.asarray(words).astype(np.uint64)
-    return words[..., 0] << np.uint64(32) | words[..., 1]
+    words = np.asarray(words)
+    return _number((words[..., 0], words[..., 1]))
 
 
 def _unpacked(keys: Any) -> Any:
-    return np.stack([keys >> np.uint64(32), keys & np.uint64(0xFFFFFFFF)], -1).astype(np.uint32)
+    return np.stack(_words(keys), -1)
 
 
-def _threefry(keys: Any, counts: Any) -> Any:
+def _words(numbers: Any) -> tuple[Any, Any]:
+    """Upper and lower half of 64-bit numbers."""
+    return (numbers >> np.uint64(32)).astype(np.uint32), numbers.astype(np.uint32)
+
+
+def _threefry(keys: Any, counts: Any) -> tuple[Any, Any]:
     """Two words for each key and count, both of 64 bits: two words each."""
-    first, second = (_unpacked(keys)[..., i] for i in range(2))
+    first, second = _words(keys)
     schedule = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
-    x, y = (_unpacked(counts)[..., i] for i in range(2))
+    x, y = _words(counts)
     x, y = x + first, y + second
     for block in range(5):
         for by in ((13, 15, 26, 6), (17, 29, 16, 24))[block % 2]:
@@ -165,10 +171,15 @@ def _threefry(keys: Any, counts: Any) -> Any:
             y = (y << np.uint32(by) | y >> np.uint32(32 - by)) ^ x
         x = x + schedule[(block + 1) % 3]
         y = y + schedule[(block + 2) % 3] + np.uint32(block + 1)
-    return np.stack([x, y], -1)
+    return x, y
 
 
-def _counted(keys: Any, shape: tuple[int, ...]) -> Any:
+def _number(words: tuple[Any, Any]) -> Any:
+    upper, lower = words
+    return upper.astype(np.uint64) << np.uint64(32) | lower
+
+
+def _counted(keys: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
     counts = np.arange(math.prod(shape), dtype=np.uint64).reshape(shape)
     return _threefry(keys.reshape(keys.shape + (1,) * len(shape)), counts)
 
@@ -176,8 +187,8 @@ def _counted(keys: Any, shape: tuple[int, ...]) -> Any:
 def _bits(params: Any, keys: Any) -> Any:
     width, words = params["bit_width"], _counted(keys, params["shape"])
     if width == 64:
-        return _packed(words)
-    return (words[..., 0] ^ words[..., 1]).astype(f"uint{width}")
+        return _number(words)
+    return (words[0] ^ words[1]).astype(f"uint{width}")
 
 
 def _elementwise(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,7 +204,9 @@ def _broadcast(params: Any, x: Any, *_: Any) -> Any:
     inner = [1] * len(shape)
     for axis, dim in enumerate(dims):
         inner[dim] = x.shape[axis]
-    return np.broadcast_to(x.reshape(inner), shape)
+    out = np.empty(shape, x.dtype)  # quicker than a view of so few elements
+    out[...] = x.reshape(inner)
+    return out
 
 
 def _dot(params: Any, x: Any, y: Any) -> Any:
@@ -221,7 +234,8 @@ def _pad(params: Any, x: Any, value: Any) -> Any:
 
 
 def _split(params: Any, x: Any) -> Any:
-    return np.split(x, np.cumsum(params["sizes"])[:-1], params["axis"])
+    before, ends = (slice(None),) * params["axis"], itertools.accumulate(params["sizes"])
+    return [x[(*before, slice(end - size, end))] for size, end in zip(params["sizes"], ends, strict=True)]
 
 
 def _slice(params: Any, x: Any) -> Any:
@@ -244,7 +258,7 @@ def _cumulated(function: Any, x: Any, params: Any) -> Any:
 
 
 def _sum(x: Any, axis: Any) -> Any:
-    return np.sum(x, axis=axis, dtype=x.dtype)
+    return np.add.reduce(x, axis=axis, dtype=x.dtype)
 
 
 _NUMPY: dict[str, Callable[..., Any]] = {
@@ -283,8 +297,8 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "or": _elementwise(np.bitwise_or),
     "pad": _pad,
     "random_bits": _bits,
-    "random_fold_in": lambda params, keys, data: _packed(_threefry(keys, data.astype(np.uint64))),
-    "random_split": lambda params, keys: _packed(_counted(keys, params["shape"])),
+    "random_fold_in": lambda params, keys, data: _number(_threefry(keys, data.astype(np.uint64))),
+    "random_split": lambda params, keys: _number(_counted(keys, params["shape"])),
     "reduce_and": _reduced(np.all),
     "reduce_max": _reduced(np.max),
     "reduce_min": _reduced(np.min),

@@ -14,7 +14,7 @@ import jrnn
 
 
 class Case(NamedTuple):
-    """``full``: run all laws in float32 as well, and those that compile, which take longer than all others together."""
+    """``full``: run more laws in float32, those that compile, and all of them on every Python."""
 
     name: str
     layer: Any

@@ -1,15 +1,14 @@
 """The forecast example: its features see no future, its scaling no test day, and its CSV errors say where."""
 
 import importlib.util
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib", reason="examples draw with matplotlib")
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "forecast.py"
 
@@ -172,17 +171,16 @@ def test_bad_options_are_found_before_the_training(forecast, arguments, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("own_data", [False, True], ids=["sp500", "csv"])
-def test_it_runs_as_a_newcomer_runs_it(tmp_path, own_data):
+def test_it_runs_as_a_newcomer_runs_it(forecast, tmp_path, monkeypatch, capsys, own_data):
     pytest.importorskip("tqdm", reason="examples show a bar")
-    command = [sys.executable, "-W", "error", str(SCRIPT), "--quick", "--out", "picture.png"]
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--quick", "--out", "picture.png"]
     if own_data:
-        command += ["--csv", write(tmp_path / "mine.csv", csv_lines(random_walk(400)))]
+        arguments += ["--csv", write(tmp_path / "mine.csv", csv_lines(random_walk(400)))]
     else:
         pytest.importorskip("arch", reason="the S&P 500 data ship with arch")
-    path = os.pathsep.join(filter(None, [str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "persistence" in done.stdout
-    assert "The network" in done.stdout
+    forecast.main(arguments)
+    printed = capsys.readouterr().out
+    assert "persistence" in printed
+    assert "The network" in printed
     assert (tmp_path / "picture.png").stat().st_size > 10_000

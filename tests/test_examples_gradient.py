@@ -11,6 +11,8 @@ import pytest
 pytest.importorskip("matplotlib", reason="examples draw with matplotlib")
 pytest.importorskip("arch", reason="the S&P 500 data ship with arch")
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "gradient_flow.py"
 
 

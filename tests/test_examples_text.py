@@ -15,6 +15,8 @@ import jrnn
 
 pytest.importorskip("matplotlib", reason="examples draw with matplotlib")
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "classify_text.py"
 
 
@@ -147,9 +149,11 @@ def run(folder, *arguments):
 
 
 @pytest.mark.slow
-def test_it_learns_the_users_own_task(tmp_path):
-    data = write(tmp_path / "mine.csv", weather(400))
-    printed = run(tmp_path, "--csv", data, "--text", "a warm day", "a cold day")
+def test_it_learns_the_users_own_task(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text.main(["--csv", write(tmp_path / "mine.csv", weather(400)), "--text", "a warm day", "a cold day"])
+    printed = capsys.readouterr().out
+    assert (tmp_path / "classify_text.png").stat().st_size > 10_000
     assert "'a warm day': sun" in printed
     assert "'a cold day': snow" in printed
 
