@@ -17,6 +17,8 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from jrnn.schedules import promises
+
 __all__ = ["call"]
 
 
@@ -70,14 +72,6 @@ def _opened(jaxpr: Any) -> tuple[Any, Any]:
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
-# Operations that only call another program, by the name of the parameter that holds it.
-_CALLS = {
-    "checkpoint": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr", "custom_vmap_call": "call", "jit": "jaxpr", "pjit": "jaxpr", "remat": "jaxpr",
-    "remat2": "jaxpr",
-}  # fmt: skip
-
-
 def _run(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
     env: dict[Any, Any] = {}
 
@@ -92,8 +86,8 @@ def _run(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
         name, params, values = eqn.primitive.name, eqn.params, [read(atom) for atom in eqn.invars]
         if name == "scan":
             outs = _scan(eqn, values)
-        elif name in _CALLS and (inner := params.get(_CALLS[name])) is not None:
-            outs = _run(*_opened(inner), values)
+        elif (program := promises.called(eqn)) is not None:
+            outs = _run(*program, values)
         elif name in _NUMPY and all(_is_plain(value) for value in values):
             outs = _NUMPY[name](params, *values)
             outs = outs if eqn.primitive.multiple_results else [np.asarray(outs)]

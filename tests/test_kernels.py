@@ -1,21 +1,29 @@
 """The persistent kernels: equal to the reference in values and gradients, and refused by name where they cannot run.
 
 Here they run in Pallas' interpreters and are lowered for the devices they are meant for; ``pytest -m gpu`` runs them.
+An interpreted kernel takes seconds to compile, once for every warpgroup if there are several: few tests, of few units.
 """
 
 import functools
 import operator
+import os
+import pathlib
+import re
+import subprocess
+import sys
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jrnn
-from jrnn import schedules
+from jrnn import _interpret, schedules
 from jrnn.cells.base import compute_params
 from jrnn.schedules import kernels, reference
+from jrnn.schedules.kernels.plan import Chip, choose
 from tests.cases import Leaky, StepOnly
 
 
@@ -31,7 +39,7 @@ class Odd(jrnn.AffineCell):
     def gates(self, theta, u, v, state):
         a = jax.nn.softplus(u[0] + v[0]) - jnp.expm1(-jnp.abs(state.c))
         c = jnp.sqrt(1 + a * a) * jnp.where(u[1] > 0, 0.3, -0.2) + jax.nn.relu(theta["s"] * v[1])
-        return jrnn.LSTMState(jnp.tanh(c) + 0.1 * jax.nn.gelu(state.h), jnp.clip(c, -1.5, 1.5))
+        return jrnn.LSTMState(jax.checkpoint(jnp.tanh)(c) + 0.1 * jax.nn.gelu(state.h), jnp.clip(c, -1.5, 1.5))
 
 
 CELLS = {
@@ -42,20 +50,31 @@ CELLS = {
 TOLERANCE = {"hopper": 1e-4, "tpu": 1e-5}
 
 
-def row(device, interpret=True):
-    target = kernels.Target(device, interpret)
+# GPUs on which little is shared by several blocks: see `CHOSEN`.
+SMALL = {"cluster": Chip(132, 94_000), "grid": Chip(3, 15_000)}
+
+
+def row(device, interpret=True, chip=None):
+    target = kernels.Target(device, interpret, chip or Chip())
     serves, run = (functools.partial(f, target=target) for f in (kernels.serves, kernels.run))
     return schedules.Schedule(serves, run, automatic=False)
 
 
+# The kernels as schedules by the names of their devices: interpreted, and as they would be compiled.
+ROWS = {
+    **{device: row(device) for device in TOLERANCE},
+    **{f"{device}_compiled": row(device, interpret=False) for device in TOLERANCE},
+    **{name: row("hopper", chip=chip) for name, chip in SMALL.items()},
+}
+
+
 @pytest.fixture(autouse=True, scope="module")
 def rows():
-    """The kernels as schedules by the names of their devices: interpreted, and as they would be compiled."""
-    added = {device: row(device) for device in TOLERANCE}
-    added |= {f"{device}_compiled": row(device, interpret=False) for device in TOLERANCE}
-    schedules.SCHEDULES.update(added)
+    schedules.SCHEDULES.update(ROWS)
+    jax.config.update("jax_disable_most_optimizations", True)  # here compiling takes longer than running
     yield
-    for name in added:
+    jax.config.update("jax_disable_most_optimizations", False)
+    for name in ROWS:
         del schedules.SCHEDULES[name]
 
 
@@ -79,7 +98,11 @@ def outcome(cell, backend, args, **options):
         out = jrnn.unroll(cell, params, xs, state, backend=backend, **options)
         return sum(jnp.sin((1 + i) * a.astype(jnp.float32)).sum() for i, a in enumerate(jax.tree.leaves(out))), out
 
-    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*args)
+    gradients = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    if backend == "reference":
+        gradients, out = _interpret.call(gradients, *args)
+    else:
+        gradients, out = jax.jit(gradients)(*args)
     return out, gradients
 
 
@@ -94,8 +117,10 @@ def assert_close(got, expected, tolerance):
     jax.tree_util.tree_map_with_path(close, got, expected)
 
 
-# The steps are the same for all devices: a few cells show that another one is given the right things.
-PAIRS = [("hopper", name) for name in CELLS] + [("tpu", name) for name in ("lstm", "odd")]
+# The steps are the same for all devices: each cell is given the right things by one of them, and a few by both.
+PAIRS = [("hopper", name) for name in ("elman", "lstm", "gru", "odd")] + [
+    ("tpu", name) for name in ("lstm", "peephole_lstm", "coupled_lstm", "mgu", "leaky", "odd")
+]
 
 
 @pytest.mark.parametrize(("device", "name"), PAIRS)
@@ -106,12 +131,72 @@ def test_equal_the_reference_in_values_and_gradients(device, name):
     assert_close(got, expected, TOLERANCE[device])
 
 
-@pytest.mark.parametrize("device", TOLERANCE)
-def test_several_tiles_of_sequences_and_of_units(device):
-    cell = jrnn.elman(130 if device == "tpu" else 70)
-    args, _ = trial(cell, time=2, count=17)
+@pytest.mark.parametrize(("device", "hidden", "count"), [("hopper", 5, 17), ("tpu", 130, 3), ("tpu", 5, 17)])
+def test_several_tiles_of_sequences_and_of_units(device, hidden, count):
+    cell = jrnn.elman(hidden)
+    args, _ = trial(cell, time=2, count=count)
     got, expected = (outcome(cell, backend, args) for backend in (device, "reference"))
     assert_close(got, expected, TOLERANCE[device])
+
+
+# Several warpgroups in one block; in a cluster; in a grid that takes two tiles one after the other, each in parts.
+SHARED = {
+    "hopper": (jrnn.elman(70), 2, jnp.float32),
+    "cluster": (jrnn.mgu(72), 2, jnp.float32),
+    "grid": (jrnn.gru(40), 18, jnp.bfloat16),
+}
+
+
+def shared(name):
+    schedules.SCHEDULES.update(ROWS)
+    cell, count, dtype = SHARED[name]
+    args, options = trial(cell, time=3, count=count, dtype=dtype)
+    got, expected = (outcome(cell, backend, args, **options) for backend in (name, "hoisted"))
+    assert_close(got, expected, TOLERANCE["hopper"] if dtype == jnp.float32 else 3 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_warpgroups_and_blocks_that_share_the_weights_equal_the_reference(name):
+    if name != "hopper" and not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("the interpreter of this JAX does not know the barriers of a cluster")
+    # Each warpgroup is a thread here, and those that wait for each other must not wait for a processor: one that JAX
+    # dispatched to its pool would (jax #25861), so they run in a process without.
+    settings = {
+        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict", "NPROC": "32",
+    }  # fmt: skip
+    command = [sys.executable, "-c", f"from tests.test_kernels import shared; shared({name!r})"]
+    root = pathlib.Path(__file__).parent.parent
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# (hidden, sequences, gates, pieces, GPU), and then blocks, warpgroups, width, rounds and parts, if any.
+CHOSEN = {
+    "block": ((128, 64, 4, 1, Chip()), (1, 8, 16, 1, 1), "take 197632 of the 232448 bytes .* of one block"),
+    "wide": ((32, 2113, 1, 1, Chip()), (1, 1, 32, 1, 1), "of one block"),
+    "cluster": ((384, 64, 4, 1, Chip()), (8, 3, 16, 1, 1), "take 209920 of .* of each block of a cluster of 8"),
+    "grid": ((768, 64, 4, 1, Chip()), (48, 1, 16, 2, 1), "take 201728 of .* of each of 48 blocks"),
+    "parts": ((1024, 16, 4, 1, Chip()), (64, 1, 16, 1, 3), "of each of 64 blocks"),
+    "small_cluster": ((72, 2, 2, 2, SMALL["cluster"]), (2, 2, 16, 1, 1), "of each block of a cluster of 2"),
+    "small_grid": ((40, 18, 3, 1, SMALL["grid"]), (3, 1, 16, 2, 3), "of each of 3 blocks"),
+    "memory": ((1024, 16, 4, 2, Chip()), None, "need 332800 bytes .* in each of 64 blocks, and a block has 232448"),
+    "blocks": ((768, 16, 4, 1, Chip(40)), None, "need 48 blocks, and 40 run at once"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_as_few_blocks_share_the_weights_as_have_room_for_them(name):
+    arguments, expected, reason = CHOSEN[name]
+    cut, said = choose(*arguments)
+    assert re.search(reason, said)
+    assert (cut and (cut.blocks, cut.warpgroups, cut.width, cut.rounds, cut.parts)) == expected
+    if cut is not None:
+        assert cut.hidden <= cut.units
+        assert cut.groups * cut.blocks <= cut.chip.blocks or not cut.grid
+        assert cut.tiles * cut.width >= cut.sequences
 
 
 @pytest.mark.parametrize(
@@ -127,7 +212,7 @@ def test_16_bit_inputs_keep_float32_sums_and_state(device, dtype):
 # What follows turns on what is around the kernels, the same for all devices: the faster interpreter will do.
 @pytest.mark.parametrize("backend", ["tpu"])
 def test_vmap_over_inputs_or_weights_equals_a_loop(backend):
-    cell = jrnn.gru(3)
+    cell = jrnn.elman(3)
     (params, xs, _), _ = trial(cell, time=3, count=4)
     xs = xs.reshape(3, 2, 2, 2)
     several = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), params)
@@ -158,8 +243,8 @@ def test_derivatives_of_gradients_are_right_and_jvp_is_refused(backend):
 
         return sum((g**2).sum() for g in jax.tree.leaves(jax.grad(loss)(params)))
 
-    got, expected = (jax.jit(jax.grad(functools.partial(norm, b)))(params) for b in (backend, "reference"))
-    assert_close(got, expected, 1e-5)
+    got = jax.jit(jax.grad(functools.partial(norm, backend)))(params)
+    assert_close(got, _interpret.call(jax.grad(functools.partial(norm, "reference")), params), 1e-5)
     with pytest.raises(TypeError, match="jvp"):
         jax.jvp(lambda params: jrnn.unroll(cell, params, xs, backend=backend)[1], (params,), (params,))
 
@@ -213,9 +298,9 @@ REFUSALS = {
     "across_units": ("hopper", Across(4), {}, "not elementwise"),
     "operation": ("hopper", Beyond(4), {}, "lacks: .*sinh"),
     "shared_memory": (
-        "hopper", jrnn.lstm(192), {}, "4 gates of 192 units .* float32 need 689152 bytes .* has 232448",
+        "hopper", jrnn.lstm(1024), {}, "4 gates of 1024 units in float32 need 332800 bytes .* has 232448",
     ),
-    "warpgroups": ("hopper", jrnn.elman(600), {}, "600 units .* need 10 warpgroups, and a block has at most 8"),
+    "blocks": ("hopper", jrnn.lstm(3000), {}, "3000 units .* need 188 blocks, and 132 run at once"),
     "vmem": ("tpu", jrnn.lstm(1024), {}, "4 gates of 1024 units .* need .* bytes of VMEM, and a kernel has 16777216"),
 }  # fmt: skip
 
@@ -238,16 +323,20 @@ def test_more_precision_than_the_kernels_have_is_refused(x64):
         jrnn.unroll(cell, params, jnp.ones((2, 3), jnp.float32), backend="hopper")
 
 
-LOWERED = {"gru": jrnn.gru(50), "elman": jrnn.elman(200), "odd": Odd(64)}
+# In one block, in a cluster and in a grid that receives in parts, with little shared memory to spare.
+LOWERED = {
+    "block": ("hopper", jrnn.gru(50), jnp.float32), "cluster": ("hopper", jrnn.lstm(384), jnp.float16),
+    "grid": ("hopper", Odd(1500), jnp.bfloat16), "gru": ("tpu", jrnn.gru(50), jnp.float32),
+    "odd": ("tpu", Odd(64), jnp.bfloat16),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("device", TOLERANCE)
 @pytest.mark.parametrize("name", LOWERED)
-def test_lower_for_their_devices_without_one(name, device):
-    cell = LOWERED[name]
-    args, options = trial(cell, count=18, dtype=jnp.bfloat16 if name == "elman" else jnp.float32)
-    step = jax.jit(functools.partial(outcome, cell, f"{device}_compiled", **options))
-    text = step.trace(args).lower(lowering_platforms=("cuda" if device == "hopper" else "tpu",)).as_text()
+def test_lower_for_their_devices_without_one(name):
+    device, cell, dtype = LOWERED[name]
+    args, options = jax.eval_shape(functools.partial(trial, cell, count=18, dtype=dtype))
+    step = jax.jit(lambda args, options: outcome(cell, f"{device}_compiled", args, **options))
+    text = step.trace(args, options).lower(lowering_platforms=("cuda" if device == "hopper" else "tpu",)).as_text()
     assert text.count("@mosaic_gpu" if device == "hopper" else "@tpu_custom_call") == 2
 
 
@@ -313,12 +402,16 @@ ON_GPU = {
     "gru": (jrnn.gru(128), jnp.bfloat16), "gru_float32": (jrnn.gru(64), jnp.float32),
     "peephole_lstm": (jrnn.peephole_lstm(100), jnp.bfloat16), "coupled_lstm": (jrnn.coupled_lstm(128), jnp.bfloat16),
     "mgu": (jrnn.mgu(192), jnp.bfloat16), "odd": (Odd(120), jnp.bfloat16), "odd_float32": (Odd(50), jnp.float32),
+    "cluster_of_2": (jrnn.gru(160), jnp.bfloat16), "cluster_of_4": (jrnn.lstm(256), jnp.bfloat16),
+    "cluster_of_8": (jrnn.lstm(384), jnp.float16), "cluster_float32": (jrnn.lstm(256), jnp.float32),
+    "grid": (jrnn.lstm(768), jnp.bfloat16), "grid_in_parts": (jrnn.lstm(1024), jnp.bfloat16),
+    "grid_float32": (jrnn.gru(512), jnp.float32),
 }  # fmt: skip
 
 
 @pytest.fixture
 def hopper():
-    if kernels.present() != kernels.Target("hopper"):
+    if (kernels.present() or kernels.Target("")).device != "hopper":
         pytest.skip(f"needs a Hopper GPU, and JAX found {kernels.describe(kernels.default_device())}")
 
 
@@ -331,14 +424,16 @@ def test_on_a_gpu_as_exact_as_hoisted(name, reverse, hopper):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [96, 256, 512], ids=["block", "cluster", "grid"])
 @pytest.mark.parametrize(("time", "count"), [(1024, 16), (16, 3000), (1, 1)])
-def test_on_a_gpu_for_long_sequences_and_large_batches(time, count, hopper):
-    assert_as_exact_as_hoisted(jrnn.gru(96), "kernel", jnp.bfloat16, time, count)
+def test_on_a_gpu_for_long_sequences_and_large_batches(time, count, hidden, hopper):
+    assert_as_exact_as_hoisted(jrnn.gru(hidden), "kernel", jnp.bfloat16, time, count)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_twice_is_the_same_bit_for_bit(hopper):
-    cell = jrnn.lstm(128)
+@pytest.mark.parametrize("hidden", [128, 256, 768], ids=["block", "cluster", "grid"])
+def test_on_a_gpu_twice_is_the_same_bit_for_bit(hidden, hopper):
+    cell = jrnn.lstm(hidden)
     args, options = trial(cell, time=512, count=64, features=32, dtype=jnp.bfloat16)
     first, second = (outcome(cell, "kernel", args, **options) for _ in range(2))
     assert all(map(jnp.array_equal, jax.tree.leaves(first[0]), jax.tree.leaves(second[0])))

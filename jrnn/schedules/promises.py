@@ -21,10 +21,27 @@ _ELEMENTWISE = frozenset((
 ))
 # fmt: on
 # Operations that only call another program, by the name of the parameter that holds it.
-CALLS = {"custom_jvp_call": "call_jaxpr", "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
+CALLS = {
+    "checkpoint": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vmap_call": "call",
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+}
 
 # Sizes under which the gates are traced, so that an axis is known by its size.
 _BATCH, _HIDDEN = 3, 5
+
+
+def called(eqn: Any) -> tuple[Any, Any] | None:
+    """The program that an operation does nothing but call, and its constants; None if it does something itself."""
+    inner = eqn.params.get(CALLS.get(eqn.primitive.name))
+    return None if inner is None else (getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()))
 
 
 def elementwise(cell: Any, theta: Any, state: Any) -> bool:
@@ -85,9 +102,9 @@ def _is_elementwise(jaxpr: Any) -> bool:
         return False
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        if name in CALLS:
-            inner = eqn.params[CALLS[name]]
-            if not _is_elementwise(getattr(inner, "jaxpr", inner)):
+        if (program := called(eqn)) is not None:
+            # Of custom_vjp, the derivative could be anything.
+            if name == "custom_vjp_call" or not _is_elementwise(program[0]):
                 return False
         elif name == "broadcast_in_dim":
             # Of a scalar, or of features to sequences.

@@ -1,8 +1,9 @@
 """Persistent kernels: the weights stay on the chip, and the loop over time is inside.
 
 They serve any affine cell whose gates are elementwise, a user's included: the cell's own ``gates`` is traced into the
-kernel, and its derivative into the backward one. They run only where ``backend="kernel"`` asks for them: they were
-never timed, and never run on a GPU or a TPU, only in Pallas' interpreters.
+kernel, and its derivative into the backward one. On a GPU the weights lie in one block, or are shared by the blocks of
+a cluster, or by as many as it takes. They run only where ``backend="kernel"`` asks for them: they were never timed, and
+never run on a GPU or a TPU, only in Pallas' interpreters.
 
 States are float32. ``jax.grad`` runs the backward kernel, its derivatives run scans, and ``jax.jvp`` is refused by JAX.
 Products are taken in the inputs' dtype if that has 16 bits (what flows back is rounded to it too: scale the loss if
@@ -21,7 +22,7 @@ from jrnn._device import default_device
 from jrnn.cells.base import compute_params, emitted
 from jrnn.schedules import promises
 from jrnn.schedules.kernels import body, rule
-from jrnn.schedules.kernels.plan import Plan
+from jrnn.schedules.kernels.plan import Chip, Plan
 from jrnn.schedules.steps import Steps, checkpointed, expand
 
 # What the kernels' language has in every JAX that is supported, besides what `body` rewrites.
@@ -35,10 +36,12 @@ OPERATIONS = frozenset((
 
 
 class Target(NamedTuple):
-    """The device that kernels are for, by the name of its module, and whether Pallas' interpreter runs them instead."""
+    """The device that kernels are for, by the name of its module, whether Pallas' interpreter runs them instead, and
+    what the GPU has, if it is one."""
 
     device: str
     interpret: bool = False
+    chip: Chip = Chip()
 
 
 def serves(cell: Any, params: Any, xs: Any, steps: Steps, target: Target | None = None) -> tuple[bool, str]:
@@ -105,7 +108,8 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps, target:
 
 
 def make_plan(cell: Any, theta: Any, state: Any, steps: Steps, target: Target) -> Plan:
-    return Plan(cell, promises.sums(cell, theta, state), target.device, target.interpret, steps.reverse)
+    sums = promises.sums(cell, theta, state)
+    return Plan(cell, sums, target.device, target.interpret, steps.reverse, target.chip)
 
 
 def present() -> Target | None:
@@ -114,7 +118,7 @@ def present() -> Target | None:
     if device.platform == "tpu":
         return Target("tpu")
     if device.platform == "gpu" and str(getattr(device, "compute_capability", "")).startswith("9."):
-        return Target("hopper")
+        return Target("hopper", chip=Chip(blocks=getattr(device, "core_count", Chip().blocks)))
     return None
 
 

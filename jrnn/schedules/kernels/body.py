@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn.cells.base import product
+from jrnn.schedules import promises
 from jrnn.schedules.kernels.plan import Plan, Steps
 from jrnn.schedules.read import unpack
 
@@ -110,12 +111,6 @@ def rows(plan: Plan, step: Steps) -> Steps:
 
 # --- a traced function with nothing in it but operations that a kernel may hold ----------------------------------
 
-# Operations that only call another program, by the name of the parameter that holds it.
-_CALLS = {
-    "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "jit": "jaxpr",
-    "pjit": "jaxpr",
-}  # fmt: skip
-
 # Operations that not every kernel language has, from their parameters and operands, by those it has. Near zero log1p
 # and expm1 keep an absolute error of rounding and not a relative one.
 _REWRITTEN: dict[str, Any] = {
@@ -158,9 +153,8 @@ def _run(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
 
     for eqn in jaxpr.eqns:
         name, values = eqn.primitive.name, [read(atom) for atom in eqn.invars]
-        if name in _CALLS:
-            inner = eqn.params[_CALLS[name]]
-            outs = _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values)
+        if (program := promises.called(eqn)) is not None:
+            outs = _run(*program, values)
         elif name in _REWRITTEN:
             outs = [_REWRITTEN[name](eqn.params, *values)]
         else:

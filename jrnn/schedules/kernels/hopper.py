@@ -1,13 +1,22 @@
-"""The kernels for Hopper GPUs, in Pallas on Mosaic GPU: one block for each tile of sequences, weights on the chip.
+"""The kernels for Hopper GPUs, in Pallas on Mosaic GPU: the weights on the chip, in one block or shared by several.
 
-Units first: a warpgroup owns 64 units, and all gates of a unit and a sequence lie in the same register of the same
-thread, one accumulator of the tensor cores a gate, so that gates act on registers. ``h`` (backward: ``dz``) goes round
-through shared memory, in two slots that take turns, with one barrier a step::
+Units first. A warpgroup has all gates of some units, as the rows of what its tensor cores multiply; what comes out
+goes through shared memory to threads that each hold all gates of a unit and a sequence, so that gates act on
+registers. ``h`` (backward: the gates' ``dz``) goes to everybody once a step, and one barrier is met there::
 
-    v_g (64, n) = W_g^T (64, H) h (H, n)        dh (64, n) = sum over gates of W_g (64, H) dz_g (H, n)
+    v (G*units, n) = W^T (G*units, H) h (H, n)       dh (units, n) = sum over gates of W_g (units, H) dz_g (H, n)
+
+A block by itself writes it to its shared memory, in two slots that take turns. Blocks that share the weights, each
+with the rows of its own units, write it to global memory, in two slots too, meet, and each copies all of it to its
+shared memory, in parts if that is short: in a cluster they meet at a cluster's barrier, and in a grid, whose blocks
+must all run at once, at a semaphore in global memory. Two such kernels at once, on streams of their own, could wait
+for each other for ever.
 
 The tensor cores multiply 16-bit floats and add in float32. Float32 factors are split into two bfloat16 each, high and
 low, and three of the four products taken (what XLA calls BF16_BF16_F32_X3): about 16 bits of each factor count.
+
+Pallas' interpreter has no semaphores and runs the blocks of a grid one after another: there a group of a grid is a
+cluster. It knows clusters from JAX 0.12 on. So all but the semaphore and the order of memory is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +24,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,63 +32,33 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 from jrnn.schedules.kernels import body
-from jrnn.schedules.kernels.plan import Plan, Steps
-
-# Rows of a tensor core instruction, and so units of a warpgroup.
-ROWS = 64
-# Warpgroups of a block, at most; bytes of shared memory it may have; and what the barriers are left of them.
-WARPGROUPS, SHARED_MEMORY, BARRIERS = 8, 227 * 1024, 1024
-# Blocks that run at once, one a multiprocessor: from more sequences on than these take, tiles are wider.
-BLOCKS = 132
+from jrnn.schedules.kernels.plan import ROWS, Cut, Plan, Steps, choose
 
 _LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters
 
-
-class Shape(NamedTuple):
-    """How a run is cut up: ``hidden`` units as ``warpgroups`` of 64, ``sequences`` as ``tiles`` of ``width``."""
-
-    hidden: int
-    sequences: int
-    gates: int
-    pieces: int
-
-    @property
-    def warpgroups(self) -> int:
-        return -(-self.hidden // ROWS)
-
-    @property
-    def units(self) -> int:
-        return ROWS * self.warpgroups
-
-    @property
-    def width(self) -> int:
-        return 16 if self.sequences <= 16 * BLOCKS else 32
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.sequences // self.width)
-
-    def shared_memory(self, sent: int) -> int:
-        """Bytes of the weights and of two slots for what is sent round, so many arrays of it."""
-        return 2 * self.pieces * self.units * (self.gates * self.units + 2 * sent * self.width) + BARRIERS
-
-
-def shape(plan: Plan, count: int, w_hh: Any) -> Shape:
-    return Shape(plan.cell.hidden, count, plan.gates, 2 if w_hh.dtype == jnp.float32 else 1)
+# Of what the gates act on, 16 units and 16 sequences at a time: each of four warps has four units.
+_UNITS = plgpu.Layout.TILED(plgpu.Tiling(((16, 16), (4, 16), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def fits(plan: Plan, count: int, w_hh: Any) -> tuple[bool, str]:
-    """Whether one block can hold the weights."""
-    cut = shape(plan, count, w_hh)
-    need = cut.shared_memory(cut.gates)
-    size = f"{cut.gates} gates of {cut.hidden} units (in tiles: {cut.units}) in {w_hh.dtype}"
-    if cut.warpgroups > WARPGROUPS:
-        return False, f"{size} need {cut.warpgroups} warpgroups, and a block has at most {WARPGROUPS}"
-    if need > SHARED_MEMORY:
-        return False, f"{size} need {need} bytes of shared memory, and a block has {SHARED_MEMORY}"
-    return True, f"{size} take {need} of the {SHARED_MEMORY} bytes of shared memory of a block"
+    """Whether the weights fit one block, a cluster of blocks or all blocks of the GPU."""
+    cut, reason = choose(plan.cell.hidden, count, plan.gates, pieces(w_hh), plan.chip)
+    return cut is not None, f"{plan.gates} gates of {plan.cell.hidden} units in {w_hh.dtype} {reason}"
+
+
+def cut_up(plan: Plan, count: int, w_hh: Any) -> Cut:
+    cut, reason = choose(plan.cell.hidden, count, plan.gates, pieces(w_hh), plan.chip)
+    if cut is None:
+        raise ValueError(f"backend: expected weights that fit the GPU for 'kernel', got some that {reason}")
+    return cut
+
+
+def pieces(w_hh: Any) -> int:
+    return 2 if w_hh.dtype == jnp.float32 else 1
 
 
 # --- the kernels -------------------------------------------------------------------------------------------------
@@ -88,7 +68,7 @@ def forward(plan: Plan, shared: Any, steps: Steps, states: Any) -> tuple[Any, An
     """``(hs, met), last``: see `body.scan_forward`, which is the same in ordinary JAX."""
     w_hh, theta = shared
     time, count, _ = steps.read.shape
-    cut = shape(plan, count, w_hh)
+    cut = cut_up(plan, count, w_hh)
     fields, tree = jax.tree.flatten(states[0])
     inputs = {
         "w": weights(cut, w_hh, transposed=True),
@@ -108,15 +88,14 @@ def forward(plan: Plan, shared: Any, steps: Steps, states: Any) -> tuple[Any, An
             jax.tree.unflatten(tree, [block.read(f, block.tile) for f in ins["restart"]]) if ins["restart"] else None
         )
 
-        def multiply(h: Any, slot: Any) -> Any:
-            block.send([h], slot)
-            return block.products([[gate] for gate in range(plan.gates)], slot)
+        def multiply(h: Any, i: Any) -> Any:
+            return block.products(block.send([h], i))
 
         def step(i: Any, fields: Any) -> Any:
             t = time - 1 - i if plan.reverse else i
             met, new = body.forward(
                 plan, theta, jax.tree.unflatten(tree, fields), restart, block.step(ins, t, plan.gates),
-                lambda h: multiply(h, lax.rem(i, 2)),
+                lambda h: multiply(h, i),
             )  # fmt: skip
             block.write(outs["hs"], new.h, t, block.tile)
             for ref, field in zip(outs["met"], jax.tree.leaves(met), strict=False):
@@ -137,7 +116,7 @@ def backward(plan: Plan, shared: Any, steps: Any, states: Any) -> tuple[Any, Any
     w_hh, theta = shared
     steps, met, dhs = steps
     time, count, _ = steps.read.shape
-    cut = shape(plan, count, w_hh)
+    cut = cut_up(plan, count, w_hh)
     fields, tree = jax.tree.flatten(states[0])
     leaves, theta_tree = jax.tree.flatten(theta)
     inputs = {
@@ -158,10 +137,8 @@ def backward(plan: Plan, shared: Any, steps: Any, states: Any) -> tuple[Any, Any
     def run(block: Block, ins: Any, outs: Any) -> None:
         theta = jax.tree.unflatten(theta_tree, [block.read(ref) for ref in ins["theta"]])
 
-        def multiply(dv: Any, slot: Any) -> Any:
-            block.send(dv, slot)
-            (dh,) = block.products([list(range(plan.gates))], slot)
-            return dh
+        def multiply(dv: Any, i: Any) -> Any:
+            return functools.reduce(jnp.add, block.products(block.send(dv, i)))
 
         def step(i: Any, carry: Any) -> Any:
             t = i if plan.reverse else time - 1 - i
@@ -169,7 +146,7 @@ def backward(plan: Plan, shared: Any, steps: Any, states: Any) -> tuple[Any, Any
             before = jax.tree.unflatten(tree, [block.read(f, t, block.tile) for f in ins["met"]])
             moved = body.backward(
                 plan, theta, before, jax.tree.unflatten(tree, dnew), block.read(ins["dhs"], t, block.tile),
-                block.step(ins, t, plan.parts), lambda dv: multiply(dv, lax.rem(i, 2)),
+                block.step(ins, t, plan.parts), lambda dv: multiply(dv, i),
             )  # fmt: skip
             for part, value in enumerate(moved[1]):
                 block.write(outs["dread"], value, t, block.tile, part)
@@ -197,30 +174,41 @@ def backward(plan: Plan, shared: Any, steps: Any, states: Any) -> tuple[Any, Any
 
 
 class Block(NamedTuple):
-    """What one warpgroup of one block works with."""
+    """What one warpgroup of one block works with, on one tile of sequences.
+
+    ``passed`` is where blocks that share the weights leave for each other what ``sent`` then holds, ``met`` the steps
+    that they have met at before, and ``out`` where the warpgroup hands what its tensor cores give to its threads.
+    """
 
     plan: Plan
-    cut: Shape
+    cut: Cut
     tile: Any
+    met: Any
+    block: Any
     warpgroup: Any
     alive: Any
     w: Any
     sent: Any
+    out: Any
     barrier: Any
+    received: Any
+    passed: Any
+    semaphore: Any
 
     @property
     def units(self) -> Any:
-        return pl.ds(self.warpgroup * ROWS, ROWS)
+        """The warpgroup's units."""
+        return pl.ds((self.block * self.cut.warpgroups + self.warpgroup) * self.cut.share, self.cut.share)
 
     def read(self, ref: Any, *index: Any) -> jax.Array:
-        """The warpgroup's units of an array in global memory, laid out like an accumulator."""
+        """The warpgroup's units of an array in global memory."""
         return load(self.plan, ref, (*index, self.units))
 
     def write(self, ref: Any, value: Any, *index: Any) -> None:
         ref[(*index, self.units)] = laid_out(self.plan, value)
 
     def zeros(self) -> jax.Array:
-        return laid_out(self.plan, jnp.zeros((ROWS, self.cut.width), jnp.float32))
+        return laid_out(self.plan, jnp.zeros((self.cut.share, self.cut.width), jnp.float32))
 
     def step(self, ins: Any, t: Any, parts: int) -> Steps:
         """What a step reads."""
@@ -231,75 +219,176 @@ class Block(NamedTuple):
         read = tuple(self.read(ins["read"], t, self.tile, part) for part in range(parts))
         return Steps(read, flag("valid"), flag("resets"))
 
-    def send(self, values: Any, slot: Any) -> None:
-        """Puts the warpgroup's units of each array where all warpgroups of the block can multiply by them."""
-        for i, value in enumerate(values):
+    def send(self, values: Any, i: Any) -> Any:
+        """Puts the arrays where all warpgroups find them, waits for all to have done so, and says in which slot."""
+        alone, slot = self.cut.blocks == 1, lax.rem(i, 2)
+        place = self.sent.at[slot] if alone else self.passed.at[self.tile, slot]
+        for which, value in enumerate(values):
             # What stands in padded units is finite here, or it would meet the zero weights of the padding.
             value = value if self.alive is None else jnp.where(self.alive, value, jnp.zeros_like(value))
             for piece in range(self.cut.pieces):
                 part = laid_out(self.plan, value.astype(self.sent.dtype))
-                self.sent[slot, piece, i, self.units] = part
+                columns = pl.ds(which * self.cut.width, self.cut.width)
+                store(self.plan, place.at[piece, self.units, columns], part)
                 value = value - part.astype(jnp.float32)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.barrier)
-        plgpu.barrier_wait(self.barrier)
+        if alone:
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(self.barrier)
+            plgpu.barrier_wait(self.barrier)
+            return slot
+        self.meet(i)
+        for first in range(min(2, self.cut.parts)):
+            self.receive(first, slot)
+        return slot
 
-    def products(self, sums: Any, slot: Any) -> Any:
-        """For each list of gates, the sum of their weights times what was sent: one array a gate, or one for all."""
+    def receive(self, part: int, slot: Any) -> None:
+        """Begins to copy a part of what everybody sent to the block's shared memory."""
+
+        @pl.when(self.warpgroup == 0)
+        def _() -> None:
+            for piece in range(self.cut.pieces):
+                here = self.sent.at[part % 2, piece, pl.ds(0, self.span(part).size)]
+                there = self.passed.at[self.tile, slot, piece, self.span(part)]
+                plgpu.copy_gmem_to_smem(there, here, self.received.at[part % 2])
+
+    def span(self, part: int) -> Any:
+        """The units of a part."""
+        start = part * self.cut.part
+        return pl.ds(start, min(self.cut.part, self.cut.units - start))
+
+    def meet(self, i: Any) -> None:
+        """Waits until all warpgroups of all blocks that share the weights have written theirs of step i."""
+        self.order_memory()
+        plgpu.commit_smem()  # whose barrier lets no thread of the warpgroup signal before all others got here
+        if self.semaphore is None:
+            plgpu.barrier_arrive(self.barrier)
+            plgpu.barrier_wait(self.barrier)
+        else:
+            # It only counts up, so that nobody can be overtaken.
+            writers = self.cut.blocks * self.cut.warpgroups
+            plgpu.semaphore_signal(self.semaphore, 1, memory_scope="gpu")
+            plgpu.semaphore_wait(self.semaphore, writers * (self.met + i + 1), decrement=False, memory_scope="gpu")
+        self.order_memory()
+
+    def order_memory(self) -> None:
+        """What threads wrote to global memory before a barrier is what other blocks' copies read after it."""
+        if self.plan.interpret:
+            return
+
+        @plgpu.inline_mgpu()
+        def fence(_: Any) -> None:
+            text = "fence.acq_rel.gpu; fence.proxy.async;"
+            llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "", has_side_effects=True)
+
+        fence()
+
+    def products(self, slot: Any) -> list[jax.Array]:
+        """For each gate its weights times what was sent, if that is one array, or else times the gate's own."""
         pairs = [(0, 0)] if self.cut.pieces == 1 else [(0, 1), (1, 0), (0, 0)]
-        alone = self.sent.shape[2] == 1
+        start = self.warpgroup * self.cut.rows
+        columns = self.sent.shape[-1]
 
         def run(*accumulators: Any) -> Any:
-            for accumulator, gates in zip(accumulators, sums, strict=True):
-                for gate in gates:
+            for part in range(self.cut.parts):
+                alone, span = self.cut.blocks == 1, self.span(part)
+                if not alone:
+                    plgpu.barrier_wait(self.received.at[part % 2])
+                for i, accumulator in enumerate(accumulators):
                     for a, b in pairs:
-                        sent = self.sent.at[slot, b, 0 if alone else gate]
-                        plgpu.wgmma(accumulator, self.w.at[a, gate, self.units], sent)
-            plgpu.wgmma_wait(0)
+                        rows = self.w.at[a, pl.ds(start + i * ROWS, ROWS), span]
+                        sent = self.sent.at[slot if alone else part % 2, b, pl.ds(0, span.size)]
+                        plgpu.wgmma(accumulator, rows, sent)
+                plgpu.wgmma_wait(0)
+                if part + 2 < self.cut.parts:
+                    self.receive(part + 2, slot)
             return tuple(accumulator[...] for accumulator in accumulators)
 
-        accumulator = plgpu.ACC((ROWS, self.cut.width), jnp.float32)
-        return pl.run_scoped(run, *(accumulator for _ in sums))
+        accumulator = plgpu.ACC((ROWS, columns), jnp.float32)
+        for i, sums in enumerate(pl.run_scoped(run, *([accumulator] * (self.cut.rows // ROWS)))):
+            self.out[self.warpgroup, pl.ds(i * ROWS, ROWS)] = self.own_column(sums, i)
+        share = self.cut.share
+        return [load(self.plan, self.out, (self.warpgroup, pl.ds(g * share, share))) for g in range(self.cut.gates)]
+
+    def own_column(self, sums: jax.Array, i: int) -> jax.Array:
+        """Of what a gate's rows were multiplied by, the gate's own."""
+        width, share = self.cut.width, self.cut.share
+        if sums.shape[1] == width:
+            return sums
+        iota = lax.broadcasted_iota if self.plan.interpret else wgmma_iota
+        row = iota(jnp.int32, (ROWS, width), 0)
+        own = sums[:, :width]
+        for gate in range(1, self.cut.gates):
+            first = gate * share - i * ROWS
+            if 0 < first < ROWS:
+                own = jnp.where(row >= first, sums[:, gate * width : (gate + 1) * width], own)
+            elif first <= 0:
+                own = sums[:, gate * width : (gate + 1) * width]
+        return own
 
 
-def launch(plan: Plan, cut: Shape, sent: int, run: Any, inputs: Any, outputs: Any) -> Any:
-    """Runs ``run(block, inputs, outputs)`` in every warpgroup of every block, once its weights are on the chip."""
+def launch(plan: Plan, cut: Cut, sent: int, run: Any, inputs: Any, outputs: Any) -> Any:
+    """Runs ``run(block, inputs, outputs)`` in every warpgroup of every block for every tile of its group, once the
+    block's weights are on the chip; at a step, so many arrays are sent round."""
     if cut.units != cut.hidden:
         inputs = {**inputs, "alive": vector(cut, jnp.ones(cut.hidden, jnp.float32))}
+    dtype, time = inputs["w"].dtype, inputs["read"].shape[0]
+    columns = sent * cut.width
+    if cut.blocks > 1:
+        passed = jax.ShapeDtypeStruct((cut.tiles, 2, cut.pieces, cut.units, columns), dtype)
+        outputs = {**outputs, "passed": passed}
     flat, in_tree = jax.tree.flatten(inputs)
     flat_out, out_tree = jax.tree.flatten(outputs)
     swizzle = 2 * cut.width
     transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
-    dtype = inputs["w"].dtype
+    one, grid = cut.blocks == 1, cut.grid and not plan.interpret
 
     def kernel(*refs: Any) -> None:
-        w, slots, arrived, barrier = refs[len(flat) + len(flat_out) :]
+        w, slots, out, arrived, received, barrier = refs[len(flat) + len(flat_out) :]
         ins = jax.tree.unflatten(in_tree, refs[: len(flat)])
-        tile, warpgroup = lax.axis_index("tile"), lax.axis_index("warpgroup")
+        outs = jax.tree.unflatten(out_tree, refs[len(flat) : len(flat) + len(flat_out)])
+        group, warpgroup = lax.axis_index("group"), lax.axis_index("warpgroup")
+        index = jnp.int32(0) if one else lax.axis_index("block")
 
         @pl.when(warpgroup == 0)
         def _() -> None:
             for piece in range(cut.pieces):
-                for gate in range(cut.gates):
-                    plgpu.copy_gmem_to_smem(ins["w"].at[piece, gate], w.at[piece, gate], arrived)
+                plgpu.copy_gmem_to_smem(ins["w"].at[index, piece], w.at[piece], arrived)
 
         plgpu.barrier_wait(arrived)
-        block = Block(plan, cut, tile, warpgroup, None, w, slots, barrier)
+        semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR((cut.groups,))).at[group] if grid else None
+        block = Block(
+            plan, cut, group, 0, index, warpgroup, None, w, slots, out, barrier, received, outs.get("passed"), semaphore
+        )  # fmt: skip
         if "alive" in ins:
             block = block._replace(alive=block.read(ins["alive"]) > 0)
-        run(block, ins, jax.tree.unflatten(out_tree, refs[len(flat) : len(flat) + len(flat_out)]))
 
+        def tile(i: Any) -> None:
+            run(block._replace(tile=i * cut.groups + group, met=i * time), ins, outs)
+
+        if cut.rounds == 1:
+            run(block, ins, outs)
+        else:
+            pl.loop(0, cut.rounds)(tile)
+
+    names: dict[str, Any] = {"grid": (cut.groups,), "grid_names": ("group",)}
+    if grid:
+        names = {"grid": (cut.groups, cut.blocks), "grid_names": ("group", "block")}
+    elif not one:
+        names |= {"cluster": (cut.blocks,), "cluster_names": ("block",)}
+    everybody = functools.partial(plgpu.ClusterBarrier, collective_axes=("block",))
+    barrier: Callable[..., Any] = plgpu.Barrier if one or grid else everybody
     outs = plgpu.kernel(
         kernel,
         out_type=flat_out,
         scratch_types=[
-            plgpu.SMEM((cut.pieces, cut.gates, cut.units, cut.units), dtype, transforms=transforms),
-            plgpu.SMEM((2, cut.pieces, sent, cut.units, cut.width), dtype, transforms=transforms),
-            plgpu.Barrier(num_arrivals=cut.pieces * cut.gates),
-            plgpu.Barrier(num_arrivals=cut.warpgroups),
+            plgpu.SMEM((cut.pieces, cut.warpgroups * cut.rows, cut.units), dtype, transforms=transforms),
+            plgpu.SMEM((cut.slots, cut.pieces, cut.part, columns), dtype, transforms=transforms),
+            plgpu.SMEM((cut.warpgroups, cut.rows, cut.width), jnp.float32),
+            plgpu.Barrier(num_arrivals=cut.pieces),
+            plgpu.Barrier(num_arrivals=cut.pieces, num_barriers=2),
+            barrier(num_arrivals=cut.warpgroups),
         ],
-        grid=(cut.tiles,),
-        grid_names=("tile",),
+        **names,
         num_threads=cut.warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -311,12 +400,23 @@ def launch(plan: Plan, cut: Shape, sent: int, run: Any, inputs: Any, outputs: An
 def load(plan: Plan, ref: Any, index: Any) -> jax.Array:
     if plan.interpret:  # whose loads know no layouts
         return ref[index]
-    options: dict[str, Any] = {"layout": plgpu.Layout.WGMMA, "optimized": False}
+    options: dict[str, Any] = {"layout": _UNITS, "optimized": False}
     return plgpu.load(ref, index, **options) if _LOAD_TAKES_INDEX else plgpu.load(ref.at[index], **options)
 
 
+def store(plan: Plan, ref: Any, value: jax.Array) -> None:
+    if plan.interpret or not hasattr(plgpu, "store"):
+        ref[...] = value
+    else:  # which would refuse less than whole cache lines
+        plgpu.store(ref, value, optimized=False)
+
+
 def laid_out(plan: Plan, value: jax.Array) -> jax.Array:
-    return value if plan.interpret else plgpu.layout_cast(value, plgpu.Layout.WGMMA)
+    return value if plan.interpret else plgpu.layout_cast(value, _UNITS)
+
+
+def wgmma_iota(dtype: Any, shape: tuple[int, ...], dimension: int) -> jax.Array:
+    return plgpu.broadcasted_iota(dtype, shape, dimension, layout=plgpu.Layout.WGMMA)
 
 
 def interpreter() -> Any:
@@ -329,19 +429,24 @@ def interpreter() -> Any:
 # --- what lies where ---------------------------------------------------------------------------------------------
 
 
-def weights(cut: Shape, w_hh: jax.Array, transposed: bool) -> jax.Array:
-    """``(H, G*H)`` as ``(pieces, G, units, units)``: rows are what comes out, and columns, contiguous, are summed."""
+def weights(cut: Cut, w_hh: jax.Array, transposed: bool) -> jax.Array:
+    """``(H, G*H)`` as ``(blocks, pieces, warpgroups*rows, units)``: of each warpgroup's units all gates one after
+    another are the rows, and what is summed over the columns, contiguous."""
     w = w_hh.reshape(cut.hidden, cut.gates, cut.hidden).transpose((1, 2, 0) if transposed else (1, 0, 2))
     more = cut.units - cut.hidden
     w = jnp.pad(w, ((0, 0), (0, more), (0, more)))
+    w = jnp.moveaxis(w.reshape(cut.gates, cut.blocks * cut.warpgroups, cut.share, cut.units), 0, 1)
+    w = w.reshape(-1, cut.gates * cut.share, cut.units)
+    w = jnp.pad(w, ((0, 0), (0, cut.rows - cut.gates * cut.share), (0, 0)))
+    w = w.reshape(cut.blocks, 1, cut.warpgroups * cut.rows, cut.units)
     if cut.pieces == 1:
-        return w[None]
+        return w
     # Not by conversion there and back, which XLA may leave out.
     high = lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
-    return jnp.stack([high, w - high]).astype(jnp.bfloat16)
+    return jnp.concatenate([high, w - high], axis=1).astype(jnp.bfloat16)
 
 
-def tiled(cut: Shape, a: jax.Array) -> jax.Array:
+def tiled(cut: Cut, a: jax.Array) -> jax.Array:
     """``(…, N, H)`` as ``(…, tiles, units, width)``, padded with zeros."""
     *lead, _, _ = a.shape
     more = ((0, cut.tiles * cut.width - cut.sequences), (0, cut.units - cut.hidden))
@@ -349,30 +454,30 @@ def tiled(cut: Shape, a: jax.Array) -> jax.Array:
     return jnp.swapaxes(a.reshape(*lead, cut.tiles, cut.width, cut.units), -1, -2)
 
 
-def untiled(cut: Shape, a: jax.Array) -> jax.Array:
+def untiled(cut: Cut, a: jax.Array) -> jax.Array:
     """The inverse of `tiled`."""
     *lead, _, _, _ = a.shape
     a = jnp.swapaxes(a, -1, -2).reshape(*lead, cut.tiles * cut.width, cut.units)
     return a[..., : cut.sequences, : cut.hidden]
 
 
-def split(cut: Shape, a: jax.Array, parts: int) -> jax.Array:
+def split(cut: Cut, a: jax.Array, parts: int) -> jax.Array:
     """``(T, N, P*H)`` as ``(T, tiles, P, units, width)``."""
     a = a.reshape(*a.shape[:2], parts, cut.hidden)
     return jnp.moveaxis(tiled(cut, jnp.moveaxis(a, 2, 0)), 0, 2)
 
 
-def vector(cut: Shape, a: jax.Array) -> jax.Array:
+def vector(cut: Cut, a: jax.Array) -> jax.Array:
     """``(H,)`` as ``(units, width)``: like everything else that the gates see."""
     return jnp.broadcast_to(jnp.pad(a, (0, cut.units - cut.hidden))[:, None], (cut.units, cut.width))
 
 
-def flags(cut: Shape, steps: Steps) -> dict[str, jax.Array]:
-    """``(T, N)`` booleans as ``(T, tiles, 64, width)`` floats, the same for all units."""
+def flags(cut: Cut, steps: Steps) -> dict[str, jax.Array]:
+    """``(T, N)`` booleans as ``(T, tiles, share, width)`` floats, the same for all units."""
 
     def lay(flag: jax.Array) -> jax.Array:
         flag = jnp.pad(flag, ((0, 0), (0, cut.tiles * cut.width - cut.sequences)))
         flag = flag.reshape(flag.shape[0], cut.tiles, 1, cut.width).astype(jnp.float32)
-        return jnp.broadcast_to(flag, (*flag.shape[:2], ROWS, cut.width))
+        return jnp.broadcast_to(flag, (*flag.shape[:2], cut.share, cut.width))
 
     return {name: lay(f) for name, f in (("valid", steps.valid), ("resets", steps.resets)) if f is not None}
