@@ -12,6 +12,7 @@ import numpy as np
 
 from jrnn import sequence
 from jrnn._check import describe, is_traced, same_form
+from jrnn._device import varying_as
 from jrnn.cells.base import Layer
 from jrnn.schedules import SCHEDULES, choose
 from jrnn.schedules.steps import SEQUENCE, Steps, check_step, expand, select
@@ -198,6 +199,7 @@ class Run:
         check_step(cell, params, x, state, steps.key)
         name, reason = choose(cell, params, xs, steps, self.backend)
         self.chosen.append((cell, name, reason))
+        state = varying_as(state, params, xs, steps.valid, steps.resets, steps.key)
         if steps.valid is None or not xs.shape[0]:
             return _loop(name, cell, params, xs, state, *steps.parted())
         # A state that no valid step consumes stays out of the loop: held over invalid steps, a NaN in it would meet

@@ -99,45 +99,6 @@ def test_however_it_is_shared(cell, time, batch, features, marked):
     assert_near(got, expected, 1e-4)
 
 
-def test_second_derivatives():
-    cell = jrnn.gru(5)
-    params, xs, state, marks = data(cell, 4, 3, 2)
-    d = jax.tree.map(jnp.ones_like, (params, xs, state))
-
-    def pushed(backend):
-        gradient = jax.grad(loss(cell, backend, marks), (0, 1, 2))
-        forward = jax.jvp(gradient, (params, xs, state), d)[1]
-        sums = lambda *args: sum(
-            jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient(*args), d)), strict=True)
-        )
-        return forward, jax.grad(sums, (0, 1, 2))(params, xs, state)
-
-    assert_near(*(jax.jit(pushed, static_argnums=0)(backend) for backend in ("native", "reference")), 1e-4)
-
-
-def test_vmap():
-    """Over sequences, and over members of an ensemble."""
-    cell = jrnn.lstm(4)
-    params, xs, state, _ = data(cell, 5, 3, 2)
-    many = jax.vmap(lambda key: cell.init(key, 2))(jax.random.split(jax.random.key(3), 3))
-    for axes, args in (
-        ((None, 1, 0), (params, xs[:, :, None], jax.tree.map(lambda a: a[:, None], state))),
-        ((0, None, None), (many, xs, state)),
-    ):
-        got, expected = (
-            jax.vmap(jax.value_and_grad(loss(cell, backend, {}), (0, 1, 2)), axes)(*args)
-            for backend in ("native", "reference")
-        )
-        assert_near(got, expected, 1e-4)
-
-
-def test_jvp_is_refused():
-    cell = jrnn.elman(3)
-    params, xs, _, _ = data(cell, 4, 2, 2)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda xs: jrnn.unroll(cell, params, xs, backend="native")[1], (xs,), (xs,))
-
-
 @pytest.mark.parametrize(
     ("cell", "floats"),
     [(jrnn.elman(64), 1 + 1 + 1), (jrnn.lstm(64), 4 + 2 + 1), (jrnn.gru(64), 4 + 1 + 1)],

@@ -251,7 +251,7 @@ def test_one_recurrent_product_a_step(cell):
     xs = jax.ShapeDtypeStruct((64, 32, 16), jnp.float32)
 
     def loss(params, xs):
-        return jnp.sum(jrnn.unroll(cell, params, xs)[1])
+        return jnp.sum(jrnn.unroll(cell, params, xs, backend="hoisted")[1])
 
     forward = [list(products(body)) for body in loops(jax.make_jaxpr(loss)(params, xs).jaxpr)]
     both = [list(products(body)) for body in loops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, xs).jaxpr)]
@@ -300,7 +300,7 @@ def test_a_key_of_other_layers_changes_no_layout():
     params = jax.eval_shape(lambda key: model.init(key, 16), jax.random.key(0))
 
     def run(key, params, xs):
-        return jrnn.unroll(model, params, xs, key=key)[1]
+        return jrnn.unroll(model, params, xs, key=key, backend="hoisted")[1]
 
     (body, *_), (keyed, *_) = (
         list(loops(jax.make_jaxpr(functools.partial(run, key))(params, xs).jaxpr)) for key in (None, jax.random.key(0))
@@ -311,12 +311,12 @@ def test_a_key_of_other_layers_changes_no_layout():
 # --- what is kept for the backward pass --------------------------------------------------------------------------
 
 
-def temporary_bytes(cell, time, batch, features, **options):
+def temporary_bytes(cell, time, batch, features, backend="hoisted", **options):
     params = jax.eval_shape(lambda key: cell.init(key, features), jax.random.key(0))
     xs = jax.ShapeDtypeStruct((time, batch, features), jnp.float32)
 
     def loss(params, xs):
-        return jnp.sum(jrnn.unroll(cell, params, xs, **options)[1] ** 2)
+        return jnp.sum(jrnn.unroll(cell, params, xs, backend=backend, **options)[1] ** 2)
 
     return jax.jit(jax.grad(loss)).lower(params, xs).compile().memory_analysis().temp_size_in_bytes
 
@@ -343,9 +343,10 @@ def test_memory_of_a_training_step(cell, features, floats):
     assert (long - short) / (4 * rows * batch) <= floats * unit
 
 
-def test_memory_with_remat():
+@pytest.mark.parametrize("backend", ["hoisted", None])
+def test_memory_with_remat(backend):
     """With remat="sqrt" memory grows as the square root of T (and as the state, which is put out)."""
     cell = jrnn.lstm(256)
-    whole = temporary_bytes(cell, 10_000, 1, 64)
-    assert temporary_bytes(cell, 10_000, 1, 64, remat="sqrt") < 0.35 * whole
-    assert temporary_bytes(cell, 100_000, 1, 64, remat="sqrt") < 300e6
+    whole = temporary_bytes(cell, 10_000, 1, 64, backend)
+    assert temporary_bytes(cell, 10_000, 1, 64, backend, remat="sqrt") < 0.35 * whole
+    assert temporary_bytes(cell, 100_000, 1, 64, backend, remat="sqrt") < 300e6

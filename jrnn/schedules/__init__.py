@@ -20,17 +20,22 @@ __all__ = ["SCHEDULES", "Schedule", "Steps", "choose"]
 
 
 class Schedule(NamedTuple):
-    """A row of the table; one that is not ``automatic`` runs only where it is asked for by name."""
+    """A row of the table; one that is not ``automatic`` runs only where it is asked for by name.
+
+    ``pays(cell, params, xs, steps) -> (bool, reason)`` says of an automatic one where it is chosen, if not wherever it
+    serves.
+    """
 
     serves: Callable[[Any, Any, Any, Steps], tuple[bool, str]]
     run: Callable[[Any, Any, Any, Any, Steps], tuple[Any, Any]]
     automatic: bool = True
+    pays: Callable[[Any, Any, Any, Steps], tuple[bool, str]] | None = None
 
 
 SCHEDULES: dict[str, Schedule] = {
     "kernel": Schedule(kernels.serves, kernels.run, automatic=False),
+    "native": Schedule(native.serves, native.run, pays=native.pays),
     "hoisted": Schedule(hoisted.serves, hoisted.run),
-    "native": Schedule(native.serves, native.run, automatic=False),
     "cudnn": Schedule(cudnn.serves, cudnn.run, automatic=False),
     "reference": Schedule(reference.serves, reference.run),
 }
@@ -52,6 +57,10 @@ def choose(cell: Any, params: Any, xs: Any, steps: Steps, backend: str | None = 
             return row.schedule, f"{reason}; measured fastest for such shapes on {row.device} ({row.run})"
         passed_over.append(f"not {row.schedule}, though measured fastest: {reason}")
     for name, schedule in SCHEDULES.items():
+        pays, reason = (True, "") if schedule.pays is None else schedule.pays(cell, params, xs, steps)
+        if not pays:
+            passed_over.append(f"not {name}: {reason}")
+            continue
         served, reason = schedule.serves(cell, params, xs, steps)
         if schedule.automatic:
             if served:

@@ -1,0 +1,177 @@
+"""An operation that is one call of compiled code on a CPU, and the same program in plain JAX wherever that cannot be.
+
+This is the one place of the native schedule that needs more than JAX's public API: a primitive of its own, for which
+derivatives of every kind, batches, and what is lowered for which platform are all told to JAX. (A ``jax.custom_vjp``
+has no forward mode, and a foreign call can neither be exported nor differentiated twice.)
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+__all__ = ["Operation"]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation on a tree of arrays; its subclasses say what it does.
+
+    ``tree`` is the structure of the operands. An operation is a value: equal ones are compiled once.
+    """
+
+    tree: Any
+
+    def bind(self, leaves: Any) -> Any:
+        """Applies it to the operands' leaves."""
+        outs = _primitive().bind(*leaves, operation=self)
+        return jax.tree.unflatten(jax.tree.structure(self.forms(*self.operands(leaves))), outs)
+
+    def operands(self, leaves: Any) -> Any:
+        return jax.tree.unflatten(self.tree, leaves)
+
+    # What a subclass defines, on trees of operands.
+
+    def forms(self, *operands: Any) -> Any:
+        """Shapes and dtypes of the results."""
+        raise NotImplementedError
+
+    def compiled(self, *operands: Any) -> Any:
+        """The results, by compiled code for a CPU."""
+        raise NotImplementedError
+
+    def plain(self, *operands: Any) -> Any:
+        """The results, by plain JAX."""
+        raise NotImplementedError
+
+    def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
+        """The tangents of the results too; that of an operand that does not move is None."""
+        raise NotImplementedError
+
+    def transpose(self, cotangents: Any, *operands: Any) -> Any:
+        """Cotangents of the last operand, where it is linear in that; its leaves are then no arrays."""
+        raise NotImplementedError(f"{type(self).__name__} is not linear")
+
+    def sequences(self, *operands: Any) -> tuple[Any, Any] | None:
+        """The axes of operands and results, -1 for none, that hold sequences; None where these are not apart."""
+        return None
+
+
+# --- rules, on leaves --------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def _primitive() -> Any:
+    from jax.extend.core import Primitive
+    from jax.interpreters import ad, batching, mlir
+
+    primitive = Primitive("jrnn_native")
+    primitive.multiple_results = True
+    primitive.def_impl(_eager)
+    primitive.def_abstract_eval(_abstract)
+    ad.primitive_jvps[primitive] = _jvp
+    ad.primitive_transposes[primitive] = _transpose
+    batching.primitive_batchers[primitive] = _batch
+    mlir.register_lowering(primitive, mlir.lower_fun(_plain, multiple_results=True))
+    mlir.register_lowering(primitive, _lower, platform="cpu")
+    return primitive
+
+
+@functools.lru_cache(maxsize=256)
+def _jitted(operation: Operation) -> Any:
+    return jax.jit(lambda *leaves: jax.tree.leaves(operation.bind(leaves)))
+
+
+def _eager(*leaves: Any, operation: Operation) -> Any:
+    with jax.disable_jit(False):
+        return _jitted(operation)(*leaves)
+
+
+def _abstract(*avals: Any, operation: Operation) -> Any:
+    forms = jax.tree.leaves(operation.forms(*operation.operands(avals)))
+    return [jax.core.ShapedArray(form.shape, form.dtype) for form in forms]
+
+
+def _plain(*leaves: Any, operation: Operation) -> Any:
+    return jax.tree.leaves(operation.plain(*operation.operands(leaves)))
+
+
+def _compiled(*leaves: Any, operation: Operation) -> Any:
+    return jax.tree.leaves(operation.compiled(*operation.operands(leaves)))
+
+
+def _lower(context: Any, *leaves: Any, operation: Operation) -> Any:
+    from jax.interpreters import mlir
+
+    # What is exported is to run where nothing of this is known.
+    exported = getattr(getattr(context.module_context, "lowering_parameters", None), "for_export", False)
+    return mlir.lower_fun(_plain if exported else _compiled, multiple_results=True)(
+        context, *leaves, operation=operation
+    )
+
+
+def _jvp(primals: Any, tangents: Any, *, operation: Operation) -> Any:
+    from jax.interpreters import ad
+
+    moving = [None if type(t) is ad.Zero else t for t in tangents]
+    outs, douts = operation.jvp(operation.operands(primals), operation.operands(moving))
+    return jax.tree.leaves(outs), jax.tree.leaves(douts)
+
+
+def _transpose(cotangents: Any, *leaves: Any, operation: Operation) -> Any:
+    from jax.interpreters import ad
+
+    linear = [ad.is_undefined_primal(leaf) for leaf in leaves]
+    forms = operation.forms(
+        *operation.operands([leaf.aval if u else leaf for u, leaf in zip(linear, leaves, strict=True)])
+    )
+    cotangents = jax.tree.unflatten(jax.tree.structure(forms), map(ad.instantiate_zeros, cotangents))
+    found = jax.tree.leaves(operation.transpose(cotangents, *operation.operands(leaves)))
+    return [None] * (len(leaves) - len(found)) + [
+        f if u else None for u, f in zip(linear[-len(found) :], found, strict=True)
+    ]
+
+
+def _batch(leaves: Any, axes: Any, *, operation: Operation) -> Any:
+    """What is mapped becomes more sequences, where these have axes; else one member runs after another."""
+    found = operation.sequences(*operation.operands(leaves))
+    places, ends = ([], []) if found is None else map(jax.tree.leaves, found)
+    if found is None or any(axis is not None and place < 0 for axis, place in zip(axes, places, strict=True)):
+        outs = _one_by_one(leaves, axes, operation)
+        return outs, [0] * len(outs)
+    members = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
+    outs = jax.tree.leaves(operation.bind([_fold(*each, members) for each in zip(leaves, axes, places, strict=True)]))
+    return [_unfold(out, end, members) for out, end in zip(outs, ends, strict=True)], ends
+
+
+def _one_by_one(leaves: Any, axes: Any, operation: Operation) -> list[Any]:
+    mapped = [jnp.moveaxis(leaf, axis, 0) for leaf, axis in zip(leaves, axes, strict=True) if axis is not None]
+
+    def member(mapped: Any) -> Any:
+        rest = iter(mapped)
+        whole = [leaf if axis is None else next(rest) for leaf, axis in zip(leaves, axes, strict=True)]
+        return jax.tree.leaves(operation.bind(whole))
+
+    return lax.map(member, mapped)
+
+
+def _fold(leaf: jax.Array, axis: int | None, place: int, members: int) -> jax.Array:
+    """Members of ``axis`` as more sequences at ``place``; a leaf without an axis is the same for all."""
+    if place < 0:
+        return leaf
+    shape = leaf.shape if axis is None else leaf.shape[:axis] + leaf.shape[axis + 1 :]
+    if axis is None:
+        leaf = jnp.broadcast_to(jnp.expand_dims(leaf, place), (*shape[:place], members, *shape[place:]))
+    else:
+        leaf = jnp.moveaxis(leaf, axis, place)
+    return leaf.reshape(*shape[:place], members * shape[place], *shape[place + 1 :])
+
+
+def _unfold(out: jax.Array, place: int, members: int) -> jax.Array:
+    shape = out.shape
+    return out.reshape(*shape[:place], members, shape[place] // members, *shape[place + 1 :])

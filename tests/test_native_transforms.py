@@ -1,0 +1,175 @@
+"""What JAX makes of the compiled loop: every derivative, batches, export, meshes; and where it is chosen by default."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jrnn
+from jrnn.schedules.native import build
+from tests.test_native import assert_near, data, loss
+
+pytestmark = pytest.mark.skipif(not build.available()[0], reason=build.available()[1] or "")
+
+CELL = jrnn.mgu(5)
+PARAMS, XS, STATE, MARKS = data(CELL, 6, 3, 2)
+POINT = (PARAMS, XS, STATE)
+ALONG = jax.tree.map(lambda a: jax.random.normal(jax.random.key(a.size), a.shape), POINT)
+MEMBERS = jnp.stack([XS, 2 * XS[::-1]])
+MANY = jax.vmap(lambda key: CELL.init(key, 2))(jax.random.split(jax.random.key(3), 2))
+
+
+def last_h(params, *, of):
+    return of(params, XS, STATE, outputs=True)[-1, 0]
+
+
+def flat(params, xs, *, of):
+    return of(params, xs, STATE)
+
+
+# Each a function of a loss ``of(params, xs, state)``, differentiated, batched or run in some way of JAX's.
+TRANSFORMS = {
+    "jvp": lambda of: jax.jvp(of, POINT, ALONG),
+    "jvp of some": lambda of: jax.jvp(lambda xs: of(PARAMS, xs, STATE), (XS,), (ALONG[1],)),
+    "linearize": lambda of: jax.linearize(of, *POINT)[1](*ALONG),
+    "grad": lambda of: jax.grad(of, (0, 1, 2))(*POINT),
+    "grad of params": lambda of: jax.grad(of)(*POINT),
+    "grad of inputs": lambda of: jax.grad(of, 1)(*POINT),
+    "jvp of grad": lambda of: jax.jvp(jax.grad(of, (0, 1, 2)), POINT, ALONG),
+    "grad of jvp": lambda of: jax.grad(lambda *point: jax.jvp(of, point, ALONG)[1], (0, 1, 2))(*POINT),
+    "jvp of jvp": lambda of: jax.jvp(lambda *point: jax.jvp(of, point, ALONG)[1], POINT, ALONG),
+    "grad of grad": lambda of: jax.vjp(jax.grad(of, (0, 1, 2)), *POINT)[1](ALONG),
+    "vmap": lambda of: jax.vmap(of, (None, 0, None))(PARAMS, MEMBERS, STATE),
+    "vmap on another axis": lambda of: jax.vmap(of, (None, 2, None))(PARAMS, jnp.moveaxis(MEMBERS, 0, 2), STATE),
+    "vmap of grad": lambda of: jax.vmap(jax.grad(of, (0, 1, 2)), (None, 0, None))(PARAMS, MEMBERS, STATE),
+    "grad of vmap": lambda of: jax.grad(lambda p, x: jax.vmap(functools.partial(flat, of=of), (None, 0))(p, x).sum())(
+        PARAMS, MEMBERS
+    ),
+    "an ensemble": lambda of: jax.vmap(jax.value_and_grad(of, (0, 1)), (0, None, None))(MANY, XS, STATE),
+    "vmap of jvp": lambda of: jax.vmap(lambda d: jax.jvp(lambda p: of(p, XS, STATE), (PARAMS,), (d,))[1])(MANY),
+    "vmap of vmap": lambda of: jax.vmap(jax.vmap(of, (None, 0, None)), (0, None, None))(MANY, MEMBERS, STATE),
+    "checkpoint": lambda of: jax.grad(jax.checkpoint(of), (0, 1))(*POINT),
+    "in a scan": lambda of: jax.grad(lambda p: jax.lax.scan(lambda c, x: (c + of(p, x, STATE), c), 0.0, MEMBERS)[0])(
+        PARAMS
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms(name):
+    got, expected = (
+        jax.jit(lambda b=backend: TRANSFORMS[name](loss(CELL, b, MARKS)))() for backend in ("native", "reference")
+    )
+    assert_near(got, expected, 1e-4)
+
+
+def test_eager():
+    """Without jit: by itself, and where jit is switched off."""
+    of = {backend: jax.grad(loss(CELL, backend, MARKS)) for backend in ("native", "reference")}
+    expected = of["reference"](*POINT)
+    assert_near(of["native"](*POINT), expected, 1e-4)
+    with jax.disable_jit():
+        assert_near(of["native"](*POINT), expected, 1e-4)
+
+
+def test_sequences_that_are_mapped_are_a_batch():
+    """One call for all members and no loop over them, forward and backward."""
+
+    def total(params):
+        return jax.vmap(loss(CELL, "native", {}), (None, 0, None))(params, MEMBERS, STATE).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(total))(PARAMS))
+    assert (text.count("jrnn_native["), "scan[" in text) == (2, False)
+
+
+def test_gradient_of_inputs_is_left_out_where_nobody_asks():
+    """The first layer of a model: its product with the input weights transposed is not made."""
+
+    def shapes(argnums):
+        text = jax.jit(jax.grad(loss(CELL, "native", {}), argnums)).lower(*POINT).as_text()
+        (call,) = [line for line in text.splitlines() if "custom_call" in line and "_backward" in line]
+        return call.split("->")[-1].count("tensor<6x3x2xf32>")
+
+    assert (shapes(0), shapes((0, 1))) == (0, 1)
+
+
+def test_export():
+    """What is exported runs anywhere: plain JAX, equal in values and gradients."""
+    gradient = jax.jit(jax.grad(loss(CELL, "native", MARKS), (0, 1)))
+    exported = jax.export.export(gradient, platforms=("cpu", "cuda"))(*POINT)
+    assert "_backward" not in exported.mlir_module()
+    assert "_backward" in gradient.lower(*POINT).as_text()
+    assert_near(exported.call(*POINT), gradient(*POINT))
+
+
+# --- the default -------------------------------------------------------------------------------------------------
+
+
+LARGE = jnp.ones((100, 16, 32))
+
+
+def chosen(cell, xs):
+    return jrnn.choose_backend(cell, cell.init(jax.random.key(0), xs.shape[-1]), xs)
+
+
+def test_default_where_it_pays():
+    assert chosen(jrnn.lstm(64), LARGE)[0] == "native"
+    assert chosen(jrnn.stack(jrnn.lstm(64), jrnn.gru(64)), LARGE)[0] == "native"
+    name, reason = chosen(jrnn.lstm(64), LARGE[:4, :2])
+    assert name == "hoisted"
+    assert "too few to compile it for" in reason
+    name, reason = chosen(jrnn.lstm(64), LARGE.astype(jnp.bfloat16))
+    assert name == "hoisted"
+    assert "not native: it computes in float32 only" in reason
+    assert chosen(jrnn.layer_norm_lstm(64), LARGE)[0] == "hoisted"
+
+
+def test_default_equals_the_plain_scan():
+    cell = jrnn.mgu(64)
+    params, xs, state, marks = data(cell, 64, 16, 64)
+    got, expected = (jax.jit(jax.grad(loss(cell, b, marks), (0, 1, 2)))(params, xs, state) for b in (None, "reference"))
+    assert_near(got, expected, 1e-4)
+    assert "jrnn_native" in str(jax.make_jaxpr(loss(cell, None, marks))(params, xs, state))
+
+
+def test_default_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(build, "available", lambda: (False, "there is no compiler"))
+    name, reason = chosen(jrnn.lstm(64), LARGE)
+    assert name == "hoisted"
+    assert "not native: there is no compiler" in reason
+
+
+def test_default_with_several_devices(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    name, reason = chosen(jrnn.lstm(64), LARGE)
+    assert name == "hoisted"
+    assert "several devices" in reason
+
+
+@pytest.mark.parametrize(
+    ("layer", "backend"),
+    [(jrnn.lstm(4), "reference"), (jrnn.stack(jrnn.bidirectional(jrnn.mgu(4)), jrnn.elman(3)), None)],
+    ids=["cell", "model"],
+)
+def test_inside_shard_map(layer, backend):
+    """Where arrays say over which axes of a mesh they vary, and the initial state is made inside."""
+    params, xs = layer.init(jax.random.key(0), 5), jax.random.normal(jax.random.key(1), (7, 4, 5))
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+
+    def total(params, xs):
+        return jnp.sum(jnp.sin(jrnn.unroll(layer, params, xs, backend=backend)[1]))
+
+    def shard(params, xs):
+        return jax.lax.psum(total(params, xs), "i")
+
+    over = jax.shard_map(shard, mesh=mesh, in_specs=(spec(), spec(None, "i")), out_specs=spec())
+    got, expected = (jax.jit(jax.value_and_grad(of, (0, 1)))(params, xs) for of in (over, total))
+    assert_near(got, expected)
+
+
+def test_a_mesh_is_refused():
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="a mesh is set"):
+        jrnn.unroll(CELL, PARAMS, XS, backend="native")
