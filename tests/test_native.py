@@ -1,6 +1,7 @@
 """The compiled loop: equal to the plain scan, in values and every gradient, whatever the gates and the threads."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -84,7 +85,8 @@ def assert_near(got, expected, tolerance=2e-5):
         (jrnn.lstm(64), 9, 16, 70, False),  # the batch shared by threads, in several chunks
         (jrnn.gru(150), 6, 33, 100, True),  # the units shared, in blocks of which the last is short
         (jrnn.gru(96), 5, 2, 600, False),
-        (jrnn.peephole_lstm(40), 300, 1, 3, True),
+        (jrnn.peephole_lstm(40), 300, 1, 3, True),  # few rows: panels taken together
+        (jrnn.lstm(50), 9, 3, 5, True),
         (jrnn.elman(17), 60, 7, 33, True),
     ],
     ids=lambda value: getattr(value, "hidden", value),
@@ -97,6 +99,17 @@ def test_however_it_is_shared(cell, time, batch, features, marked):
         for backend in ("native", "reference")
     )
     assert_near(got, expected, 1e-4)
+
+
+def test_the_same_twice():
+    """Bit for bit, and by calls at the same time, whose threads are their own."""
+    cell = jrnn.gru(64)
+    params, xs, state, marks = data(cell, 40, 16, 40)
+    run = jax.jit(jax.value_and_grad(loss(cell, "native", marks), (0, 1, 2)))
+    first = run(params, xs, state)
+    with ThreadPoolExecutor(3) as pool:
+        for other in pool.map(lambda _: run(params, xs, state), range(9)):
+            assert jax.tree.all(jax.tree.map(np.array_equal, first, other))
 
 
 @pytest.mark.parametrize(

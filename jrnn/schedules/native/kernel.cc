@@ -47,23 +47,35 @@ struct Strip {
   long at(long r, long k, int M) const { return k * M + r; }
 };
 
+// What a block of the product fetches into the second cache meanwhile: it is read next, and comes from far.
+struct Ahead {
+  const float* next = nullptr;
+  long lines = 0;  // of 64 bytes, for every STRIP of K
+};
+constexpr long STRIP = 32;
+
 // C (M, UB) = init + A B, with B a packed panel (K, UB); no init is zero.
 template <int M, class Left>
-inline void block(long K, const float* A, Left left, const float* B, const float* init, long ldi, float* C, long ldc) {
+inline void block(long K, const float* A, Left left, const float* B, const float* init, long ldi, float* C, long ldc,
+                  Ahead ahead) {
   vf acc[M][2];
 #pragma GCC unroll 12
   for (int r = 0; r < M; ++r) {
     acc[r][0] = init ? load(init + r * ldi) : vf{};
     acc[r][1] = init ? load(init + r * ldi + VL) : vf{};
   }
+  for (long k = 0; k < K;) {
+    for (long i = 0; i < ahead.lines; ++i, ahead.next += 16) __builtin_prefetch(ahead.next, 0, 2);
+    const long end = std::min(K, k + STRIP);
 #pragma GCC unroll 4
-  for (long k = 0; k < K; ++k) {
-    const vf b0 = load(B + k * UB), b1 = load(B + k * UB + VL);
+    for (; k < end; ++k) {
+      const vf b0 = load(B + k * UB), b1 = load(B + k * UB + VL);
 #pragma GCC unroll 12
-    for (int r = 0; r < M; ++r) {
-      const vf a = splat(A[left.at(r, k, M)]);
-      acc[r][0] += a * b0;
-      acc[r][1] += a * b1;
+      for (int r = 0; r < M; ++r) {
+        const vf a = splat(A[left.at(r, k, M)]);
+        acc[r][0] += a * b0;
+        acc[r][1] += a * b1;
+      }
     }
   }
 #pragma GCC unroll 12
@@ -75,30 +87,111 @@ inline void block(long K, const float* A, Left left, const float* B, const float
 
 template <class Left, int M = MR>
 inline void blocks(int rows, long K, const float* A, Left left, const float* B, const float* init, long ldi, float* C,
-                   long ldc) {
+                   long ldc, Ahead ahead = {}) {
   if constexpr (M > 0) {
     if (rows == M)
-      block<M>(K, A, left, B, init, ldi, C, ldc);
+      block<M>(K, A, left, B, init, ldi, C, ldc, ahead);
     else
-      blocks<Left, M - 1>(rows, K, A, left, B, init, ldi, C, ldc);
+      blocks<Left, M - 1>(rows, K, A, left, B, init, ldi, C, ldc, ahead);
   }
 }
 
-// The same for any number of rows, A (rows, K) at a stride, in blocks as even as can be; in parts of a long K, so that
-// what all rows read of B stays in the nearest cache.
+// The same for any number of rows, A (rows, K) at a stride, in blocks as even as can be; `next` is the panel after this
+// one, where it is far.
 void multiply(long rows, long K, const float* A, long lda, const float* B, const float* init, long ldi, float* C,
-              long ldc) {
-  const long count = (rows + MR - 1) / MR, parts = count > 1 && K > 1024 ? (K + 511) / 512 : 1;
+              long ldc, const float* next = nullptr) {
+  const long count = (rows + MR - 1) / MR, strips = (K + STRIP - 1) / STRIP;
+  const long lines = next ? (STRIP * UB / 16 + count - 1) / count : 0;
+  for (long i = 0, r = 0; i < count; ++i) {
+    const long m = (rows - r) / (count - i);
+    blocks(m, K, A + r * lda, Rows{lda}, B, init ? init + r * ldi : nullptr, ldi, C + r * ldc, ldc,
+           Ahead{next + i * strips * lines * 16, lines});
+    r += m;
+  }
+}
+
+// C (rows, count * UB) = init + A B for consecutive panels (K, UB) of a long K, in parts of it: so that what all panels
+// read of A stays in a near cache.
+void multiply_long(long rows, long K, const float* A, long lda, const float* B, long count, const float* init, long ldi,
+                   float* C, long ldc) {
+  const long parts = (K + 511) / 512;
   for (long part = 0, k = 0; part < parts; ++part) {
     const long depth = (K - k) / (parts - part);
-    for (long i = 0, r = 0; i < count; ++i) {
-      const long m = (rows - r) / (count - i);
-      blocks(m, depth, A + r * lda + k, Rows{lda}, B + k * UB, init ? init + r * ldi : nullptr, ldi, C + r * ldc, ldc);
-      r += m;
-    }
+    for (long p = 0; p < count; ++p)
+      multiply(rows, depth, A + k, lda, B + (p * K + k) * UB, init ? init + p * UB : nullptr, ldi, C + p * UB, ldc,
+               B + (p + 1 < count ? (p + 1) * K + k : k + depth) * UB);
     init = C, ldi = ldc;
     k += depth;
   }
+}
+
+// Where panels of a product of few rows begin and end: offsets from the pointers that it is given.
+struct Panels {
+  std::vector<long> from, to;  // from: of init, or none (-1), which is zero
+};
+
+// The same for at most FEW rows, whose accumulators for one panel are too few to wait for: P panels, K * UB apart, at
+// once, each in S sums over every S-th k.
+constexpr int FEW = 3;
+template <int M, int P, int S>
+inline void narrow(long K, const float* A, long lda, const float* B, const Panels& at, long p, const float* init,
+                   long ldi, float* C, long ldc) {
+  const long *from = &at.from[p], *to = &at.to[p];
+  vf acc[S][P][M][2];
+#pragma GCC unroll 4
+  for (int q = 0; q < P; ++q)
+#pragma GCC unroll 3
+    for (int r = 0; r < M; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        acc[0][q][r][v] = from[q] < 0 ? vf{} : load(init + from[q] + r * ldi + v * VL);
+#pragma GCC unroll 4
+        for (int s = 1; s < S; ++s) acc[s][q][r][v] = vf{};
+      }
+  const auto add = [&](vf(&sums)[P][M][2], long k) __attribute__((always_inline)) {
+#pragma GCC unroll 3
+    for (int r = 0; r < M; ++r) {
+      const vf a = splat(A[r * lda + k]);
+#pragma GCC unroll 8
+      for (int q = 0; q < P; ++q)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) sums[q][r][v] += a * load(B + ((p + q) * K + k) * UB + v * VL);
+    }
+  };
+  long k = 0;
+  for (; k + S <= K; k += S)
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) add(acc[s], k + s);
+  for (; k < K; ++k) add(acc[0], k);
+#pragma GCC unroll 4
+  for (int q = 0; q < P; ++q)
+#pragma GCC unroll 3
+    for (int r = 0; r < M; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        vf sum = acc[0][q][r][v];
+#pragma GCC unroll 4
+        for (int s = 1; s < S; ++s) sum += acc[s][q][r][v];
+        store(C + to[q] + r * ldc + v * VL, sum);
+      }
+}
+
+template <int M>
+void narrow(long K, const float* A, long lda, const float* B, const Panels& at, const float* init, long ldi, float* C,
+            long ldc) {
+  constexpr int P = M == 1 ? 4 : 2;
+  const long count = at.to.size();
+  long p = 0;
+  for (; p + P <= count; p += P) narrow<M, P, 1>(K, A, lda, B, at, p, init, ldi, C, ldc);
+  if (P > 2 && p + 2 <= count) narrow<M, 2, 2>(K, A, lda, B, at, p, init, ldi, C, ldc), p += 2;
+  if (p < count) narrow<M, 1, P>(K, A, lda, B, at, p, init, ldi, C, ldc);
+}
+
+void narrow(long rows, long K, const float* A, long lda, const float* B, const Panels& at, const float* init, long ldi,
+            float* C, long ldc) {
+  if (rows == 1) narrow<1>(K, A, lda, B, at, init, ldi, C, ldc);
+  if (rows == 2) narrow<2>(K, A, lda, B, at, init, ldi, C, ldc);
+  if (rows == 3) narrow<3>(K, A, lda, B, at, init, ldi, C, ldc);
 }
 
 // --- threads and memory ------------------------------------------------------------------------------------------
@@ -371,6 +464,9 @@ void pack_theta(const Run& run, const std::vector<const float*>& theta, float* o
     for (long u = 0; u < run.blocks * UB; ++u) *out++ = u < run.H ? from[u] : 0.0f;
 }
 
+// Bytes of weights that stay in a core's own cache from step to step.
+constexpr long NEAR = 1 << 18;
+
 // A length of row that is no multiple of a page, so that rows do not share the few places of a cache.
 inline long padded(long floats) { return floats % 256 ? floats : floats + 16; }
 
@@ -397,11 +493,14 @@ void run_forward(Run run, const Forward& f) {
   const long P = cell.parts, S = cell.states, thetas = cell.thetas, hidden = blocks * UB;
   const long most_rows = (N + run.across - 1) / run.across, most_blocks = (blocks + run.units - 1) / run.units;
   const long chunk = std::max(1L, std::min(T, 96 / most_rows));
+  const bool far = 4 * (F + H) * run.width > NEAR;
   const long u_row = padded(most_blocks * G * UB);
   const size_t panels = blocks * G * UB;
   const size_t shared = Scratch::rounded(panels * F) + Scratch::rounded(panels * H) + Scratch::rounded(panels) +
                         Scratch::rounded(thetas * hidden);
-  const size_t own = Scratch::rounded(chunk * most_rows * u_row) + Scratch::rounded(most_rows * P * UB) +
+  const long at_once = most_rows > FEW ? 1 : most_blocks;  // blocks of units whose gates follow their product
+  const size_t tile_size = most_rows * at_once * P * UB;
+  const size_t own = Scratch::rounded(chunk * most_rows * u_row) + Scratch::rounded(tile_size) +
                      Scratch::rounded(most_rows * H);
   Scratch scratch(shared + threads * own);
   float *p_ih = scratch.take(panels * F), *p_hh = scratch.take(panels * H), *p_b = scratch.take(panels),
@@ -424,20 +523,27 @@ void run_forward(Run run, const Forward& f) {
     const long rows = n1 - n0;
     float* us = mine[id];
     float* tile = us + Scratch::rounded(chunk * most_rows * u_row);
-    float* fed = tile + Scratch::rounded(most_rows * P * UB);
+    float* fed = tile + Scratch::rounded(tile_size);
     Inputs& old = olds[id];   // states before the step, (N, H)
     Outputs& now = news[id];  // and after it
+    Panels at;
+    for (long p = 0; p < std::min(at_once, b1 - b0) * G; ++p) {
+      const long g = p % G, slot = cell.slot[g];
+      at.from.push_back(slot == g ? p * UB : -1);
+      at.to.push_back((p / G * P + slot) * UB);
+    }
 
     for (long start = 0; start < T; start += chunk) {
       const long count = std::min(chunk, T - start), low = run.reverse ? T - start - count : start;
       for (long p = b0 * G; p < b1 * G; ++p) {
         float* to = us + (p - b0 * G) * UB;
+        const float *panel = p_ih + p * F * UB, *next = far ? panel + F * UB : nullptr;
         if (rows == N)
-          multiply(count * N, F, f.x + low * N * F, F, p_ih + p * F * UB, p_b + p * UB, 0, to, u_row);
+          multiply(count * N, F, f.x + low * N * F, F, panel, p_b + p * UB, 0, to, u_row, next);
         else
           for (long i = 0; i < count; ++i)
-            multiply(rows, F, f.x + ((low + i) * N + n0) * F, F, p_ih + p * F * UB, p_b + p * UB, 0,
-                     to + i * rows * u_row, u_row);
+            multiply(rows, F, f.x + ((low + i) * N + n0) * F, F, panel, p_b + p * UB, 0, to + i * rows * u_row, u_row,
+                     next);
       }
       for (long i = start; i < start + count; ++i) {
         const long t = run.time(i), before = run.time(i - 1);
@@ -453,19 +559,24 @@ void run_forward(Run run, const Forward& f) {
             std::memcpy(fed + (n - n0) * H, (resets[n] ? f.restart : old)[cell.hidden_state] + n * H, 4 * H);
           h = fed;
         }
-        for (long ub = b0; ub < b1; ++ub) {
-          const float* u = us + (t - low) * rows * u_row + (ub - b0) * G * UB;
+        const float* u = us + (t - low) * rows * u_row;
+        for (long ub = b0; ub < b1; ub += at_once) {
+          const long end = std::min(b1, ub + at_once);
           float* parts = f.parts ? f.parts + (t * N + n0) * f.parts_row + ub * P * UB : tile;
-          const long row = f.parts ? f.parts_row : P * UB;
-          for (long g = 0; g < G; ++g) {
-            const long slot = cell.slot[g];
-            multiply(rows, H, h, H, p_hh + (ub * G + g) * H * UB, slot == g ? u + g * UB : nullptr, u_row,
-                     parts + slot * UB, row);
-            if (slot != g)
-              for (long n = 0; n < rows; ++n) std::memcpy(parts + n * row + g * UB, u + n * u_row + g * UB, 4 * UB);
-          }
-          cell.forward({n0, n1, ub, ub + 1, H, valid, resets, p_theta, hidden, parts, row, old.data(), f.restart.data(),
+          const long row = f.parts ? f.parts_row : at_once * P * UB;
+          if (rows <= FEW)
+            narrow(rows, H, h, H, p_hh + ub * G * H * UB, at, u, u_row, parts, row);
+          else
+            for (long g = 0; g < G; ++g)
+              multiply(rows, H, h, H, p_hh + (ub * G + g) * H * UB, at.from[g] < 0 ? nullptr : u + at.from[g], u_row,
+                       parts + at.to[g], row, far ? p_hh + (ub * G + g + 1) * H * UB : nullptr);
+          for (long p = 0; p < (end - ub) * G; ++p)
+            if (at.from[p] < 0)
+              for (long n = 0; n < rows; ++n)
+                std::memcpy(parts + n * row + (p / G * P + p % G) * UB, u + n * u_row + p * UB, 4 * UB);
+          cell.forward({n0, n1, ub, end, H, valid, resets, p_theta, hidden, parts, row, old.data(), f.restart.data(),
                         now.data()});
+          u += (end - ub) * G * UB;
         }
         group.wait();
       }
@@ -492,6 +603,10 @@ struct Backward {
 // out (M, UB) += A B for the gradient of weights, where the last block of units may be short.
 void accumulate(const Run& run, long M, long K, const float* A, const float* B, long ub, bool fresh, float* out) {
   const long n = std::min<long>(UB, run.H - ub * UB);
+  // The tile below is next, and its rows are pages apart.
+  if (!fresh)
+    for (long r = M; r < 2 * M; ++r)
+      for (long j = 0; j < UB; j += 16) __builtin_prefetch(out + r * run.width + j, 1, 2);
   if (n == UB) return blocks(M, K, A, Strip{}, B, fresh ? nullptr : out, run.width, out, run.width);
   float tile[MR * UB];
   blocks(M, K, A, Strip{}, B, nullptr, 0, tile, UB);
@@ -506,7 +621,8 @@ void run_backward(Run run, const Backward& f) {
   const long S = cell.states, thetas = cell.thetas, h_state = cell.hidden_state;
   const bool apart = run.apart;
   const long K = blocks * G * UB, row = padded(K), hidden = blocks * UB;
-  const long chunk = std::max(1L, std::min(T, 160 / N)), most = chunk * N;
+  // Many rows, so that gradients of weights, which are far, are added to seldom.
+  const long chunk = std::max(1L, std::min(T, 320 / N)), most = chunk * N;
   const long f_blocks = (F + UB - 1) / UB, f_strips = (F + MR - 1) / MR, h_strips = (H + MR - 1) / MR;
   const size_t sizes[] = {
       f.dx ? size_t(f_blocks * K * UB) : 0, size_t(blocks * K * UB), size_t(thetas * hidden), size_t(most * row),
@@ -531,6 +647,11 @@ void run_backward(Run run, const Backward& f) {
     }
     if (id == 0) pack_theta(run, f.theta, p_theta);
     Inputs& old = olds[id];
+    Panels at;
+    for (long ub = b0; ub < b1; ++ub) {
+      at.from.push_back(ub * UB);
+      at.to.push_back(ub * UB);
+    }
     float* my_theta = dtheta + id * thetas * hidden;
     std::memset(my_theta, 0, 4 * thetas * hidden);
     for (long n = n0; n < n1; ++n)
@@ -558,9 +679,11 @@ void run_backward(Run run, const Backward& f) {
                        dv + place + b0 * G * UB, row});
         group.wait();
         float* dh = carry + (h_state * N + n0) * hidden;
-        for (long ub = b0; ub < b1; ++ub)
-          multiply(n1 - n0, K, dv + place, row, p_hh + ub * K * UB, dh + ub * UB, hidden,
-                   dh + ub * UB, hidden);
+        if (n1 - n0 <= FEW)
+          narrow(n1 - n0, K, dv + place, row, p_hh + b0 * K * UB, at, dh, hidden, dh, hidden);
+        else
+          multiply_long(n1 - n0, K, dv + place, row, p_hh + b0 * K * UB, b1 - b0, dh + b0 * UB, hidden, dh + b0 * UB,
+                        hidden);
         if (resets)
           for (long n = n0; n < n1; ++n)
             for (long s = 0; s < S && resets[n]; ++s)
@@ -620,19 +743,14 @@ void run_backward(Run run, const Backward& f) {
       }
       if (f.dx) {
         const auto [r0, r1] = part.share(rows);
-        for (long p = 0; p < f_blocks; ++p) {
-          const long n = std::min<long>(UB, F - p * UB);
-          float* to = f.dx + low * N * F + p * UB;
-          if (n == UB) {
-            multiply(r1 - r0, K, du + r0 * row, row, p_ih + p * K * UB, nullptr, 0, to + r0 * F, F);
-            continue;
-          }
+        const long whole = F / UB, short_by = F % UB;
+        float* to = f.dx + low * N * F;
+        multiply_long(r1 - r0, K, du + r0 * row, row, p_ih, whole, nullptr, 0, to + r0 * F, F);
+        for (long r = r0; r < r1 && short_by; r += MR) {
           float tile[MR * UB];
-          for (long r = r0; r < r1; r += MR) {
-            const long m = std::min<long>(MR, r1 - r);
-            multiply(m, K, du + r * row, row, p_ih + p * K * UB, nullptr, 0, tile, UB);
-            for (long j = 0; j < m; ++j) std::memcpy(to + (r + j) * F, tile + j * UB, 4 * n);
-          }
+          const long m = std::min<long>(MR, r1 - r);
+          multiply(m, K, du + r * row, row, p_ih + whole * K * UB, nullptr, 0, tile, UB);
+          for (long j = 0; j < m; ++j) std::memcpy(to + (r + j) * F + whole * UB, tile + j * UB, 4 * short_by);
         }
       }
       all.wait();
@@ -657,9 +775,11 @@ void run_backward(Run run, const Backward& f) {
 // Operands or results in order; those without elements are null.
 struct Arrays {
   const Array* next;
+  bool fresh = false;  // whether they are yet to be written
   template <class Type = float>
   Type* take() {
     const Array& array = *next++;
+    if (fresh) in_large_pages(array.data, array.count * sizeof(Type));
     return array.count ? static_cast<Type*>(array.data) : nullptr;
   }
   template <class List>
@@ -685,7 +805,7 @@ Run start(const Cell& cell, Arrays& in, Call& f, bool reverse) {
 }  // namespace
 
 void run_forward(const Cell& cell, const Array* args, const Array* rets, bool reverse, long parts_row) {
-  Arrays in{args}, out{rets};
+  Arrays in{args}, out{rets, true};
   Forward f{};
   const Run run = start(cell, in, f, reverse);
   f.b = in.take();
@@ -698,7 +818,7 @@ void run_forward(const Cell& cell, const Array* args, const Array* rets, bool re
 }
 
 void run_backward(const Cell& cell, const Array* args, const Array* rets, bool reverse, long parts_row) {
-  Arrays in{args}, out{rets};
+  Arrays in{args}, out{rets, true};
   Backward f{};
   const Run run = start(cell, in, f, reverse);
   const float* hs = in.take();
