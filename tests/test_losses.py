@@ -10,6 +10,8 @@ import pytest
 
 from jrnn import losses
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NAN = float("nan")
 MASK = np.array([[1, 1, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0]], bool)  # (T, B) = (4, 3)
 

@@ -12,6 +12,8 @@ from jrnn.schedules import SCHEDULES, measured
 from jrnn.schedules.measured import Measured
 from jrnn.tuning import Timing, Tuning
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CELL = jrnn.lstm(4)
 
 
