@@ -16,7 +16,8 @@ The tensor cores multiply 16-bit floats and add in float32. Float32 factors are 
 low, and three of the four products taken (what XLA calls BF16_BF16_F32_X3): about 16 bits of each factor count.
 
 Pallas' interpreter has no semaphores and runs the blocks of a grid one after another: there a group of a grid is a
-cluster. It knows clusters from JAX 0.12 on. So all but the semaphore and the order of memory is tested without a GPU.
+cluster, which the interpreter of JAX 0.12 knows and that of 0.10 does not. What it cannot show is the semaphore, the
+order of memory between blocks and how arrays lie in registers and shared memory: that is lowered for CUDA, and untried.
 """
 
 from __future__ import annotations
