@@ -21,6 +21,8 @@ from benchmarks import data, driver, grid, machine, peers, plot, report, run, wo
 from benchmarks.peers import hand
 from benchmarks.store import Store
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = grid.Point("grid", "lstm", "train", 2, 5, 3, 4)
 ENVIRONMENT = {
     "hardware": {"cpu": "Some CPU", "machine": "x86_64", "cores": 2, "flags": {"avx2": True}, "system": "Linux"},

@@ -19,6 +19,8 @@ from benchmarks.peers import hand
 from benchmarks.peers.jrnn import Cudnn, Jrnn
 from benchmarks.store import Store
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = grid.Point("grid", "lstm", "train", 2, 5, 3, 4, precision="tf32")
 FORWARD = dataclasses.replace(TINY, work="forward")
 ENVIRONMENT = {

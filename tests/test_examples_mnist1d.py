@@ -11,6 +11,8 @@ import jrnn
 
 pytest.importorskip("matplotlib", reason="examples draw with matplotlib")
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "mnist1d.py"
 
 

@@ -13,6 +13,8 @@ import jrnn
 pytest.importorskip("matplotlib", reason="examples draw with matplotlib")
 pytest.importorskip("tqdm", reason="examples show a bar")
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "speakers.py"
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from jrnn.schedules.native import build
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 README = pathlib.Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
 

@@ -8,6 +8,8 @@ import pytest
 from jrnn import sequence
 from tests.conftest import count_compilations
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NAN = float("nan")
 LENGTHS = np.array([3, 0, 5])
 MASK = np.array([[1, 1, 0], [0, 1, 1], [1, 0, 1], [1, 1, 1], [1, 1, 0]], bool)
