@@ -224,8 +224,6 @@ using Work = std::function<void(long)>;
 
 struct Job {
   const Work* work;
-  int from;  // the processor of the call
-  cpu_set_t all;
   std::atomic<int> left;
 };
 
@@ -236,13 +234,23 @@ class Team {
   void run(long count, const Work& work) {
     while (static_cast<long>(helpers_.size()) < count - 1) {
       auto helper = std::make_unique<Helper>();
-      std::thread(serve, helper.get(), helpers_.size() + 1).detach();
+      std::thread thread(serve, helper.get(), helpers_.size() + 1);
+      helper->thread = thread.native_handle();
+      thread.detach();
       helpers_.push_back(std::move(helper));
     }
-    Job job{&work, sched_getcpu(), {}, {static_cast<int>(count - 1)}};
-    if (sched_getaffinity(0, sizeof job.all, &job.all)) CPU_ZERO(&job.all);
+    // Not on this processor: a thread is often woken on that of the one that wakes it, and moved only after milliseconds.
+    cpu_set_t others;
+    CPU_ZERO(&others);
+    const bool known = sched_getaffinity(0, sizeof others, &others) == 0 && CPU_COUNT(&others) > 1;
+    if (known) CPU_CLR(sched_getcpu(), &others);
+    Job job{&work, {static_cast<int>(count - 1)}};
     for (long i = 0; i < count - 1; ++i) {
       Helper& helper = *helpers_[i];
+      if (known && !CPU_EQUAL(&others, &helper.processors)) {
+        helper.processors = others;
+        pthread_setaffinity_np(helper.thread, sizeof others, &others);
+      }
       std::lock_guard<std::mutex> lock(helper.mutex);
       helper.job.store(&job, std::memory_order_release);
       if (helper.sleeps) helper.wake.notify_one();
@@ -258,6 +266,8 @@ class Team {
     std::condition_variable wake;
     std::atomic<Job*> job{nullptr};
     bool sleeps = false;
+    pthread_t thread{};
+    cpu_set_t processors{};  // where it may run, once it was said
   };
 
   static void serve(Helper* self, long i) {
@@ -271,27 +281,9 @@ class Team {
         self->sleeps = false;
       }
       Job& job = *self->job.exchange(nullptr, std::memory_order_acq_rel);
-      const cpu_set_t all = job.all;
-      const bool moved = leave(job.from, i, all);
       (*job.work)(i);
       job.left.fetch_sub(1, std::memory_order_acq_rel);  // after which there may be no job
-      if (moved) sched_setaffinity(0, sizeof all, &all);
     }
-  }
-
-  // A thread is often woken on the processor of the one that wakes it, and moved only after milliseconds: there, it goes
-  // to the i-th processor after that one.
-  static bool leave(int from, long i, const cpu_set_t& all) {
-    if (sched_getcpu() != from || CPU_COUNT(&all) < 2) return false;
-    int cpu = from;
-    for (; i > 0; --i)
-      do
-        cpu = (cpu + 1) % CPU_SETSIZE;
-      while (!CPU_ISSET(cpu, &all));
-    cpu_set_t one;
-    CPU_ZERO(&one);
-    CPU_SET(cpu, &one);
-    return sched_setaffinity(0, sizeof one, &one) == 0;
   }
 
   static void relax() {
