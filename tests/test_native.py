@@ -86,7 +86,8 @@ def assert_near(got, expected, tolerance=2e-5):
         (jrnn.gru(150), 6, 33, 100, True),  # the units shared, in blocks of which the last is short
         (jrnn.gru(96), 5, 2, 600, False),
         (jrnn.peephole_lstm(40), 300, 1, 3, True),  # few rows: panels taken together
-        (jrnn.lstm(50), 9, 3, 5, True),
+        (jrnn.gru(37), 9, 3, 5, True),
+        (jrnn.elman(37), 9, 1, 5, True),
         (jrnn.elman(17), 60, 7, 33, True),
     ],
     ids=lambda value: getattr(value, "hidden", value),
