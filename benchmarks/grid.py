@@ -23,8 +23,8 @@ SHAPES = (
 )
 WORK = {"forward": "forward", "train": "forward and backward", "step": "one step"}
 
-ONLY_JRNN = ("jrnn", "jrnn native")
-OWN_CELL = ("jrnn", "jrnn native", "jrnn own cell", "jrnn own cell native")
+ONLY_JRNN = ("jrnn", "jrnn hoisted")
+OWN_CELL = ("jrnn", "jrnn hoisted", "jrnn own cell", "jrnn own cell hoisted")
 
 
 @dataclasses.dataclass(frozen=True)

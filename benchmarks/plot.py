@@ -25,9 +25,9 @@ STYLES = {
     "keras": ("#cc79a7", "P"),
     "torch": ("#d55e00", "X"),
     "jrnn": ("#000000", "*"),
-    "jrnn native": ("#b2182b", "*"),
+    "jrnn hoisted": ("#b2182b", "*"),
 }
-OURS = ("jrnn", "jrnn native")
+OURS = ("jrnn", "jrnn hoisted")
 
 
 def write(path: Path, content: dict[str, Any]) -> bool:

@@ -36,7 +36,7 @@ def write(folder: Path, content: dict[str, Any]) -> bool:
 
 
 # The forms of jrnn that are compared with all others.
-FORMS = ("jrnn", "jrnn native")
+FORMS = ("jrnn", "jrnn hoisted")
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------
@@ -215,9 +215,9 @@ def _section(entries: list[dict[str, Any]], section: str) -> str:
     micro = section == "one step"
     scale = 1e3 if micro else 1.0
     header = ["(B, T, F, H), µs" if micro else "(B, T, F, H)", *present]
-    if "jrnn native" in present:
-        extra = {"grid": ["faster", "native faster", "floor", "native of floor"]}
-        extra |= {"own cell": ["own / built-in", "native own / built-in"]}
+    if "jrnn hoisted" in present:
+        extra = {"grid": ["faster", "hoisted faster", "floor", "hoisted of floor"]}
+        extra |= {"own cell": ["own / built-in", "hoisted own / built-in"]}
     else:
         extra = {"grid": ["faster", "floor", "µs a step"], "own cell": ["own / built-in"]}
     extra |= {"long": ["µs a step"], "memory": ["temporaries", "µs a step"], "one step": ["faster"]}
@@ -230,12 +230,13 @@ def _section(entries: list[dict[str, Any]], section: str) -> str:
             ms = median(entry, name)
             mark = "†" if entry["results"].get(name, {}).get("note") else ""
             values.append(number(None if ms is None else scale * ms) + (mark if ms is not None else ""))
-        own, native, own_native = (median(entry, f"jrnn {name}") for name in ("own cell", "native", "own cell native"))
+        names = ("own cell", "hoisted", "own cell hoisted")
+        own, hoisted, own_hoisted = (median(entry, f"jrnn {name}") for name in names)
         what = {
             "faster": faster(entry),
-            "native faster": faster(entry, "jrnn native"),
-            "native of floor": NOTHING if native is None else f"{100 * entry['floor_ms'] / native:.0f}%",
-            "native own / built-in": NOTHING if None in (native, own_native) else f"{own_native / native:.2f}",
+            "hoisted faster": faster(entry, "jrnn hoisted"),
+            "hoisted of floor": NOTHING if hoisted is None else f"{100 * entry['floor_ms'] / hoisted:.0f}%",
+            "hoisted own / built-in": NOTHING if None in (hoisted, own_hoisted) else f"{own_hoisted / hoisted:.2f}",
             "floor": NOTHING if ours is None else f"{entry['floor_ms']:.3g} ms, {100 * entry['floor_ms'] / ours:.0f}%",
             "µs a step": NOTHING if ours is None else number(1e3 * ours / point.time),
             "temporaries": size(entry["results"].get("jrnn", {}).get("temp_bytes")),

@@ -89,6 +89,7 @@ def assert_near(got, expected, tolerance=2e-5):
         (jrnn.gru(37), 9, 3, 5, True),
         (jrnn.elman(37), 9, 1, 5, True),
         (jrnn.elman(17), 60, 7, 33, True),
+        (jrnn.elman(2200), 1, 1, 3, False),  # fewer rows than threads
     ],
     ids=lambda value: getattr(value, "hidden", value),
 )

@@ -116,9 +116,10 @@ def chosen(cell, xs):
 def test_default_where_it_pays():
     assert chosen(jrnn.lstm(64), LARGE)[0] == "native"
     assert chosen(jrnn.stack(jrnn.lstm(64), jrnn.gru(64)), LARGE)[0] == "native"
-    name, reason = chosen(jrnn.lstm(64), LARGE[:4, :2])
+    name, reason = chosen(jrnn.lstm(64), LARGE[:2, :2])
     assert name == "hoisted"
     assert "too few to compile it for" in reason
+    assert "packs the weights" in chosen(jrnn.lstm(512), LARGE[:1])[1]
     name, reason = chosen(jrnn.lstm(64), LARGE.astype(jnp.bfloat16))
     assert name == "hoisted"
     assert "not native: it computes in float32 only" in reason

@@ -27,10 +27,10 @@ class Entry(NamedTuple):
 
 PEERS: dict[str, Entry] = {
     "jrnn": Entry("jrnn", "Jrnn", "jrnn", "jrnn"),
-    "jrnn native": Entry("jrnn", "Native", "jrnn", "jrnn"),
+    "jrnn hoisted": Entry("jrnn", "Hoisted", "jrnn", "jrnn"),
     "jrnn reference": Entry("jrnn", "Reference", "jrnn", "jrnn"),
     "jrnn own cell": Entry("jrnn", "OwnCell", "jrnn", "jrnn"),
-    "jrnn own cell native": Entry("jrnn", "OwnNative", "jrnn", "jrnn"),
+    "jrnn own cell hoisted": Entry("jrnn", "OwnHoisted", "jrnn", "jrnn"),
     "hand": Entry("hand", "Hand", "jax", "jax"),
     "hand hoisted": Entry("hand", "HandHoisted", "jax", "jax"),
     "flax.linen": Entry("flax_linen", "Linen", "flax", "flax"),
@@ -45,7 +45,6 @@ PEERS: dict[str, Entry] = {
 
 # Those that take part on a GPU alone, beside some of the others (see `benchmarks.gpu`).
 GPU: dict[str, Entry] = {
-    "jrnn hoisted": Entry("jrnn", "Hoisted", "jrnn", "jrnn"),
     "jrnn cudnn": Entry("jrnn", "Cudnn", "jrnn", "jrnn"),
     "jrnn kernel": Entry("jrnn", "Kernel", "jrnn", "jrnn"),
     "jrnn own cell in kernel": Entry("jrnn", "OwnKernel", "jrnn", "jrnn"),

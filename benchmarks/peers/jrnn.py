@@ -111,17 +111,10 @@ class Hoisted(Named):
     backend = "hoisted"
 
 
-class Native(Named):
-    """The whole loop compiled for this CPU."""
+class OwnHoisted(Own, Hoisted):
+    """The user's cell, likewise."""
 
-    form = 'jrnn.unroll(backend="native") under jit: needs a C++ compiler, and is used where asked for'
-    backend = "native"
-
-
-class OwnNative(Own, Native):
-    """The user's cell, compiled likewise."""
-
-    form = 'jrnn own cell, jrnn.unroll(backend="native") under jit'
+    form = 'jrnn own cell, jrnn.unroll(backend="hoisted") under jit'
 
 
 class Cudnn(Named):

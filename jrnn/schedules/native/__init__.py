@@ -1,9 +1,9 @@
 """The loop of an affine cell as a compiled function for the CPU: every product, the gates and all gradients in one.
 
 XLA runs a loop as a list of operations, about ten a step, on arrays that go through memory. Here one function written
-in C++ (`kernel.cc`) holds the whole loop, with the cell's own gates compiled into it (`emit.py`), and is called by XLA
-as one operation. It needs a C++ compiler, once for each cell and machine (`build.py`), and is used where it is asked
-for.
+in C++ holds the whole loop (`kernel.cc`) and calls the cell's own gates, compiled for it (`emit.py`, `cell.cc`); XLA
+calls it as one operation (`loop.py`). The machine's C++ compiler makes the loop once and the gates once for each cell
+(`build.py`). It is what runs on a CPU by default wherever it serves and pays.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from jrnn.schedules.steps import Steps, checkpointed, expand
 
 __all__ = ["pays", "run", "serves"]
 
-# Floating-point operations of a run from which on it is chosen by default: a few milliseconds of XLA's loop.
-WORK = 2**24
+# From how much on it is chosen by default: floating-point operations, to be worth a compilation; and steps of all
+# sequences, since the weights are packed anew in each call, which costs as much as some of these.
+WORK, ROWS = 2**20, 32
 
 
 def pays(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
@@ -37,6 +38,8 @@ def pays(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
     work = 2 * rows * (features + hidden) * width
     if work < WORK:
         return False, f"{work:.2g} floating-point operations are too few to compile it for (from {WORK:.2g} on)"
+    if rows < ROWS:
+        return False, f"it packs the weights in each call, which does not pay for {rows} steps (from {ROWS} on)"
     return True, ""
 
 

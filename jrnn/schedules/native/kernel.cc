@@ -100,6 +100,7 @@ inline void blocks(int rows, long K, const float* A, Left left, const float* B, 
 // one, where it is far.
 void multiply(long rows, long K, const float* A, long lda, const float* B, const float* init, long ldi, float* C,
               long ldc, const float* next = nullptr) {
+  if (rows <= 0) return;  // a thread's share of fewer rows than threads
   const long count = (rows + MR - 1) / MR, strips = (K + STRIP - 1) / STRIP;
   const long lines = next ? (STRIP * UB / 16 + count - 1) / count : 0;
   for (long i = 0, r = 0; i < count; ++i) {
