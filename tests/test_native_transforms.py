@@ -141,6 +141,16 @@ def test_default_without_a_compiler(monkeypatch):
     assert "not native: there is no compiler" in reason
 
 
+def test_default_where_the_compiler_fails(monkeypatch):
+    def load(header):
+        raise RuntimeError("the C++ compiler failed: internal error")
+
+    monkeypatch.setattr(build, "load", load)
+    name, reason = chosen(jrnn.lstm(64), LARGE)
+    assert name == "hoisted"
+    assert "not native: its gates could not be compiled: the C++ compiler failed" in reason
+
+
 def test_default_with_several_devices(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     name, reason = chosen(jrnn.lstm(64), LARGE)

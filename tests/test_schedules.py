@@ -8,6 +8,7 @@ from typing import ClassVar
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jrnn
@@ -360,3 +361,14 @@ def test_memory_with_remat(backend):
     whole = temporary_bytes(cell, 10_000, 1, 64, backend)
     assert temporary_bytes(cell, 10_000, 1, 64, backend, remat="sqrt") < 0.35 * whole
     assert temporary_bytes(cell, 100_000, 1, 64, backend, remat="sqrt") < 300e6
+
+
+@pytest.mark.parametrize("shape", ["7, b, 3", "t, b, 3"])
+def test_export_for_any_size(shape):
+    """One exported program for any batch and any time, by symbols for sizes."""
+    model = jrnn.stack(jrnn.lstm(4), jrnn.bidirectional(jrnn.mgu(3)))
+    params, xs = model.init(jax.random.key(0), 3), jax.random.normal(jax.random.key(1), (7, 5, 3))
+    run = jax.jit(lambda params, xs: jrnn.unroll(model, params, xs)[1])
+    form = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
+    exported = jax.export.export(run)(params, form)
+    np.testing.assert_allclose(exported.call(params, xs), run(params, xs), rtol=0, atol=1e-6)

@@ -28,7 +28,7 @@ from jrnn.cells.base import product
 from jrnn.schedules import promises
 from jrnn.schedules.layout import Rows, Units
 from jrnn.schedules.read import pack, parts, slots, unpack
-from jrnn.schedules.steps import Steps, checkpointed, chunked, expand
+from jrnn.schedules.steps import Steps, checkpointed, chunked, expand, times_in_a_body
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,15 @@ def make_plan(cell: Any, inputs: Inputs, steps: Steps) -> Plan:
     count, hidden = math.prod(batch), inputs.w_hh.shape[0]
     forward: Rows | Units = Rows()
     backward: Rows | Units = Rows()
-    if steps.key is None and count >= LIMITS.sequences and promises.elementwise(cell, inputs.theta, inputs.state):
+    known = isinstance(time, int) and isinstance(count, int)  # not symbols, as in a program that is exported for any
+    several = known and steps.key is None and count >= LIMITS.sequences
+    if several and promises.elementwise(cell, inputs.theta, inputs.state):
         in_parts = count % 2 == 0 and count >= LIMITS.parts_sequences and count * hidden >= LIMITS.parts
         forward = Units(2 if in_parts else 1) if count * hidden >= LIMITS.units else Rows()
         backward = Units() if hidden >= LIMITS.backward else Rows()
     sums = promises.sums(cell, inputs.theta, inputs.state)
     read = features + hidden >= LIMITS.read
-    chunk = choose_chunk(time, count, len(sums) * hidden)
+    chunk = choose_chunk(time, count, len(sums) * hidden) if known else time
     return Plan(cell, sums, forward, backward, chunk, False, read, steps.reverse, steps.unroll)
 
 
@@ -307,7 +309,7 @@ def chunks(plan: Plan, segment: Any, state: Any, steps: Any) -> tuple[Any, Any]:
 
 def scan(plan: Plan, body: Any, state: Any, steps: Any) -> tuple[Any, Any]:
     count = jax.tree.leaves(steps)[0].shape[0]
-    return jax.lax.scan(body, state, steps, count, plan.reverse, max(1, min(plan.unroll, count)))
+    return jax.lax.scan(body, state, steps, None, plan.reverse, times_in_a_body(plan.unroll, count))
 
 
 def _is_zero(t: Any) -> bool:

@@ -131,12 +131,16 @@ def scan(
     def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
         # The projection is made inside the segment, so that with remat it is recomputed and not kept for all T.
         xs, *rest = inputs
-        count = xs.shape[0]
-        unroll = max(1, min(steps.unroll, count))
-        return lax.scan(body, state, (project(params, xs), *rest), count, steps.reverse, unroll)
+        unroll = times_in_a_body(steps.unroll, xs.shape[0])
+        return lax.scan(body, state, (project(params, xs), *rest), None, steps.reverse, unroll)
 
     inputs = (xs, steps.valid, steps.resets, steps.times(length))
     return checkpointed(segment, state, inputs, length, steps)
+
+
+def times_in_a_body(unroll: int, count: Any) -> int:
+    """How many of ``count`` steps a body holds; a count may be a symbol, as in a program exported for any length."""
+    return max(1, min(unroll, count)) if unroll > 1 else 1
 
 
 def checkpointed(segment: Any, state: Any, inputs: Any, length: int, steps: Steps) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jrnn._device import default_device
 from jrnn.schedules import promises
-from jrnn.schedules.native import build, emit
+from jrnn.schedules.native import build, emit, operation
 from jrnn.schedules.native.loop import Flags, Inputs, Plan, loop
 from jrnn.schedules.steps import Steps, checkpointed, expand
 
@@ -33,6 +33,8 @@ def pays(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
         return False, "the cell is not affine"
     if jax.device_count() > 1:
         return False, "XLA can divide a scan among several devices, and not a call of compiled code"
+    if not all(isinstance(size, int) for size in xs.shape):
+        return False, "sizes are symbols"
     rows, features = math.prod(xs.shape[:-1]), xs.shape[-1]
     hidden, width = jax.eval_shape(cell.recurrent_weights, params).shape
     work = 2 * rows * (features + hidden) * width
@@ -61,13 +63,21 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
     if not promises.elementwise(cell, cell.theta(params), state):
         return False, "its gates are not elementwise over H"
     try:
-        _header(cell, params, state)
+        header = _header(cell, params, state)
     except emit.Unserved as error:
         return False, str(error)
     if default_device().platform != "cpu":
         return False, f"it runs on a CPU, and the default device is {default_device().platform}"
+    if not operation.available():
+        return False, "this version of JAX no longer has what its operation is made of"
     found, reason = build.available()
-    return found, reason or "the whole loop is one compiled function for this CPU"
+    if not found:
+        return False, reason
+    try:
+        build.load(header)
+    except (OSError, RuntimeError) as error:
+        return False, f"its gates could not be compiled: {error}"
+    return True, "the whole loop is one compiled function for this CPU"
 
 
 def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tuple[Any, jax.Array]:

@@ -15,7 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["Operation"]
+__all__ = ["Operation", "available"]
+
+
+def available() -> bool:
+    """Whether this version of JAX has all that is used here."""
+    try:
+        _primitive()
+    except (AttributeError, ImportError):
+        return False
+    return hasattr(jax.core, "ShapedArray")
 
 
 @dataclass(frozen=True)
