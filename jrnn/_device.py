@@ -1,4 +1,4 @@
-"""Where JAX computes unless told otherwise."""
+"""Where JAX computes: on which device, and over which axes of a mesh."""
 
 from __future__ import annotations
 

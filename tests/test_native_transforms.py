@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 import jrnn
+from jrnn import _interpret, testing
+from jrnn.schedules import native
 from jrnn.schedules.native import build
 from tests.test_native import assert_near, data, loss
 
@@ -132,6 +134,29 @@ def test_default_equals_the_plain_scan():
     got, expected = (jax.jit(jax.grad(loss(cell, b, marks), (0, 1, 2)))(params, xs, state) for b in (None, "reference"))
     assert_near(got, expected, 1e-4)
     assert "jrnn_native" in str(jax.make_jaxpr(loss(cell, None, marks))(params, xs, state))
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """It runs by default however little there is to do."""
+    monkeypatch.setattr(native, "WORK", 0)
+    monkeypatch.setattr(native, "ROWS", 0)
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    jax.clear_caches()
+    _interpret._traced.cache_clear()
+
+
+@pytest.mark.parametrize("cell", [jrnn.lstm(3), jrnn.bidirectional(jrnn.mgu(2))], ids=repr)
+def test_laws_where_it_is_the_default(cell, everywhere):
+    """The sequence contract itself, with NaN in padding, on what `unroll` runs when nobody asks."""
+    assert jrnn.choose_backend(cell, cell.init(jax.random.key(0), 2), jnp.ones((6, 4, 2)))[0] == "native"
+    laws = (testing.check_padding, testing.check_resets, testing.check_remat, testing.check_vmap)
+    testing.check_cell(cell, 2, laws=(*laws, testing.check_derivatives))
 
 
 def test_default_without_a_compiler(monkeypatch):

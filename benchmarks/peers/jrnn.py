@@ -72,16 +72,10 @@ class Own:
         return super().refuses(point) if point.section == "own cell" else "takes part in its own section"
 
 
-class OwnCell(Jrnn):
+class OwnCell(Own, Jrnn):
     """A user's AffineCell with the equations of the built-in one."""
 
     form = "a user's AffineCell with the LSTM's equations (eight lines), run as jrnn above"
-
-    def cell(self, point: Point) -> Any:
-        return OwnLSTM(point.hidden)
-
-    def refuses(self, point: Point) -> str | None:
-        return None if point.peers and "jrnn own cell" in point.peers else "takes part in its own section"
 
 
 class Named(Jrnn):

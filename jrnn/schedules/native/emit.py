@@ -95,9 +95,6 @@ def _places(trees: dict[str, Any]) -> list[str]:
     return [f"{name}[{i}]" for name, tree in trees.items() for i in range(len(jax.tree.leaves(tree)))]
 
 
-# Operations that only call another program, by the name of the parameter that holds it.
-_CALLS = promises.CALLS
-
 # Of vectors {0}, {1}, … of float32; comparisons give masks, vectors of int32 that are 0 or -1.
 _FLOATS = {
     "abs": "vabs({0})", "add": "{0} + {1}", "add_any": "{0} + {1}", "div": "{0} / {1}", "exp": "vexp({0})",
@@ -127,11 +124,11 @@ class _Writer:
 
     def run(self, jaxpr: Any) -> None:
         for eqn in jaxpr.eqns:
-            name, params = eqn.primitive.name, eqn.params
+            name = eqn.primitive.name
             if any(var.aval.shape for var in eqn.outvars):
                 raise Unserved(f"{name!r} in its gates gives one unit a shape")
-            if name in _CALLS:
-                self.call(eqn, params[_CALLS[name]])
+            if (program := promises.called(eqn)) is not None:
+                self.call(eqn, *program)
                 continue
             out = eqn.outvars[0]
             is_mask = out.aval.dtype == jnp.bool_
@@ -142,8 +139,7 @@ class _Writer:
             self.lines.append(f"  const {'vi' if is_mask else 'vf'} {result} = {self.expression(name, eqn)};")
             self.names[out] = result
 
-    def call(self, eqn: Any, inner: Any) -> None:
-        jaxpr, consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+    def call(self, eqn: Any, jaxpr: Any, consts: Any) -> None:
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             self.names[var] = _literal(value)
         # Arguments that the called program does not take (residuals of its derivative) come first.

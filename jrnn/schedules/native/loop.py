@@ -112,12 +112,11 @@ class Forward(Operation):
 
     def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
         inputs, flags = operands
+        last, kept = apply(Forward, self.plan, operands, keep=True)
         if self.keep:
             # A derivative of a derivative: what is kept is read by the transpose alone, which has its own.
-            last, kept = apply(Forward, self.plan, operands, keep=True)
             dlast, dhs = tangent(self.plan, inputs, flags, tangents[0])
             return (last, kept), (dlast, Kept(dhs, *jax.tree.map(jnp.zeros_like, kept[1:])))
-        last, kept = apply(Forward, self.plan, operands, keep=True)
         return (last, kept.hs), apply(Tangent, self.plan, (inputs, flags, kept, tangents[0]))
 
     def sequences(self, inputs: Inputs, flags: Flags) -> tuple[Any, Any]:
@@ -193,17 +192,13 @@ class Backward(Operation):
         return self.only(Inputs(dxs, dw_ih, db, dw_hh, dtheta, dstate, drestart))
 
     def plain(self, inputs: Inputs, flags: Flags, kept: Kept, cotangents: Any) -> Inputs:
-        return self.pulled(flags, inputs, cotangents)
-
-    def pulled(self, flags: Flags, inputs: Inputs, cotangents: Any) -> Inputs:
-        """The gradients by plain JAX."""
         return self.only(jax.vjp(lambda inputs: hoisted(self.plan, inputs, flags), inputs)[1](cotangents)[0])
 
     def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
-        inputs, flags, _, cotangents = operands
+        inputs, flags, kept, cotangents = operands
         out = apply(Backward, self.plan, operands, moving=self.moving)
         moved = affine.jvp_of(
-            lambda inputs, cotangents: self.pulled(flags, inputs, cotangents),
+            lambda inputs, cotangents: self.plain(inputs, flags, kept, cotangents),
             (inputs, cotangents),
             (tangents[0], tangents[3]),
         )[1]
