@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks import plot, store
 from benchmarks.grid import GATES, WORK, Point
 from benchmarks.peers import PEERS, is_jrnn
+from benchmarks.peers.base import PRODUCT
 
 NOTHING = "-"  # in a table, where there is no number
 TITLES = {"lstm": "LSTM", "gru": "GRU", "elman": "Elman"}
@@ -53,6 +54,12 @@ def best_other(entry: dict[str, Any]) -> tuple[str, float] | None:
     found = {name: median(entry, name) for name in entry["results"] if not is_jrnn(name)}
     timed = {name: ms for name, ms in found.items() if ms is not None}
     return min(timed.items(), key=lambda item: item[1]) if timed else None
+
+
+def floor_in_rounds(entry: dict[str, Any]) -> float | None:
+    """Milliseconds of the products alone at the median rate of the same rounds; None where that was not measured."""
+    ms = median(entry, "products")
+    return None if ms is None else ms * entry["flops"] / (2.0 * PRODUCT**3)
 
 
 def geometric_mean(values: Iterable[float]) -> float | None:
@@ -165,7 +172,8 @@ def _conditions(content: dict[str, Any]) -> str:
     lines.append(
         "Milliseconds of one call, medians of interleaved repetitions. *faster* is the time of the fastest other "
         "library over jrnn's: above 1 jrnn is faster, below 1 (bold) it loses. *floor* is the time of the matrix "
-        "products alone at the measured rate, and its share of jrnn's time. † see the notes under the table.\n"
+        "products alone at the best rate ever measured here, and its share of jrnn's median; *in rounds* is the "
+        "same at the median rate of products that were timed in the same rounds. † see the notes under the table.\n"
     )
     return "\n".join(lines)
 
@@ -212,14 +220,15 @@ def _compared(content: dict[str, Any], ours: str) -> str:
 
 def _section(entries: list[dict[str, Any]], section: str) -> str:
     present = [name for name in PEERS if any(median(entry, name) is not None for entry in entries)]
+    present = [name for name in present if name != "products"]
     micro = section == "one step"
     scale = 1e3 if micro else 1.0
     header = ["(B, T, F, H), µs" if micro else "(B, T, F, H)", *present]
     if "jrnn hoisted" in present:
-        extra = {"grid": ["faster", "hoisted faster", "floor", "hoisted of floor"]}
+        extra = {"grid": ["faster", "hoisted faster", "floor", "in rounds", "hoisted of floor"]}
         extra |= {"own cell": ["own / built-in", "hoisted own / built-in"]}
     else:
-        extra = {"grid": ["faster", "floor", "µs a step"], "own cell": ["own / built-in"]}
+        extra = {"grid": ["faster", "floor", "in rounds", "µs a step"], "own cell": ["own / built-in"]}
     extra |= {"long": ["µs a step"], "memory": ["temporaries", "µs a step"], "one step": ["faster"]}
     added = extra.get(section, ["faster", "floor"])
     rows = []
@@ -230,6 +239,7 @@ def _section(entries: list[dict[str, Any]], section: str) -> str:
             ms = median(entry, name)
             mark = "†" if entry["results"].get(name, {}).get("note") else ""
             values.append(number(None if ms is None else scale * ms) + (mark if ms is not None else ""))
+        beside = floor_in_rounds(entry)
         names = ("own cell", "hoisted", "own cell hoisted")
         own, hoisted, own_hoisted = (median(entry, f"jrnn {name}") for name in names)
         what = {
@@ -238,6 +248,7 @@ def _section(entries: list[dict[str, Any]], section: str) -> str:
             "hoisted of floor": NOTHING if hoisted is None else f"{100 * entry['floor_ms'] / hoisted:.0f}%",
             "hoisted own / built-in": NOTHING if None in (hoisted, own_hoisted) else f"{own_hoisted / hoisted:.2f}",
             "floor": NOTHING if ours is None else f"{entry['floor_ms']:.3g} ms, {100 * entry['floor_ms'] / ours:.0f}%",
+            "in rounds": NOTHING if None in (ours, beside) else f"{100 * beside / ours:.0f}%",
             "µs a step": NOTHING if ours is None else number(1e3 * ours / point.time),
             "temporaries": size(entry["results"].get("jrnn", {}).get("temp_bytes")),
             "own / built-in": NOTHING if own is None or ours is None else f"{own / ours:.2f}",
@@ -267,7 +278,7 @@ def _details(entries: list[dict[str, Any]]) -> str:
         point, best = Point.from_json(entry["point"]), best_other(entry)
         for name, result in entry["results"].items():
             samples = result.get("samples_ms")
-            if not samples:
+            if not samples or name == "products":
                 continue
             middle = statistics.median(samples)
             q1, _, q3 = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [middle] * 3

@@ -19,6 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # as `python benc
 
 from benchmarks import data, driver, grid, machine, peers, plot, report, run, worker
 from benchmarks.peers import hand
+from benchmarks.peers.base import PRODUCT
 from benchmarks.store import Store
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -241,6 +242,7 @@ def stored(folder):
     }
     results = {"jrnn": timed(2.0, 1.0, 3.0), "hand": timed(5.0, 4.0, 6.0), "keras": timed(1.5) | {"note": "a note"}}
     results |= {"haiku": {"disagrees": {"value": 0.5}, "note": ""}, "equinox": {"failed": "no memory"}}
+    results["products"] = timed(1e3 * 2 * PRODUCT**3 / 4e6)  # at 4e6 operations a second
     store.add(TINY, results, 1e9, 0.1, steps=10)
     step = dataclasses.replace(TINY, section="one step", work="step", batch=1, time=1)
     store.add(step, {"jrnn": timed(0.02), "empty": timed(0.01)}, 1e9, 0.1, steps=1)
@@ -285,7 +287,9 @@ def test_the_report(tmp_path):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:4] == ["forward and backward (2, 5, 3, 4)", "2.00", "5.00", "1.50†"]
     assert cells[4] == "**0.75x keras**"  # a loss is told
-    assert cells[6] == "400"  # microseconds a step
+    entry = content["points"][TINY.id]
+    assert cells[6] == f"{100 * 1e3 * entry['flops'] / 4e6 / 2.0:.0f}%"  # of the floor at the rate in the rounds
+    assert cells[7] == "400"  # microseconds a step
     assert "- 0.75x grid, lstm" in text
     assert "† keras: a note." in text
     assert "**haiku disagrees**" in text

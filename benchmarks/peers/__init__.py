@@ -41,6 +41,7 @@ PEERS: dict[str, Entry] = {
     "torch": Entry("torch", "Torch", "torch", "torch"),
     "torch padded": Entry("torch", "Padded", "torch", "torch"),
     "empty": Entry("hand", "Empty", "jax", "jax"),
+    "products": Entry("hand", "Products", "jax", "jax"),
 }
 
 # Those that take part on a GPU alone, beside some of the others (see `benchmarks.gpu`).
@@ -74,5 +75,5 @@ def create(name: str) -> Peer:
 
 
 def is_jrnn(name: str) -> bool:
-    """Whether a peer is jrnn itself in one of its forms, or the empty function: none of these is a competitor."""
-    return name.startswith("jrnn") or name == "empty"
+    """Whether a peer is jrnn itself in one of its forms, or a measure of the machine: none of these is a competitor."""
+    return name.startswith("jrnn") or name in ("empty", "products")

@@ -12,6 +12,8 @@ import numpy as np
 
 from benchmarks.grid import Point
 
+PRODUCT = 1536  # rows and columns of the factors whose product gives the floor's rate in the rounds
+
 
 @dataclasses.dataclass
 class Prepared:

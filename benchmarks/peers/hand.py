@@ -1,4 +1,4 @@
-"""The `jax.lax.scan` that a careful user writes by hand, without a library, and an empty function."""
+"""The `jax.lax.scan` that a careful user writes by hand, without a library; an empty function; and products alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from benchmarks.grid import Point
-from benchmarks.peers.base import JaxPeer
+from benchmarks.peers.base import PRODUCT, JaxPeer, Peer, Prepared, compile_ahead
 
 
 def product(x: Any, w: Any) -> Any:
@@ -99,3 +99,19 @@ class Empty(Hand):
     def step(self, point: Point, own: Any, state: Any, x: Any) -> tuple[Any, Any]:
         state = jax.tree.map(lambda s: s + 1, state)
         return state, state[0]
+
+
+class Products(Peer):
+    """The floor's rate in the same rounds: how fast this machine multiplies while the others are timed."""
+
+    form = f"one float32 product of two matrices of {PRODUCT} x {PRODUCT}: the rate of the floor in the same rounds"
+    checked = False
+
+    def refuses(self, point: Point) -> str | None:
+        return None if point.work in ("forward", "train") else "single steps have no floor"
+
+    def prepare(self, point: Point, data: dict[str, Any]) -> Prepared:
+        a = jnp.ones((PRODUCT, PRODUCT), jnp.float32)
+        prepared, compiled = compile_ahead(jnp.matmul, (a, a))
+        prepared.call = lambda: jax.block_until_ready(compiled(a, a))
+        return prepared
