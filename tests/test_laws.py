@@ -154,7 +154,7 @@ def test_dropconnect_draws_weights_once_for_a_run_and_its_batch():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("backend", ["hoisted", "reference"])
+@pytest.mark.parametrize("backend", ["hoisted", "native", "reference"])
 def test_16_bit_inputs_keep_float32_sums_and_state(dtype, backend):
     """Against the same rounded operands in float32: only what is fed back is rounded, and there is nothing of it."""
     cell = jrnn.elman(4, "linear")

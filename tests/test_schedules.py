@@ -356,7 +356,7 @@ def test_memory_of_a_training_step(cell, features, floats):
 
 @pytest.mark.parametrize("backend", ["hoisted", None])
 def test_memory_with_remat(backend):
-    """With remat="sqrt" memory grows as the square root of T (and as the state, which is put out)."""
+    """With remat="sqrt" memory grows as the square root of T, and as ``ys``; with the gradient of the inputs too."""
     cell = jrnn.lstm(256)
     whole = temporary_bytes(cell, 10_000, 1, 64, backend)
     assert temporary_bytes(cell, 10_000, 1, 64, backend, remat="sqrt") < 0.35 * whole

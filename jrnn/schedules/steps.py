@@ -85,6 +85,12 @@ class Steps:
             return None
         return jnp.arange(length, dtype=jnp.uint32) + jnp.asarray(self.start).astype(jnp.uint32)
 
+    def chunk(self, length: int) -> int | None:
+        """Steps between those whose state is kept, None where all are."""
+        if self.remat is None or length < 2:
+            return None
+        return max(1, round(length**0.5)) if self.remat == "sqrt" else min(int(self.remat), length)
+
     def key_at(self, time: jax.Array | None) -> jax.Array | None:
         if self.key is None or time is None:
             return None
@@ -145,9 +151,9 @@ def times_in_a_body(unroll: int, count: Any) -> int:
 
 def checkpointed(segment: Any, state: Any, inputs: Any, length: int, steps: Steps) -> tuple[Any, Any]:
     """Runs a segment function over all steps, in chunks whose insides are recomputed backwards (Chen et al. 2016)."""
-    if steps.remat is None or length < 2:
+    chunk = steps.chunk(length)
+    if chunk is None:
         return segment(state, inputs)
-    chunk = max(1, round(length**0.5)) if steps.remat == "sqrt" else min(int(steps.remat), length)
     return chunked(jax.checkpoint(segment, prevent_cse=False), state, inputs, length, chunk, steps.reverse)
 
 

@@ -19,12 +19,13 @@ Array plain(ffi::AnyBuffer buffer) {
 }
 
 template <auto run>
-ffi::Error call(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t reverse, int64_t parts_row) {
+ffi::Error call(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t reverse, int64_t parts_row, int64_t chunk,
+                int64_t together) {
   std::vector<Array> in, out;
   for (size_t i = 0; i < args.size(); ++i) in.push_back(plain(*args.get<ffi::AnyBuffer>(i)));
   for (size_t i = 0; i < rets.size(); ++i) out.push_back(plain(**rets.get<ffi::AnyBuffer>(i)));
   try {
-    run(*called, in.data(), out.data(), reverse != 0, parts_row);
+    run(*called, in.data(), out.data(), Options{reverse != 0, parts_row, chunk, together});
   } catch (const std::exception& error) {  // no memory, or no threads
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, error.what());
   }
@@ -33,7 +34,14 @@ ffi::Error call(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t revers
 
 }  // namespace
 
-#define BIND ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attr<int64_t>("reverse").Attr<int64_t>("parts_row")
+#define BIND                              \
+  ffi::Ffi::Bind()                        \
+      .RemainingArgs()                    \
+      .RemainingRets()                    \
+      .Attr<int64_t>("reverse")           \
+      .Attr<int64_t>("parts_row")         \
+      .Attr<int64_t>("chunk")             \
+      .Attr<int64_t>("together")
 XLA_FFI_DEFINE_HANDLER(forward, call<run_forward>, BIND);
 XLA_FFI_DEFINE_HANDLER(backward, call<run_backward>, BIND);
 

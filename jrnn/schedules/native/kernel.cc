@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -178,21 +179,20 @@ inline void narrow(long K, const float* A, long lda, const float* B, const Panel
 }
 
 template <int M>
-void narrow(long K, const float* A, long lda, const float* B, const Panels& at, const float* init, long ldi, float* C,
-            long ldc) {
+void narrow(long K, const float* A, long lda, const float* B, const Panels& at, long count, const float* init, long ldi,
+            float* C, long ldc) {
   constexpr int P = M == 1 ? 4 : 2;
-  const long count = at.to.size();
   long p = 0;
   for (; p + P <= count; p += P) narrow<M, P, 1>(K, A, lda, B, at, p, init, ldi, C, ldc);
   if (P > 2 && p + 2 <= count) narrow<M, 2, 2>(K, A, lda, B, at, p, init, ldi, C, ldc), p += 2;
   if (p < count) narrow<M, 1, P>(K, A, lda, B, at, p, init, ldi, C, ldc);
 }
 
-void narrow(long rows, long K, const float* A, long lda, const float* B, const Panels& at, const float* init, long ldi,
-            float* C, long ldc) {
-  if (rows == 1) narrow<1>(K, A, lda, B, at, init, ldi, C, ldc);
-  if (rows == 2) narrow<2>(K, A, lda, B, at, init, ldi, C, ldc);
-  if (rows == 3) narrow<3>(K, A, lda, B, at, init, ldi, C, ldc);
+void narrow(long rows, long K, const float* A, long lda, const float* B, const Panels& at, long count,
+            const float* init, long ldi, float* C, long ldc) {
+  if (rows == 1) narrow<1>(K, A, lda, B, at, count, init, ldi, C, ldc);
+  if (rows == 2) narrow<2>(K, A, lda, B, at, count, init, ldi, C, ldc);
+  if (rows == 3) narrow<3>(K, A, lda, B, at, count, init, ldi, C, ldc);
 }
 
 // --- threads and memory ------------------------------------------------------------------------------------------
@@ -405,10 +405,42 @@ struct Run {
   }
 };
 
-// What one thread of a run does: sequences n0 to n1 and blocks of units b0 to b1, and its share of all else.
+// Work that threads take piece by piece, each of its own share first and then of what the others have not begun: a core
+// that is slower for a while (its twin is busy, it was interrupted) is not waited for. Who takes a piece changes no result.
+class Pieces {
+ public:
+  explicit Pieces(long threads) : next_(threads) {}
+  // The next piece of `count` for thread `me`, or an empty one at the end: half of what is left of a share, and no less
+  // than `least`. There is a barrier between one phase and the next.
+  std::pair<long, long> take(long phase, long count, long me, long least = 1) {
+    const long threads = next_.size();
+    for (long i = 0; i < threads; ++i) {
+      const long owner = (me + i) % threads;
+      const auto [begin, end] = share(count, threads, owner);
+      auto& next = next_[owner].value;
+      for (uint64_t seen = next.load(std::memory_order_relaxed);;) {
+        const long from = static_cast<long>(seen >> 32) == phase ? static_cast<uint32_t>(seen) : begin;
+        if (from >= end) break;
+        const long to = std::min(end, from + std::max(least, (end - from) / 2));
+        if (next.compare_exchange_weak(seen, uint64_t(phase) << 32 | uint64_t(to), std::memory_order_relaxed))
+          return {from, to};
+      }
+    }
+    return {0, 0};
+  }
+
+ private:
+  struct alignas(64) Next {
+    std::atomic<uint64_t> value{0};  // the phase, from 1 on, and where its next piece begins
+  };
+  std::vector<Next> next_;
+};
+
+// What one thread of a run does: sequences n0 to n1, and of all else what it shares with others.
 struct Part {
-  long id, threads, n0, n1, b0, b1;
-  Barrier &all, &group;  // group: of those that share its sequences
+  long id, threads, n0, n1, unit, units;  // unit: its place among those that share its sequences
+  Barrier &all, &group;                   // group: of those
+  Pieces &steps, &panels, &rows;          // of a step's units, in the group; of the gradients of weights and of inputs
   std::pair<long, long> share(long count) const { return ::share(count, threads, id); }
 };
 
@@ -417,13 +449,17 @@ void divide(const Run& run, Function work) {
   const long threads = run.threads();
   Barrier all;
   std::vector<Barrier> groups(run.across);
+  std::deque<Pieces> steps;
+  Pieces panels(threads), rows(threads);
   all.reset(threads);
-  for (auto& group : groups) group.reset(run.units);
+  for (auto& group : groups) {
+    group.reset(run.units);
+    steps.emplace_back(run.units);
+  }
   parallel(threads, [&](long id) {
     const long across = id / run.units;
     const auto [n0, n1] = share(run.N, run.across, across);
-    const auto [b0, b1] = share(run.blocks, run.units, id % run.units);
-    work(Part{id, threads, n0, n1, b0, b1, all, groups[across]});
+    work(Part{id, threads, n0, n1, id % run.units, run.units, all, groups[across], steps[across], panels, rows});
   });
 }
 
@@ -463,6 +499,21 @@ constexpr long NEAR = 1 << 18;
 // A length of row that is no multiple of a page, so that rows do not share the few places of a cache.
 inline long padded(long floats) { return floats % 256 ? floats : floats + 16; }
 
+// Parameters as a run reads them, by the floats of each; packed by the first run that is given them.
+class Weights {
+ public:
+  Weights(size_t ih, size_t hh, size_t b, size_t theta)
+      : scratch_(Scratch::rounded(ih) + Scratch::rounded(hh) + Scratch::rounded(b) + Scratch::rounded(theta)),
+        ih(scratch_.take(ih)), hh(scratch_.take(hh)), b(scratch_.take(b)), theta(scratch_.take(theta)) {}
+
+ private:
+  Scratch scratch_;
+
+ public:
+  float *const ih, *const hh, *const b, *const theta;
+  bool packed = false;
+};
+
 // --- the loop ----------------------------------------------------------------------------------------------------
 
 using Inputs = std::vector<const float*>;  // an array for each state, or each vector of theta
@@ -479,7 +530,12 @@ struct Forward {
   long parts_row;
 };
 
-void run_forward(Run run, const Forward& f) {
+Weights forward_weights(const Run& run) {
+  const size_t columns = run.blocks * run.G * UB;
+  return Weights(columns * run.F, columns * run.H, columns, run.cell.thetas * run.blocks * UB);
+}
+
+void run_forward(Run run, const Forward& f, Weights& weights) {
   run.plan();
   const Cell& cell = run.cell;
   const long T = run.T, N = run.N, F = run.F, H = run.H, G = run.G, blocks = run.blocks, threads = run.threads();
@@ -487,40 +543,39 @@ void run_forward(Run run, const Forward& f) {
   const long most_rows = (N + run.across - 1) / run.across, most_blocks = (blocks + run.units - 1) / run.units;
   const long chunk = std::max(1L, std::min(T, 96 / most_rows));
   const bool far = 4 * (F + H) * run.width > NEAR;
-  const long u_row = padded(most_blocks * G * UB);
-  const size_t panels = blocks * G * UB;
-  const size_t shared = Scratch::rounded(panels * F) + Scratch::rounded(panels * H) + Scratch::rounded(panels) +
-                        Scratch::rounded(thetas * hidden);
+  const long u_row = padded(blocks * G * UB);
   const long at_once = most_rows > FEW ? 1 : most_blocks;  // blocks of units whose gates follow their product
   const size_t tile_size = most_rows * at_once * P * UB;
-  const size_t own = Scratch::rounded(chunk * most_rows * u_row) + Scratch::rounded(tile_size) +
-                     Scratch::rounded(most_rows * H);
-  Scratch scratch(shared + threads * own);
-  float *p_ih = scratch.take(panels * F), *p_hh = scratch.take(panels * H), *p_b = scratch.take(panels),
-        *p_theta = scratch.take(thetas * hidden);
-  std::vector<float*> mine(threads);
+  const size_t u_size = chunk * most_rows * u_row;
+  const size_t own = Scratch::rounded(tile_size) + Scratch::rounded(most_rows * H);
+  Scratch scratch(run.across * Scratch::rounded(u_size) + threads * own);
+  float *p_ih = weights.ih, *p_hh = weights.hh, *p_b = weights.b, *p_theta = weights.theta;
+  std::vector<float*> projected(run.across), mine(threads);
+  for (auto& u : projected) u = scratch.take(u_size);
   for (auto& m : mine) m = scratch.take(own);
   std::vector<Inputs> olds(threads, Inputs(S));
   std::vector<Outputs> news(threads, Outputs(S));
 
   divide(run, [&](const Part& part) {
-    const auto [id, _, n0, n1, b0, b1, all, group] = part;
-    const auto [k0, k1] = part.share(blocks * G);
-    for (long p = k0; p < k1; ++p) {
-      pack(run, f.w_ih, F, p / G, p % G, p_ih + p * F * UB);
-      pack(run, f.w_hh, H, p / G, p % G, p_hh + p * H * UB);
-      pack(run, f.b, 1, p / G, p % G, p_b + p * UB);
+    const long id = part.id, n0 = part.n0, n1 = part.n1;
+    if (!weights.packed) {
+      const auto [k0, k1] = part.share(blocks * G);
+      for (long p = k0; p < k1; ++p) {
+        pack(run, f.w_ih, F, p / G, p % G, p_ih + p * F * UB);
+        pack(run, f.w_hh, H, p / G, p % G, p_hh + p * H * UB);
+        pack(run, f.b, 1, p / G, p % G, p_b + p * UB);
+      }
+      if (id == 0) pack_theta(run, f.theta, p_theta);
+      part.all.wait();
     }
-    if (id == 0) pack_theta(run, f.theta, p_theta);
-    all.wait();
     const long rows = n1 - n0;
-    float* us = mine[id];
-    float* tile = us + Scratch::rounded(chunk * most_rows * u_row);
+    float* us = projected[id / run.units];
+    float* tile = mine[id];
     float* fed = tile + Scratch::rounded(tile_size);
     Inputs& old = olds[id];   // states before the step, (N, H)
     Outputs& now = news[id];  // and after it
     Panels at;
-    for (long p = 0; p < std::min(at_once, b1 - b0) * G; ++p) {
+    for (long p = 0; p < at_once * G; ++p) {
       const long g = p % G, slot = cell.slot[g];
       at.from.push_back(slot == g ? p * UB : -1);
       at.to.push_back((p / G * P + slot) * UB);
@@ -528,16 +583,18 @@ void run_forward(Run run, const Forward& f) {
 
     for (long start = 0; start < T; start += chunk) {
       const long count = std::min(chunk, T - start), low = run.reverse ? T - start - count : start;
-      for (long p = b0 * G; p < b1 * G; ++p) {
-        float* to = us + (p - b0 * G) * UB;
-        const float *panel = p_ih + p * F * UB, *next = far ? panel + F * UB : nullptr;
-        if (rows == N)
-          multiply(count * N, F, f.x + low * N * F, F, panel, p_b + p * UB, 0, to, u_row, next);
-        else
-          for (long i = 0; i < count; ++i)
-            multiply(rows, F, f.x + ((low + i) * N + n0) * F, F, panel, p_b + p * UB, 0, to + i * rows * u_row, u_row,
-                     next);
-      }
+      // The input product of some blocks, for all steps of the chunk.
+      const auto project = [&](long first, long end) {
+        for (long p = first * G; p < end * G; ++p) {
+          const float *panel = p_ih + p * F * UB, *next = far ? panel + F * UB : nullptr;
+          if (rows == N)
+            multiply(count * N, F, f.x + low * N * F, F, panel, p_b + p * UB, 0, us + p * UB, u_row, next);
+          else
+            for (long i = 0; i < count; ++i)
+              multiply(rows, F, f.x + ((low + i) * N + n0) * F, F, panel, p_b + p * UB, 0,
+                       us + i * rows * u_row + p * UB, u_row, next);
+        }
+      };
       for (long i = start; i < start + count; ++i) {
         const long t = run.time(i), before = run.time(i - 1);
         const uint8_t* valid = f.valid ? f.valid + t * N : nullptr;
@@ -552,26 +609,33 @@ void run_forward(Run run, const Forward& f) {
             std::memcpy(fed + (n - n0) * H, (resets[n] ? f.restart : old)[cell.hidden_state] + n * H, 4 * H);
           h = fed;
         }
-        const float* u = us + (t - low) * rows * u_row;
-        for (long ub = b0; ub < b1; ub += at_once) {
-          const long end = std::min(b1, ub + at_once);
-          float* parts = f.parts ? f.parts + (t * N + n0) * f.parts_row + ub * P * UB : tile;
-          const long row = f.parts ? f.parts_row : at_once * P * UB;
-          if (rows <= FEW)
-            narrow(rows, H, h, H, p_hh + ub * G * H * UB, at, u, u_row, parts, row);
-          else
-            for (long g = 0; g < G; ++g)
-              multiply(rows, H, h, H, p_hh + (ub * G + g) * H * UB, at.from[g] < 0 ? nullptr : u + at.from[g], u_row,
-                       parts + at.to[g], row, far ? p_hh + (ub * G + g + 1) * H * UB : nullptr);
-          for (long p = 0; p < (end - ub) * G; ++p)
-            if (at.from[p] < 0)
-              for (long n = 0; n < rows; ++n)
-                std::memcpy(parts + n * row + (p / G * P + p % G) * UB, u + n * u_row + p * UB, 4 * UB);
-          cell.forward({n0, n1, ub, end, H, valid, resets, p_theta, hidden, parts, row, old.data(), f.restart.data(),
-                        now.data()});
-          u += (end - ub) * G * UB;
+        // Blocks in pieces of at_once: those of few rows one for each thread.
+        const long pieces = at_once == 1 ? blocks : part.units;
+        for (;;) {
+          const auto [p0, p1] = part.steps.take(i + 1, pieces, part.unit);
+          if (p0 == p1) break;
+          const long b0 = blocks * p0 / pieces, b1 = blocks * p1 / pieces;
+          if (i == start) project(b0, b1);
+          for (long ub = b0; ub < b1; ub += at_once) {
+            const long end = std::min(b1, ub + at_once);
+            const float* u = us + (t - low) * rows * u_row + ub * G * UB;
+            float* parts = f.parts ? f.parts + (t * N + n0) * f.parts_row + ub * P * UB : tile;
+            const long row = f.parts ? f.parts_row : at_once * P * UB;
+            if (rows <= FEW)
+              narrow(rows, H, h, H, p_hh + ub * G * H * UB, at, (end - ub) * G, u, u_row, parts, row);
+            else
+              for (long g = 0; g < G; ++g)
+                multiply(rows, H, h, H, p_hh + (ub * G + g) * H * UB, at.from[g] < 0 ? nullptr : u + at.from[g], u_row,
+                         parts + at.to[g], row, far ? p_hh + (ub * G + g + 1) * H * UB : nullptr);
+            for (long p = 0; p < (end - ub) * G; ++p)
+              if (at.from[p] < 0)
+                for (long n = 0; n < rows; ++n)
+                  std::memcpy(parts + n * row + (p / G * P + p % G) * UB, u + n * u_row + p * UB, 4 * UB);
+            cell.forward({n0, n1, ub, end, H, valid, resets, p_theta, hidden, parts, row, old.data(), f.restart.data(),
+                          now.data()});
+          }
         }
-        group.wait();
+        part.group.wait();
       }
     }
     if (id % run.units == 0)
@@ -579,6 +643,7 @@ void run_forward(Run run, const Forward& f) {
         if (f.after[s])
           std::memcpy(f.last[s] + n0 * H, f.after[s] + (run.time(T - 1) * N + n0) * H, 4 * rows * H);
   });
+  weights.packed = true;
 }
 
 // --- its derivative ----------------------------------------------------------------------------------------------
@@ -589,8 +654,10 @@ struct Backward {
   Inputs theta, state, restart, after, dlast;  // after: of h it is hs
   const float *parts, *dhs;
   long parts_row;
+  long kept_rows;  // sequences to a step of parts and after
   float *dx, *dw_ih, *db, *dw_hh;  // dx may be null
   Outputs dtheta, dstate, drestart;
+  bool more = false;  // whether these, of dx and dstate apart, are added to what is there
 };
 
 // out (M, UB) += A B for the gradient of weights, where the last block of units may be short.
@@ -607,7 +674,12 @@ void accumulate(const Run& run, long M, long K, const float* A, const float* B, 
     for (long j = 0; j < n; ++j) out[r * run.width + j] = tile[r * UB + j] + (fresh ? 0 : out[r * run.width + j]);
 }
 
-void run_backward(Run run, const Backward& f) {
+Weights backward_weights(const Run& run, bool by_inputs) {
+  const size_t K = run.blocks * run.G * UB, f_blocks = (run.F + UB - 1) / UB;
+  return Weights(by_inputs ? f_blocks * K * UB : 0, run.blocks * K * UB, 0, run.cell.thetas * run.blocks * UB);
+}
+
+void run_backward(Run run, const Backward& f, Weights& weights) {
   run.plan();
   const Cell& cell = run.cell;
   const long T = run.T, N = run.N, F = run.F, H = run.H, G = run.G, blocks = run.blocks, threads = run.threads();
@@ -617,28 +689,28 @@ void run_backward(Run run, const Backward& f) {
   // Many rows, so that gradients of weights, which are far, are added to seldom.
   const long chunk = std::max(1L, std::min(T, 320 / N)), most = chunk * N;
   const long f_blocks = (F + UB - 1) / UB, f_strips = (F + MR - 1) / MR, h_strips = (H + MR - 1) / MR;
-  const size_t sizes[] = {
-      f.dx ? size_t(f_blocks * K * UB) : 0, size_t(blocks * K * UB), size_t(thetas * hidden), size_t(most * row),
-      apart ? size_t(most * row) : 0, size_t(S * N * hidden), size_t(threads * thetas * hidden),
-      size_t(most * f_strips * MR), size_t(most * h_strips * MR), size_t(threads * most * UB)};
+  const size_t sizes[] = {size_t(most * row), apart ? size_t(most * row) : 0, size_t(S * N * hidden),
+                          size_t(threads * thetas * hidden), size_t(most * f_strips * MR),
+                          size_t(most * h_strips * MR), size_t(threads * most * UB)};
   size_t total = 0;
   for (size_t size : sizes) total += Scratch::rounded(size);
   Scratch scratch(total);
-  float *p_ih = scratch.take(sizes[0]), *p_hh = scratch.take(sizes[1]), *p_theta = scratch.take(sizes[2]),
-        *du = scratch.take(sizes[3]), *dv = apart ? scratch.take(sizes[4]) : du, *carry = scratch.take(sizes[5]),
-        *dtheta = scratch.take(sizes[6]), *strips_x = scratch.take(sizes[7]), *strips_h = scratch.take(sizes[8]),
-        *panels = scratch.take(sizes[9]);
+  float *p_ih = weights.ih, *p_hh = weights.hh, *p_theta = weights.theta;
+  float *du = scratch.take(sizes[0]), *dv = apart ? scratch.take(sizes[1]) : du, *carry = scratch.take(sizes[2]),
+        *dtheta = scratch.take(sizes[3]), *strips_x = scratch.take(sizes[4]), *strips_h = scratch.take(sizes[5]),
+        *panels = scratch.take(sizes[6]);
   std::vector<Inputs> olds(threads, Inputs(S));
 
   divide(run, [&](const Part& part) {
-    const auto [id, _, n0, n1, b0, b1, all, group] = part;
-    {
+    const long id = part.id, n0 = part.n0, n1 = part.n1;
+    const auto [b0, b1] = ::share(blocks, part.units, part.unit);
+    if (!weights.packed) {
       const auto [k0, k1] = part.share(blocks);
       for (long p = k0; p < k1; ++p) pack_transposed(run, f.w_hh, H, p * UB, p_hh + p * K * UB);
       const auto [i0, i1] = part.share(f.dx ? f_blocks : 0);
       for (long p = i0; p < i1; ++p) pack_transposed(run, f.w_ih, F, p * UB, p_ih + p * K * UB);
+      if (id == 0) pack_theta(run, f.theta, p_theta);
     }
-    if (id == 0) pack_theta(run, f.theta, p_theta);
     Inputs& old = olds[id];
     Panels at;
     for (long ub = b0; ub < b1; ++ub) {
@@ -651,11 +723,11 @@ void run_backward(Run run, const Backward& f) {
       for (long s = 0; s < S; ++s)
         for (long unit = b0 * UB; unit < b1 * UB; unit += VL)
           store(carry + (s * N + n) * hidden + unit, load(f.dlast[s] + n * H + unit, H - unit));
-    if (f.drestart[0])
+    if (f.drestart[0] && !f.more)
       for (long s = 0; s < S; ++s)
         for (long n = n0; n < n1; ++n)
           for (long unit = b0 * UB; unit < std::min(H, b1 * UB); ++unit) f.drestart[s][n * H + unit] = 0;
-    all.wait();
+    part.all.wait();
 
     for (long start = 0; start < T; start += chunk) {
       const long count = std::min(chunk, T - start), low = run.reverse ? start : T - start - count;
@@ -664,19 +736,26 @@ void run_backward(Run run, const Backward& f) {
         const bool opens = i == T - 1;  // the first step of the loop, the last of its derivative
         const uint8_t* valid = f.valid ? f.valid + t * N : nullptr;
         const uint8_t* resets = f.resets ? f.resets + t * N : nullptr;
-        for (long s = 0; s < S; ++s) old[s] = opens ? f.state[s] : f.after[s] + before * N * H;
+        for (long s = 0; s < S; ++s) old[s] = opens ? f.state[s] : f.after[s] + before * f.kept_rows * H;
         const long place = ((t - low) * N + n0) * row;
         cell.backward({n0, n1, b0, b1, H, valid, resets, p_theta, my_theta, hidden,
-                       f.parts + (t * N + n0) * f.parts_row + b0 * cell.parts * UB, f.parts_row, old.data(),
+                       f.parts + (t * f.kept_rows + n0) * f.parts_row + b0 * cell.parts * UB, f.parts_row, old.data(),
                        f.restart.data(), f.dhs + t * N * H, carry, N * hidden, hidden, du + place + b0 * G * UB,
                        dv + place + b0 * G * UB, row});
-        group.wait();
+        part.group.wait();
         float* dh = carry + (h_state * N + n0) * hidden;
-        if (n1 - n0 <= FEW)
-          narrow(n1 - n0, K, dv + place, row, p_hh + b0 * K * UB, at, dh, hidden, dh, hidden);
-        else
-          multiply_long(n1 - n0, K, dv + place, row, p_hh + b0 * K * UB, b1 - b0, dh + b0 * UB, hidden, dh + b0 * UB,
-                        hidden);
+        if (n1 - n0 <= FEW) {
+          narrow(n1 - n0, K, dv + place, row, p_hh + b0 * K * UB, at, b1 - b0, dh, hidden, dh, hidden);
+        } else {
+          for (;;) {
+            const auto [p0, p1] = part.steps.take(i + 1, blocks, part.unit);
+            if (p0 == p1) break;
+            float* to = dh + p0 * UB;
+            multiply_long(n1 - n0, K, dv + place, row, p_hh + p0 * K * UB, p1 - p0, to, hidden, to, hidden);
+          }
+          // What others took of these units is read below, and by the gates of the next step.
+          part.group.wait();
+        }
         if (resets)
           for (long n = n0; n < n1; ++n)
             for (long s = 0; s < S && resets[n]; ++s)
@@ -689,7 +768,7 @@ void run_backward(Run run, const Backward& f) {
 
       // Of the chunk at once: the gradients of weights, by columns, and of the inputs, by rows.
       const long rows = count * N;
-      const bool fresh = start == 0;
+      const bool fresh = start == 0 && !f.more;
       {
         const auto [s0, s1] = part.share(f_strips + h_strips);
         for (long s = s0; s < s1; ++s) {
@@ -704,38 +783,18 @@ void run_backward(Run run, const Backward& f) {
               const long before = run.reverse ? t + 1 : t - 1;
               from = f.resets && f.resets[t * N + n] ? f.restart[h_state] + n * H
                      : opens                         ? f.state[h_state] + n * H
-                                                     : f.after[h_state] + (before * N + n) * H;
+                                                     : f.after[h_state] + (before * f.kept_rows + n) * H;
               from += k;
             }
             for (long j = 0; j < m; ++j) to[j] = from[j];
           }
         }
       }
-      all.wait();
-      const auto [k0, k1] = part.share(blocks * G);
-      float* panel = panels + id * most * UB;
-      for (long p = k0; p < k1; ++p) {
-        const long ub = p / G, column = p % G * H + ub * UB;
-        vf sum[2] = {};
-        for (long r = 0; r < rows; ++r)
-          for (int v = 0; v < 2; ++v) {
-            const vf d = load(du + r * row + p * UB + v * VL);
-            store(panel + r * UB + v * VL, d);
-            sum[v] += d;
-          }
-        for (long j = 0; j < UB && ub * UB + j < H; ++j)
-          f.db[column + j] = sum[j / VL][j % VL] + (fresh ? 0 : f.db[column + j]);
-        for (long k = 0; k < F; k += MR)
-          accumulate(run, std::min<long>(MR, F - k), rows, strips_x + k * most, panel, ub, fresh,
-                     f.dw_ih + k * run.width + column);
-        if (apart)
-          for (long r = 0; r < rows; ++r) std::memcpy(panel + r * UB, dv + r * row + p * UB, 4 * UB);
-        for (long k = 0; k < H; k += MR)
-          accumulate(run, std::min<long>(MR, H - k), rows, strips_h + k * most, panel, ub, fresh,
-                     f.dw_hh + k * run.width + column);
-      }
-      if (f.dx) {
-        const auto [r0, r1] = part.share(rows);
+      part.all.wait();
+      const long phase = start / chunk + 1;
+      while (f.dx) {
+        const auto [r0, r1] = part.rows.take(phase, rows, id, 8 * MR);
+        if (r0 == r1) break;
         const long whole = F / UB, short_by = F % UB;
         float* to = f.dx + low * N * F;
         multiply_long(r1 - r0, K, du + r0 * row, row, p_ih, whole, nullptr, 0, to + r0 * F, F);
@@ -746,21 +805,184 @@ void run_backward(Run run, const Backward& f) {
           for (long j = 0; j < m; ++j) std::memcpy(to + (r + j) * F + whole * UB, tile + j * UB, 4 * short_by);
         }
       }
-      all.wait();
+      float* panel = panels + id * most * UB;
+      for (;;) {
+        const auto [p0, p1] = part.panels.take(phase, blocks * G, id);
+        if (p0 == p1) break;
+        for (long p = p0; p < p1; ++p) {
+          const long ub = p / G, column = p % G * H + ub * UB;
+          vf sum[2] = {};
+          for (long r = 0; r < rows; ++r)
+            for (int v = 0; v < 2; ++v) {
+              const vf d = load(du + r * row + p * UB + v * VL);
+              store(panel + r * UB + v * VL, d);
+              sum[v] += d;
+            }
+          for (long j = 0; j < UB && ub * UB + j < H; ++j)
+            f.db[column + j] = sum[j / VL][j % VL] + (fresh ? 0 : f.db[column + j]);
+          for (long k = 0; k < F; k += MR)
+            accumulate(run, std::min<long>(MR, F - k), rows, strips_x + k * most, panel, ub, fresh,
+                       f.dw_ih + k * run.width + column);
+          if (apart)
+            for (long r = 0; r < rows; ++r) std::memcpy(panel + r * UB, dv + r * row + p * UB, 4 * UB);
+          for (long k = 0; k < H; k += MR)
+            accumulate(run, std::min<long>(MR, H - k), rows, strips_h + k * most, panel, ub, fresh,
+                       f.dw_hh + k * run.width + column);
+        }
+      }
+      part.all.wait();
     }
     for (long s = 0; s < S; ++s)
       for (long n = n0; n < n1; ++n)
         for (long unit = b0 * UB; unit < b1 * UB; unit += VL)
           store(f.dstate[s] + n * H + unit, load(carry + (s * N + n) * hidden + unit), H - unit);
-    all.wait();
+    part.all.wait();
     if (id == 0)
       for (long j = 0; j < thetas; ++j)
         for (long u = 0; u < H; ++u) {
-          float sum = 0;
+          float sum = f.more ? f.dtheta[j][u] : 0;
           for (long i = 0; i < threads; ++i) sum += dtheta[(i * thetas + j) * hidden + u];
           f.dtheta[j][u] = sum;
         }
   });
+  weights.packed = true;
+}
+
+// --- in chunks: only the states before each are kept ---------------------------------------------------------------
+
+// Some steps of a run, from `start` on.
+template <class Call>
+Call from(const Run& run, Call f, long start) {
+  f.x += start * run.N * run.F;
+  if (f.valid) f.valid += start * run.N;
+  if (f.resets) f.resets += start * run.N;
+  return f;
+}
+
+// `together` chunks of `length` steps are a group; steps that fill none are run last, and all of theirs is kept.
+struct Chunks {
+  const Run& run;
+  long length, together;
+  long groups() const { return run.T / (length * together); }
+  long rest() const { return run.T - groups() * together * length; }
+  long rest_start() const { return run.reverse ? 0 : run.T - rest(); }
+  // Where a chunk begins, by its place in the order in which they are run.
+  long start(long i) const { return run.reverse ? run.T - (i + 1) * length : i * length; }
+  Run steps(long count, long sequences) const {
+    Run some = run;
+    some.T = count, some.N = sequences;
+    return some;
+  }
+};
+
+// What is kept of a run in chunks: the states (groups, together, N, H) that chunks met; the one that the rest met, and
+// all that its derivative needs.
+struct Met {
+  Outputs states, rest_state;
+  float *rest_hs, *rest_parts;
+  Outputs rest_others;
+  // Of the rest, the states after each step, with h where it belongs.
+  Outputs after(const Cell& cell) const {
+    Outputs all = rest_others;
+    all.insert(all.begin() + cell.hidden_state, rest_hs);
+    return all;
+  }
+};
+
+void run_forward(const Chunks& chunks, const Forward& f, const Met& met) {
+  const Run& run = chunks.run;
+  const long S = run.cell.states, h = run.cell.hidden_state, size = run.N * run.H, count = chunks.groups() * chunks.together;
+  const long rest = chunks.rest();
+  Weights weights = forward_weights(run);
+  for (long s = 0; s < S; ++s) std::memcpy(count ? met.states[s] : met.rest_state[s], f.state[s], 4 * size);
+  for (long i = 0; i < count; ++i) {
+    Forward part = from(run, f, chunks.start(i));
+    for (long s = 0; s < S; ++s) {
+      part.state[s] = met.states[s] + i * size;
+      part.last[s] = i + 1 < count ? met.states[s] + (i + 1) * size : rest ? met.rest_state[s] : f.last[s];
+    }
+    part.after[h] = part.hs = f.hs + chunks.start(i) * size;
+    run_forward(chunks.steps(chunks.length, run.N), part, weights);
+  }
+  if (!rest) return;
+  Forward part = from(run, f, chunks.rest_start());
+  for (long s = 0; s < S; ++s) part.state[s] = met.rest_state[s];
+  part.after = met.after(run.cell);
+  part.hs = met.rest_hs;
+  part.parts = met.rest_parts;
+  run_forward(chunks.steps(rest, run.N), part, weights);
+  std::memcpy(f.hs + chunks.rest_start() * size, met.rest_hs, 4 * rest * size);
+}
+
+// `b` is that of the forward run, `work` has room for what a group makes again.
+void run_backward(const Chunks& chunks, const Backward& f, const Met& met, const float* b, float* work) {
+  const Run& run = chunks.run;
+  const Cell& cell = run.cell;
+  const long S = cell.states, N = run.N, H = run.H, size = N * H, together = chunks.together, length = chunks.length;
+  const long wide = together * N;  // sequences of a group
+  Weights forward = forward_weights(run), backward = backward_weights(run, f.dx != nullptr);
+  bool more = false;
+  const auto differentiate = [&](long start, long count, Backward part) {
+    part.dhs = f.dhs + start * size;
+    if (f.dx) part.dx = f.dx + start * N * run.F;
+    part.more = more;
+    if (more)
+      for (long s = 0; s < S; ++s) part.dlast[s] = f.dstate[s];
+    run_backward(chunks.steps(count, N), part, backward);
+    more = true;
+  };
+  if (chunks.rest()) {
+    Backward part = from(run, f, chunks.rest_start());
+    const Outputs after = met.after(cell);
+    part.state.assign(met.rest_state.begin(), met.rest_state.end());
+    part.after.assign(after.begin(), after.end());
+    part.parts = met.rest_parts;
+    differentiate(chunks.rest_start(), chunks.rest(), part);
+  }
+
+  Forward again{};
+  again.w_ih = f.w_ih, again.b = b, again.w_hh = f.w_hh, again.theta = f.theta;
+  again.parts = work, again.parts_row = f.parts_row;
+  for (long s = 0; s < S; ++s) again.after.push_back(work + length * wide * (f.parts_row + s * H));
+  again.hs = again.after[cell.hidden_state];
+  Scratch beside(Scratch::rounded(length * wide * run.F) + Scratch::rounded(length * wide / 2 + 1) +
+                 2 * S * Scratch::rounded(wide * H));
+  float* xs = beside.take(length * wide * run.F);
+  uint8_t* marks = reinterpret_cast<uint8_t*>(beside.take(length * wide / 2 + 1));
+  for (long s = 0; s < S; ++s) {
+    again.last.push_back(beside.take(wide * H));
+    float* restart = f.restart[s] ? beside.take(wide * H) : nullptr;
+    for (long i = 0; i < together && restart; ++i) std::memcpy(restart + i * size, f.restart[s], 4 * size);
+    again.restart.push_back(restart);
+  }
+  for (long group = chunks.groups() - 1; group >= 0; --group) {
+    // Its chunks side by side.
+    for (long i = 0; i < together; ++i) {
+      const long start = chunks.start(group * together + i);
+      for (long t = 0; t < length; ++t) {
+        const long to = t * wide + i * N, at = (start + t) * N;
+        std::memcpy(xs + to * run.F, f.x + at * run.F, 4 * N * run.F);
+        if (f.valid) std::memcpy(marks + to, f.valid + at, N);
+        if (f.resets) std::memcpy(marks + length * wide + to, f.resets + at, N);
+      }
+    }
+    again.x = xs;
+    again.valid = f.valid ? marks : nullptr;
+    again.resets = f.resets ? marks + length * wide : nullptr;
+    again.state.clear();
+    for (long s = 0; s < S; ++s) again.state.push_back(met.states[s] + group * together * size);
+    run_forward(chunks.steps(length, wide), again, forward);
+    for (long i = together - 1; i >= 0; --i) {
+      Backward part = from(run, f, chunks.start(group * together + i));
+      for (long s = 0; s < S; ++s) {
+        part.state[s] = met.states[s] + (group * together + i) * size;
+        part.after[s] = again.after[s] + i * size;
+      }
+      part.parts = again.parts + i * N * f.parts_row;
+      part.kept_rows = wide;
+      differentiate(chunks.start(group * together + i), length, part);
+    }
+  }
 }
 
 // --- the way in --------------------------------------------------------------------------------------------------
@@ -795,29 +1017,57 @@ Run start(const Cell& cell, Arrays& in, Call& f, bool reverse) {
   return Run{cell, x.dims[0], x.dims[1], x.dims[2], w_hh.dims[0], reverse};
 }
 
-}  // namespace
-
-void run_forward(const Cell& cell, const Array* args, const Array* rets, bool reverse, long parts_row) {
-  Arrays in{args}, out{rets, true};
-  Forward f{};
-  const Run run = start(cell, in, f, reverse);
-  f.b = in.take();
-  out.take(f.last, cell.states);
-  f.hs = out.take();
-  f.parts = out.take();
-  f.parts_row = parts_row;
-  for (int s = 0; s < cell.states; ++s) f.after.push_back(s == cell.hidden_state ? f.hs : out.take());
-  run_forward(run, f);
+Met take_met(const Chunks& chunks, Arrays& from) {
+  const int states = chunks.run.cell.states;
+  Met met{};
+  from.take(met.states, states);
+  if (chunks.rest()) {
+    from.take(met.rest_state, states);
+    met.rest_hs = from.take();
+    met.rest_parts = from.take();
+    from.take(met.rest_others, states - 1);
+  }
+  return met;
 }
 
-void run_backward(const Cell& cell, const Array* args, const Array* rets, bool reverse, long parts_row) {
+}  // namespace
+
+void run_forward(const Cell& cell, const Array* args, const Array* rets, const Options& options) {
+  Arrays in{args}, out{rets, true};
+  Forward f{};
+  const Run run = start(cell, in, f, options.reverse);
+  f.b = in.take();
+  f.parts_row = options.parts_row;
+  out.take(f.last, cell.states);
+  f.hs = out.take();
+  if (options.chunk) {
+    const Chunks chunks{run, options.chunk, options.together};
+    f.after.resize(cell.states);
+    return run_forward(chunks, f, take_met(chunks, out));
+  }
+  f.parts = out.take();
+  for (int s = 0; s < cell.states; ++s) f.after.push_back(s == cell.hidden_state ? f.hs : out.take());
+  Weights weights = forward_weights(run);
+  run_forward(run, f, weights);
+}
+
+void run_backward(const Cell& cell, const Array* args, const Array* rets, const Options& options) {
   Arrays in{args}, out{rets, true};
   Backward f{};
-  const Run run = start(cell, in, f, reverse);
-  const float* hs = in.take();
-  f.parts = in.take();
-  f.parts_row = parts_row;
-  for (int s = 0; s < cell.states; ++s) f.after.push_back(s == cell.hidden_state ? hs : in.take());
+  const Run run = start(cell, in, f, options.reverse);
+  const Chunks chunks{run, options.chunk, options.together};
+  const float* b = in.take();
+  Met met{};
+  if (options.chunk) {
+    met = take_met(chunks, in);
+    f.after.resize(cell.states);
+  } else {
+    const float* hs = in.take();
+    f.parts = in.take();
+    for (int s = 0; s < cell.states; ++s) f.after.push_back(s == cell.hidden_state ? hs : in.take());
+  }
+  f.parts_row = options.parts_row;
+  f.kept_rows = run.N;
   in.take(f.dlast, cell.states);
   f.dhs = in.take();
   f.dx = out.take();
@@ -827,5 +1077,7 @@ void run_backward(const Cell& cell, const Array* args, const Array* rets, bool r
   out.take(f.dstate, cell.states);
   out.take(f.drestart, cell.states);
   f.db = out.take();
-  run_backward(run, f);
+  if (options.chunk) return run_backward(chunks, f, met, b, out.take());
+  Weights weights = backward_weights(run, f.dx != nullptr);
+  run_backward(run, f, weights);
 }

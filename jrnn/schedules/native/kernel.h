@@ -45,5 +45,12 @@ struct Cell {
   void (*backward)(const BackwardTile&);
 };
 
-void run_forward(const Cell& cell, const Array* args, const Array* rets, bool reverse, long parts_row);
-void run_backward(const Cell& cell, const Array* args, const Array* rets, bool reverse, long parts_row);
+// Beside operands and results: the floats of a row of what the gates read; and, where only the states before each chunk
+// of steps are kept, its length and how many are made again together, else 0.
+struct Options {
+  bool reverse;
+  long parts_row, chunk, together;
+};
+
+void run_forward(const Cell& cell, const Array* args, const Array* rets, const Options& options);
+void run_backward(const Cell& cell, const Array* args, const Array* rets, const Options& options);

@@ -15,27 +15,43 @@ import jax.numpy as jnp
 from jrnn.cells.base import product
 from jrnn.schedules import affine
 from jrnn.schedules.native import build
+from jrnn.schedules.native.chunks import Chunks, Met
 from jrnn.schedules.native.operation import Operation
 from jrnn.schedules.read import parts
-from jrnn.schedules.steps import Steps
+from jrnn.schedules.steps import Steps, checkpointed
 
 __all__ = ["Flags", "Inputs", "Plan", "loop"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is static about a run: the cell, which gates read a sum, the cell's C++ and the direction of time."""
+    """What is static about a run: the cell, which gates read a sum, the cell's C++ and the direction of time.
+
+    With ``chunks`` only the states that these meet are kept for a derivative.
+    """
 
     cell: Any
     sums: tuple[bool, ...]
     header: str = field(repr=False)
     reverse: bool
+    chunks: Chunks | None = None
 
     def row(self, hidden: int) -> int:
         """Floats of a row of what the gates read: whole blocks of units, and no multiple of a page (`kernel.cc`)."""
         block = build.load(self.header).unit_block
         floats = -(-hidden // block) * block * parts(self.sums)
         return floats if floats % 256 else floats + 16
+
+    def options(self, hidden: int, chunked: bool = True) -> dict[str, int]:
+        """What the compiled functions are told beside their operands."""
+        length, together = (self.chunks.length, self.chunks.together) if self.chunks and chunked else (0, 0)
+        return dict(reverse=int(self.reverse), parts_row=self.row(hidden), chunk=length, together=together)
+
+    def work(self, states: int, count: int, hidden: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What the derivative in chunks makes again, kept while it is worked on."""
+        if self.chunks is None:
+            return ()
+        return (_float(self.chunks.length, self.chunks.together * count, self.row(hidden) + states * hidden),)
 
 
 class Inputs(NamedTuple):
@@ -90,25 +106,33 @@ class Forward(Operation):
         last, hs = jax.tree.map(_form, inputs.state), _float(time, count, hidden)
         if not self.keep:
             return last, hs
-        return last, Kept(hs, _float(time, count, self.plan.row(hidden)), (hs,) * (len(inputs.state) - 1))
+
+        def kept(time: int) -> Kept:
+            others = (_float(time, count, hidden),) * (len(last) - 1)
+            return Kept(_float(time, count, hidden), _float(time, count, self.plan.row(hidden)), others)
+
+        if (chunks := self.plan.chunks) is None:
+            return last, kept(time)
+        met = jax.tree.map(lambda _: _float(chunks.groups, chunks.together, count, hidden), last)
+        return last, Met(hs, met, (last, kept(chunks.rest)) if chunks.rest else None)
 
     def compiled(self, inputs: Inputs, flags: Flags) -> Any:
-        last, kept = self.forms(inputs, flags)
-        if not self.keep:
-            kept = Kept(kept, _NOTHING, (_NOTHING,) * (len(inputs.state) - 1))
-        kernel = build.load(self.plan.header)
-        call = jax.ffi.ffi_call(kernel.forward, [*last, *kept[:2], *kept.others])
-        row = self.plan.row(inputs.w_hh.shape[0])
-        outs = call(*_arguments(inputs, flags), inputs.b, reverse=int(self.plan.reverse), parts_row=row)
-        last, (hs, read, *others) = type(inputs.state)(*outs[: len(last)]), outs[len(last) :]
-        return last, Kept(hs, read, tuple(others)) if self.keep else hs
+        forms = self.forms(inputs, flags)
+        results = jax.tree.leaves(forms)
+        nothing = () if self.keep else (_NOTHING,) * len(inputs.state)  # of what the gates read, and of other states
+        call = jax.ffi.ffi_call(build.load(self.plan.header).forward, [*results, *nothing])
+        options = self.plan.options(inputs.w_hh.shape[0], chunked=self.keep)
+        outs = call(*_arguments(inputs, flags), inputs.b, **options)
+        return jax.tree.unflatten(jax.tree.structure(forms), outs[: len(results)])
 
     def plain(self, inputs: Inputs, flags: Flags) -> Any:
         last, hs = hoisted(self.plan, inputs, flags)
-        if not self.keep:
-            return last, hs
         # The plain transpose makes again what it needs.
-        return last, Kept(hs, *jax.tree.map(_zeros, self.forms(inputs, flags)[1][1:]))
+        return (last, self.nothing(hs, inputs, flags)) if self.keep else (last, hs)
+
+    def nothing(self, hs: Any, inputs: Inputs, flags: Flags) -> Any:
+        """What is kept, all zeros but ``hs``."""
+        return jax.tree.map(_zeros, self.forms(inputs, flags)[1])._replace(hs=hs)
 
     def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
         inputs, flags = operands
@@ -116,14 +140,19 @@ class Forward(Operation):
         if self.keep:
             # A derivative of a derivative: what is kept is read by the transpose alone, which has its own.
             dlast, dhs = tangent(self.plan, inputs, flags, tangents[0])
-            return (last, kept), (dlast, Kept(dhs, *jax.tree.map(jnp.zeros_like, kept[1:])))
-        return (last, kept.hs), apply(Tangent, self.plan, (inputs, flags, kept, tangents[0]))
+            return (last, kept), (dlast, self.nothing(dhs, inputs, flags))
+        # In chunks, the outputs are none of what is kept.
+        needed = kept if self.plan.chunks is None else kept._replace(hs=None)
+        return (last, kept.hs), apply(Tangent, self.plan, (inputs, flags, needed, tangents[0]))
 
     def sequences(self, inputs: Inputs, flags: Flags) -> tuple[Any, Any]:
-        none, first, second = ((lambda _, axis=axis: axis) for axis in (-1, 0, 1))
+        none, first, second, third = ((lambda _, axis=axis: axis) for axis in (-1, 0, 1, 2))
         state, restart = jax.tree.map(first, (inputs.state, inputs.restart))
         axes = jax.tree.map(none, inputs)._replace(xs=1, state=state, restart=restart)
-        results = Kept(1, 1, (1,) * (len(state) - 1)) if self.keep else 1
+        kept = Kept(1, 1, (1,) * (len(state) - 1))
+        results: Any = kept if self.keep else 1
+        if self.keep and (chunks := self.plan.chunks) is not None:
+            results = Met(1, jax.tree.map(third, inputs.state), (state, kept) if chunks.rest else None)
         return (axes, jax.tree.map(second, flags)), (state, results)
 
 
@@ -136,10 +165,10 @@ class Tangent(Operation):
 
     plan: Plan
 
-    def forms(self, inputs: Inputs, flags: Flags, kept: Kept, d: Inputs) -> Any:
-        return jax.tree.map(_form, (inputs.state, kept.hs))
+    def forms(self, inputs: Inputs, flags: Flags, kept: Kept | Met, d: Inputs) -> Any:
+        return jax.tree.map(_form, inputs.state), _float(*inputs.xs.shape[:2], inputs.w_hh.shape[0])
 
-    def plain(self, inputs: Inputs, flags: Flags, kept: Kept, d: Inputs) -> Any:
+    def plain(self, inputs: Inputs, flags: Flags, kept: Kept | Met, d: Inputs) -> Any:
         return tangent(self.plan, inputs, flags, d)
 
     compiled = plain
@@ -154,7 +183,7 @@ class Tangent(Operation):
         )[1]
         return out, moved
 
-    def transpose(self, cotangents: Any, inputs: Inputs, flags: Flags, kept: Kept, d: Inputs) -> Inputs:
+    def transpose(self, cotangents: Any, inputs: Inputs, flags: Flags, kept: Kept | Met, d: Inputs) -> Inputs:
         tree: Any = jax.tree.structure(inputs)
         moving = tuple(leaf is not None for leaf in tree.flatten_up_to(d))
         return apply(Backward, self.plan, (inputs, flags, kept, cotangents), moving=moving)
@@ -176,22 +205,23 @@ class Backward(Operation):
         leaves, tree = jax.tree.flatten(inputs)
         return tree.unflatten([leaf if moves else None for leaf, moves in zip(leaves, self.moving, strict=True)])
 
-    def compiled(self, inputs: Inputs, flags: Flags, kept: Kept, cotangents: Any) -> Inputs:
+    def compiled(self, inputs: Inputs, flags: Flags, kept: Kept | Met, cotangents: Any) -> Inputs:
         dlast, dhs = cotangents
         xs = _form(inputs.xs) if self.moving[0] else _NOTHING
         results = [xs, *map(_form, jax.tree.leaves((inputs.w_ih, inputs.w_hh, inputs.theta, inputs.state)))]
         results += map(_form, inputs.restart or (_NOTHING,) * len(inputs.state))
-        kernel, row = build.load(self.plan.header), self.plan.row(inputs.w_hh.shape[0])
-        operands = (*_arguments(inputs, flags), *kept[:2], *kept.others, *dlast, dhs)
-        call = jax.ffi.ffi_call(kernel.backward, [*results, _form(inputs.b)])
-        dxs, dw_ih, dw_hh, *rest, db = call(*operands, reverse=int(self.plan.reverse), parts_row=row)
+        results += [_form(inputs.b), *self.plan.work(len(dlast), *dhs.shape[1:])]
+        operands = (*_arguments(inputs, flags), inputs.b, *jax.tree.leaves(kept), *dlast, dhs)
+        call = jax.ffi.ffi_call(build.load(self.plan.header).backward, results)
+        dxs, dw_ih, dw_hh, *rest = call(*operands, **self.plan.options(inputs.w_hh.shape[0]))
         thetas, states = len(jax.tree.leaves(inputs.theta)), len(inputs.state)
         dtheta = jax.tree.unflatten(jax.tree.structure(inputs.theta), rest[:thetas])
+        rest, (db, *_) = rest[: thetas + 2 * states], rest[thetas + 2 * states :]
         dstate = type(inputs.state)(*rest[thetas : thetas + states])
         drestart = None if inputs.restart is None else type(inputs.restart)(*rest[thetas + states :])
         return self.only(Inputs(dxs, dw_ih, db, dw_hh, dtheta, dstate, drestart))
 
-    def plain(self, inputs: Inputs, flags: Flags, kept: Kept, cotangents: Any) -> Inputs:
+    def plain(self, inputs: Inputs, flags: Flags, kept: Kept | Met, cotangents: Any) -> Inputs:
         return self.only(jax.vjp(lambda inputs: hoisted(self.plan, inputs, flags), inputs)[1](cotangents)[0])
 
     def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
@@ -225,10 +255,16 @@ class Projected:
 def hoisted(plan: Plan, inputs: Inputs, flags: Flags) -> tuple[Any, jax.Array]:
     """The same as `loop`, and whatever JAX makes of it."""
     xs, w_ih, b, w_hh, theta, state, restart = inputs
-    given = affine.Inputs((w_ih, b), xs, theta, w_hh, None, state, restart)
-    chosen = affine.make_plan(Projected(plan.cell), given, Steps(reverse=plan.reverse))
-    last, hs, _ = affine.loop(chosen, given, affine.Schedule(None, (), None, *flags))
-    return last, hs
+    steps = Steps(reverse=plan.reverse, remat=None if plan.chunks is None else plan.chunks.length)
+
+    def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
+        xs, *flags = inputs
+        given = affine.Inputs((w_ih, b), xs, theta, w_hh, None, state, restart)
+        chosen = affine.make_plan(Projected(plan.cell), given, steps)
+        last, hs, _ = affine.loop(chosen, given, affine.Schedule(None, (), None, *flags))
+        return last, hs
+
+    return checkpointed(segment, state, (xs, *flags), xs.shape[0], steps)
 
 
 def tangent(plan: Plan, inputs: Inputs, flags: Flags, d: Inputs) -> tuple[Any, jax.Array]:
