@@ -90,6 +90,9 @@ def assert_near(got, expected, tolerance=2e-5):
         (jrnn.elman(37), 9, 1, 5, True),
         (jrnn.elman(17), 60, 7, 33, True),
         (jrnn.elman(2200), 1, 1, 3, False),  # fewer rows than threads
+        (jrnn.lstm(32), 1, 1, 5, False),  # a step, which reads the weights where they are
+        (jrnn.gru(64), 3, 2, 13, True),
+        (jrnn.peephole_lstm(96), 4, 3, 8, True),
     ],
     ids=lambda value: getattr(value, "hidden", value),
 )

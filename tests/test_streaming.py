@@ -19,8 +19,9 @@ MODELS = (
 )
 
 
+# The first is large enough for the compiled loop.
 @pytest.mark.parametrize("batch", [(), (3,)], ids=str)
-@pytest.mark.parametrize("model", MODELS, ids=repr)
+@pytest.mark.parametrize("model", [jrnn.lstm(192), *MODELS], ids=repr)
 def test_steps_are_what_unroll_gives(model, batch):
     params = model.init(jax.random.key(0), 3)
     xs = jax.random.normal(jax.random.key(1), (5, *batch, 3))
@@ -62,8 +63,19 @@ def test_keys_are_per_step():
     assert (outs[0] != outs[2]).any()
 
 
-def test_what_has_no_step_says_why():
-    model = jrnn.bidirectional(jrnn.gru(4))
+def test_a_large_step_is_compiled_whole():
+    def lowered(cell):
+        params = cell.init(jax.random.key(0), 3)
+        return jrnn.stepper(cell).lower(params, cell.initial_state(params, ()), jnp.ones(3)).as_text()
+
+    assert "jrnn_cell" in lowered(jrnn.lstm(192))
+    assert "jrnn_cell" not in lowered(jrnn.lstm(32))
+    assert "jrnn_cell" not in lowered(jrnn.layer_norm_lstm(192))
+
+
+@pytest.mark.parametrize("hidden", [4, 256])
+def test_what_has_no_step_says_why(hidden):
+    model = jrnn.bidirectional(jrnn.gru(hidden))
     params = model.init(jax.random.key(0), 3)
     with pytest.raises(TypeError, match="whole sequences"):
         jrnn.stepper(model)(params, model.initial_state(params, ()), jnp.ones(3))

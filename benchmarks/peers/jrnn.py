@@ -17,7 +17,7 @@ from benchmarks.peers.base import JaxPeer
 class Jrnn(JaxPeer):
     """What a user gets who chooses nothing."""
 
-    form = "jrnn.unroll under jit, time-major, the schedule it chooses by itself; jit of cell.step for single steps"
+    form = "jrnn.unroll under jit, time-major, the schedule it chooses by itself; jrnn.stepper for single steps"
     lengths = True
     backend: ClassVar[str | None] = None
     steps_in_a_body: ClassVar[int] = 1
@@ -37,7 +37,7 @@ class Jrnn(JaxPeer):
         return self.cell(point).initial_state(own, (point.batch,))
 
     def step(self, point: Point, own: Any, state: Any, x: Any) -> tuple[Any, Any]:
-        return self.cell(point).step(own, state, x)
+        return jrnn.stepper(self.cell(point))(own, state, x)
 
 
 class Reference(Jrnn):

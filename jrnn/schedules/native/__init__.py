@@ -25,8 +25,10 @@ from jrnn.schedules.steps import Steps, expand
 __all__ = ["pays", "run", "serves"]
 
 # From how much on it is chosen by default: floating-point operations, to be worth a compilation; and steps of all
-# sequences, since the weights are packed anew in each call, which costs as much as some of these.
-WORK, ROWS = 2**20, 32
+# sequences, since the weights are packed anew in each call, which costs as much as some of these. Not so where few
+# steps of few sequences read them in place (`kernel.cc`): there STEP operations are enough.
+WORK, ROWS, STEP = 2**20, 32, 2**18
+FEW_STEPS, FEW_SEQUENCES, WHOLE_BLOCKS = 4, 3, 32
 
 
 def pays(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
@@ -40,6 +42,9 @@ def pays(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
     rows, features = math.prod(xs.shape[:-1]), xs.shape[-1]
     hidden, width = jax.eval_shape(cell.recurrent_weights, params).shape
     work = 2 * rows * (features + hidden) * width
+    few = xs.shape[0] <= FEW_STEPS and math.prod(xs.shape[1:-1]) <= FEW_SEQUENCES and hidden % WHOLE_BLOCKS == 0
+    if few and work >= STEP:
+        return True, ""
     if work < WORK:
         return False, f"{work:.2g} floating-point operations are too few to compile it for (from {WORK:.2g} on)"
     if rows < ROWS:

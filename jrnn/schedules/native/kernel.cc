@@ -195,6 +195,50 @@ void narrow(long rows, long K, const float* A, long lda, const float* B, const P
   if (rows == 3) narrow<3>(K, A, lda, B, at, count, init, ldi, C, ldc);
 }
 
+// C += A B for few rows and B as it is given: K rows at a stride, in which each of `gates` has `units` columns. C has
+// blocks of units, `to` from one to the next and of each gate at its own place. B is read once, in order, some rows at once.
+template <int M>
+void stream(long K, const float* A, long lda, const float* B, long stride, long gates, long units, long blocks, float* C,
+            long ldc, long to, const int* place) {
+  constexpr int R = M == 1 ? 8 : 4;
+  for (long k = 0; k < K; k += R) {
+    vf a[M][R];
+    const float* row[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const bool there = k + i < K;
+      row[i] = B + (there ? k + i : k) * stride;
+#pragma GCC unroll 3
+      for (int r = 0; r < M; ++r) a[r][i] = splat(there ? A[r * lda + k + i] : 0);
+    }
+    for (long g = 0; g < gates; ++g)
+      for (long b = 0; b < blocks; ++b)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          const long column = g * units + b * UB + v * VL;
+          float* c = C + b * to + place[g] * UB + v * VL;
+          vf sum[M];
+#pragma GCC unroll 3
+          for (int r = 0; r < M; ++r) sum[r] = load(c + r * ldc);
+#pragma GCC unroll 8
+          for (int i = 0; i < R; ++i) {
+            const vf w = load(row[i] + column);
+#pragma GCC unroll 3
+            for (int r = 0; r < M; ++r) sum[r] += a[r][i] * w;
+          }
+#pragma GCC unroll 3
+          for (int r = 0; r < M; ++r) store(c + r * ldc, sum[r]);
+        }
+  }
+}
+
+template <class... Arguments>
+void stream(long rows, Arguments... arguments) {
+  if (rows == 1) stream<1>(arguments...);
+  if (rows == 2) stream<2>(arguments...);
+  if (rows == 3) stream<3>(arguments...);
+}
+
 // --- threads and memory ------------------------------------------------------------------------------------------
 
 inline std::pair<long, long> share(long count, long parts, long i) {
@@ -530,8 +574,11 @@ struct Forward {
   long parts_row;
 };
 
+// Few steps of few sequences read the weights where they are: to pack them would take longer than to use them.
+inline bool reads_in_place(const Run& run) { return run.T <= 4 && run.N <= FEW && run.H % UB == 0; }
+
 Weights forward_weights(const Run& run) {
-  const size_t columns = run.blocks * run.G * UB;
+  const size_t columns = reads_in_place(run) ? 0 : run.blocks * run.G * UB;
   return Weights(columns * run.F, columns * run.H, columns, run.cell.thetas * run.blocks * UB);
 }
 
@@ -542,7 +589,7 @@ void run_forward(Run run, const Forward& f, Weights& weights) {
   const long P = cell.parts, S = cell.states, thetas = cell.thetas, hidden = blocks * UB;
   const long most_rows = (N + run.across - 1) / run.across, most_blocks = (blocks + run.units - 1) / run.units;
   const long chunk = std::max(1L, std::min(T, 96 / most_rows));
-  const bool far = 4 * (F + H) * run.width > NEAR;
+  const bool far = 4 * (F + H) * run.width > NEAR, in_place = reads_in_place(run);
   const long u_row = padded(blocks * G * UB);
   const long at_once = most_rows > FEW ? 1 : most_blocks;  // blocks of units whose gates follow their product
   const size_t tile_size = most_rows * at_once * P * UB;
@@ -555,12 +602,14 @@ void run_forward(Run run, const Forward& f, Weights& weights) {
   for (auto& m : mine) m = scratch.take(own);
   std::vector<Inputs> olds(threads, Inputs(S));
   std::vector<Outputs> news(threads, Outputs(S));
+  std::vector<int> own_places(G);
+  for (long g = 0; g < G; ++g) own_places[g] = g;
 
   divide(run, [&](const Part& part) {
     const long id = part.id, n0 = part.n0, n1 = part.n1;
     if (!weights.packed) {
       const auto [k0, k1] = part.share(blocks * G);
-      for (long p = k0; p < k1; ++p) {
+      for (long p = k0; p < k1 && !in_place; ++p) {
         pack(run, f.w_ih, F, p / G, p % G, p_ih + p * F * UB);
         pack(run, f.w_hh, H, p / G, p % G, p_hh + p * H * UB);
         pack(run, f.b, 1, p / G, p % G, p_b + p * UB);
@@ -595,6 +644,15 @@ void run_forward(Run run, const Forward& f, Weights& weights) {
                        us + i * rows * u_row + p * UB, u_row, next);
         }
       };
+      // Both products of a step, onto the bias.
+      const auto product = [&](long first, long end, const float* x, const float* h, float* parts, long row) {
+        for (long n = 0; n < rows; ++n)
+          for (long p = 0; p < (end - first) * P; ++p)
+            for (long j = 0; j < UB; ++j)
+              parts[n * row + p * UB + j] = p % P < G ? f.b[p % P * H + (first + p / P) * UB + j] : 0;
+        stream(rows, F, x, F, f.w_ih + first * UB, run.width, G, H, end - first, parts, row, P * UB, own_places.data());
+        stream(rows, H, h, H, f.w_hh + first * UB, run.width, G, H, end - first, parts, row, P * UB, cell.slot);
+      };
       for (long i = start; i < start + count; ++i) {
         const long t = run.time(i), before = run.time(i - 1);
         const uint8_t* valid = f.valid ? f.valid + t * N : nullptr;
@@ -615,19 +673,21 @@ void run_forward(Run run, const Forward& f, Weights& weights) {
           const auto [p0, p1] = part.steps.take(i + 1, pieces, part.unit);
           if (p0 == p1) break;
           const long b0 = blocks * p0 / pieces, b1 = blocks * p1 / pieces;
-          if (i == start) project(b0, b1);
+          if (i == start && !in_place) project(b0, b1);
           for (long ub = b0; ub < b1; ub += at_once) {
             const long end = std::min(b1, ub + at_once);
             const float* u = us + (t - low) * rows * u_row + ub * G * UB;
             float* parts = f.parts ? f.parts + (t * N + n0) * f.parts_row + ub * P * UB : tile;
             const long row = f.parts ? f.parts_row : at_once * P * UB;
-            if (rows <= FEW)
+            if (in_place)
+              product(ub, end, f.x + t * N * F, h, parts, row);
+            else if (rows <= FEW)
               narrow(rows, H, h, H, p_hh + ub * G * H * UB, at, (end - ub) * G, u, u_row, parts, row);
             else
               for (long g = 0; g < G; ++g)
                 multiply(rows, H, h, H, p_hh + (ub * G + g) * H * UB, at.from[g] < 0 ? nullptr : u + at.from[g], u_row,
                          parts + at.to[g], row, far ? p_hh + (ub * G + g + 1) * H * UB : nullptr);
-            for (long p = 0; p < (end - ub) * G; ++p)
+            for (long p = 0; p < (end - ub) * G && !in_place; ++p)
               if (at.from[p] < 0)
                 for (long n = 0; n < rows; ++n)
                   std::memcpy(parts + n * row + (p / G * P + p % G) * UB, u + n * u_row + p * UB, 4 * UB);
@@ -643,7 +703,7 @@ void run_forward(Run run, const Forward& f, Weights& weights) {
         if (f.after[s])
           std::memcpy(f.last[s] + n0 * H, f.after[s] + (run.time(T - 1) * N + n0) * H, 4 * rows * H);
   });
-  weights.packed = true;
+  weights.packed = !in_place;
 }
 
 // --- its derivative ----------------------------------------------------------------------------------------------
