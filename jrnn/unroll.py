@@ -48,6 +48,7 @@ def unroll(
     Args:
       cell: a layer: a cell, `jrnn.dense`, `jrnn.stack`, … or one of your own.
       params: its parameters, from ``cell.init``.
+      xs: ``(T, *B, F)`` floats in the parameters' dtype, or in a 16-bit float: then factors of products are
         rounded to it (in the native loop, inputs and weights alone), and sums and states stay float32. For models
         that begin with `jrnn.embed`, ``(T, *B)`` integers.
       state: where to start; None for ``cell.initial_state(params, batch_shape)``.
