@@ -458,6 +458,11 @@ class Pieces {
   // than `least`. There is a barrier between one phase and the next.
   std::pair<long, long> take(long phase, long count, long me, long least = 1) {
     const long threads = next_.size();
+    if (threads == 1) {  // nobody to share with, and the whole is a piece
+      if (alone_ == phase) return {0, 0};
+      alone_ = phase;
+      return {0, count};
+    }
     for (long i = 0; i < threads; ++i) {
       const long owner = (me + i) % threads;
       const auto [begin, end] = share(count, threads, owner);
@@ -478,6 +483,7 @@ class Pieces {
     std::atomic<uint64_t> value{0};  // the phase, from 1 on, and where its next piece begins
   };
   std::vector<Next> next_;
+  long alone_ = 0;  // the last phase of one thread
 };
 
 // What one thread of a run does: sequences n0 to n1, and of all else what it shares with others.
