@@ -51,7 +51,7 @@ TOLERANCE = {"hopper": 1e-4, "tpu": 1e-5}
 
 
 # GPUs on which little is shared by several blocks: see `CHOSEN`.
-SMALL = {"cluster": Chip(132, 94_000), "grid": Chip(3, 15_000)}
+SMALL = {"cluster": Chip(132, 94_000), "grid": Chip(3, 15_000), "parts": Chip(3, 57_000)}
 
 
 def row(device, interpret=True, chip=None):
@@ -69,9 +69,10 @@ ROWS = {
 
 
 @pytest.fixture(autouse=True, scope="module")
-def rows():
+def rows(request):
     schedules.SCHEDULES.update(ROWS)
-    jax.config.update("jax_disable_most_optimizations", True)  # here compiling takes longer than running
+    # Here compiling takes longer than running, but not on a GPU.
+    jax.config.update("jax_disable_most_optimizations", request.config.option.markexpr != "gpu")
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     for name in ROWS:
@@ -91,19 +92,20 @@ def trial(cell, time=3, count=3, features=2, seed=0, dtype=jnp.float32):
     return (params, xs, noisy(cell.initial_state(params, (count,)))), {"mask": mask, "resets": resets}
 
 
-def outcome(cell, backend, args, **options):
-    """What `jrnn.unroll` returns, and the gradients of a function of all of it by everything that has one."""
+def gradients(cell, backend, **options):
+    """The gradients of a function of all that `jrnn.unroll` returns by everything that has one, and what it returns."""
 
     def loss(params, xs, state):
         out = jrnn.unroll(cell, params, xs, state, backend=backend, **options)
         return sum(jnp.sin((1 + i) * a.astype(jnp.float32)).sum() for i, a in enumerate(jax.tree.leaves(out))), out
 
-    gradients = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
-    if backend == "reference":
-        gradients, out = _interpret.call(gradients, *args)
-    else:
-        gradients, out = jax.jit(gradients)(*args)
-    return out, gradients
+    return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+
+
+def outcome(cell, backend, args, **options):
+    run = gradients(cell, backend, **options)
+    grads, out = _interpret.call(run, *args) if backend == "reference" else jax.jit(run)(*args)
+    return out, grads
 
 
 def assert_close(got, expected, tolerance):
@@ -119,7 +121,7 @@ def assert_close(got, expected, tolerance):
 
 # The steps are the same for all devices: each cell is given the right things by one of them, and a few by both; what
 # the minimal gated unit is given is tested in 16 bits.
-PAIRS = [("hopper", name) for name in ("elman", "lstm", "gru", "odd")] + [
+PAIRS = [("hopper", name) for name in CELLS] + [
     ("tpu", name) for name in ("lstm", "peephole_lstm", "coupled_lstm", "odd")
 ]
 
@@ -140,11 +142,13 @@ def test_several_tiles_of_sequences_and_of_units(device, hidden, count):
     assert_close(got, expected, TOLERANCE[device])
 
 
-# Several warpgroups in one block; in a cluster; in a grid that takes two tiles one after the other, each in parts.
+# Several warpgroups in one block; in a cluster; in a grid that takes two tiles one after the other, each in parts; in
+# one with as many parts as tiles of units.
 SHARED = {
     "hopper": (jrnn.elman(70), 2, jnp.float32),
     "cluster": (jrnn.mgu(72), 2, jnp.float32),
     "grid": (jrnn.gru(40), 18, jnp.bfloat16),
+    "parts": (jrnn.elman(150), 2, jnp.float32),
 }
 
 
@@ -182,9 +186,11 @@ CHOSEN = {
     "cluster": ((384, 64, 4, 1, Chip()), (8, 3, 16, 1, 1), "take 209920 of .* of each block of a cluster of 8"),
     "grid": ((768, 64, 4, 1, Chip()), (48, 1, 16, 2, 1), "take 201728 of .* of each of 48 blocks"),
     "parts": ((1024, 16, 4, 1, Chip()), (64, 1, 16, 1, 3), "of each of 64 blocks"),
+    "most_parts": ((768, 16, 4, 2, Chip()), (48, 1, 16, 1, 16), "take 226304 of .* of each of 48 blocks"),
     "small_cluster": ((72, 2, 2, 2, SMALL["cluster"]), (2, 2, 16, 1, 1), "of each block of a cluster of 2"),
     "small_grid": ((40, 18, 3, 1, SMALL["grid"]), (3, 1, 16, 2, 3), "of each of 3 blocks"),
-    "memory": ((1024, 16, 4, 2, Chip()), None, "need 332800 bytes .* in each of 64 blocks, and a block has 232448"),
+    "small_parts": ((150, 2, 1, 2, SMALL["parts"]), (3, 1, 16, 1, 12), "of each of 3 blocks"),
+    "memory": ((1024, 16, 4, 2, Chip()), None, "need 300032 bytes .* in each of 64 blocks, and a block has 232448"),
     "blocks": ((768, 16, 4, 1, Chip(40)), None, "need 48 blocks, and 40 run at once"),
 }  # fmt: skip
 
@@ -320,7 +326,7 @@ REFUSALS = {
     "across_units_backwards": ("hopper", AcrossBackwards(4), {}, "not elementwise"),
     "operation": ("hopper", Beyond(4), {}, "lacks: .*sinh"),
     "shared_memory": (
-        "hopper", jrnn.lstm(1024), {}, "4 gates of 1024 units in float32 need 332800 bytes .* has 232448",
+        "hopper", jrnn.lstm(1024), {}, "4 gates of 1024 units in float32 need 300032 bytes .* has 232448",
     ),
     "blocks": ("hopper", jrnn.lstm(3000), {}, "3000 units .* need 188 blocks, and 132 run at once"),
     "vmem": ("tpu", jrnn.lstm(1024), {}, "4 gates of 1024 units .* need .* bytes of VMEM, and a kernel has 16777216"),
@@ -340,15 +346,37 @@ def test_more_precision_than_the_kernels_have_is_refused(x64):
     params = jax.tree.map(lambda a: a.astype(jnp.float64), cell.init(jax.random.key(0), 3))
     with pytest.raises(ValueError, match="this run is in float64"):
         jrnn.unroll(cell, params, jnp.ones((2, 3)), backend="hopper")
-    params = cell.init(jax.random.key(0), 3)
-    with jax.default_matmul_precision("highest"), pytest.raises(ValueError, match="more than the 16 bits"):
-        jrnn.unroll(cell, params, jnp.ones((2, 3), jnp.float32), backend="hopper")
 
 
-# In one block, in a cluster and in a grid that receives in parts, with little shared memory to spare.
+# What may be asked of float32 products: little enough for both devices, for a GPU, for neither.
+PRECISIONS = {
+    **dict.fromkeys((None, "default", "bfloat16", "BF16_BF16_BF16", "BF16_BF16_F32"), ("hopper", "tpu")),
+    **dict.fromkeys(("high", "tensorfloat32", "BF16_BF16_F32_X3", "TF32_TF32_F32", "F16_F16_F32"), ("hopper",)),
+    **dict.fromkeys(("highest", "float32", "BF16_BF16_F32_X6", "BF16_BF16_F32_X9", "TF32_TF32_F32_X3"), ()),
+    **dict.fromkeys(("F32_F32_F32", "F64_F64_F64"), ()),
+}
+
+
+@pytest.mark.parametrize("device", TOLERANCE)
+@pytest.mark.parametrize("asked", PRECISIONS)
+def test_more_precision_than_the_kernels_keep_of_float32_is_refused(asked, device):
+    cell = jrnn.lstm(4)
+    target = kernels.Target(device)
+    params = jax.eval_shape(lambda: cell.init(jax.random.key(0), 3))
+    with jax.default_matmul_precision(asked):
+        for dtype, expected in ((jnp.float32, device in PRECISIONS[asked]), (jnp.bfloat16, True)):
+            xs = jax.ShapeDtypeStruct((2, 1, 3), dtype)
+            serves, reason = kernels.serves(cell, params, xs, schedules.Steps(), target)
+            assert serves == expected
+            assert expected or f"asks for {asked}, and a kernel keeps" in reason
+
+
+# In one block, in a cluster and in a grid that receives in parts, with little shared memory to spare; and the grids of
+# the size that is timed first.
 LOWERED = {
     "block": ("hopper", jrnn.gru(50), jnp.float32), "cluster": ("hopper", jrnn.lstm(384), jnp.float16),
-    "grid": ("hopper", Odd(1500), jnp.bfloat16), "gru": ("tpu", jrnn.gru(50), jnp.float32),
+    "grid": ("hopper", Odd(1500), jnp.bfloat16), "lstm_768": ("hopper", jrnn.lstm(768), jnp.bfloat16),
+    "lstm_768_float32": ("hopper", jrnn.lstm(768), jnp.float32), "gru": ("tpu", jrnn.gru(50), jnp.float32),
     "odd": ("tpu", Odd(64), jnp.bfloat16),
 }  # fmt: skip
 
@@ -401,11 +429,13 @@ def assert_as_exact_as_hoisted(cell, backend, dtype, time, count, features=64, *
 
     What float32 is allowed beyond that are the 16 bits of each factor that a kernel takes.
     """
-    args, flags = trial(cell, time, count, features, dtype=dtype)
+    args, flags = jax.jit(functools.partial(trial, cell, time, count, features, dtype=dtype))()
     options = {**flags, **options}
     with jax.default_matmul_precision("highest"):
         rounded = jax.tree.map(lambda a: a.astype(jnp.float32), (compute_params(args[0], dtype), *args[1:]))
-        exact = outcome(cell, "reference", rounded, **options)
+        # Compiled: what costs nothing on tiny arrays would take minutes of a processor here.
+        grads, out = jax.jit(gradients(cell, "reference", **options))(*rounded)
+        exact = (out, grads)
 
     def error(backend):
         def worst(a, b):
@@ -418,7 +448,22 @@ def assert_as_exact_as_hoisted(cell, backend, dtype, time, count, features=64, *
     assert error(backend) <= allowed
 
 
+def test_what_kernels_are_held_against_on_a_gpu_tells_right_from_wrong(monkeypatch):
+    def run(cell, params, *args):
+        return reference.run(cell, {**params, "b": params["b"] + 0.1}, *args)
+
+    wrong = schedules.Schedule(lambda *_: (True, "could"), run, automatic=False)
+    monkeypatch.setitem(schedules.SCHEDULES, "wrong", wrong)
+    held = functools.partial(assert_as_exact_as_hoisted, jrnn.elman(3), time=2, count=2, features=2)
+    held("reference", jnp.bfloat16)
+    with pytest.raises(AssertionError):
+        held("wrong", jnp.float32)
+
+
+# What is timed first is tested first.
 ON_GPU = {
+    "grid": (jrnn.lstm(768), jnp.bfloat16), "grid_float16": (jrnn.lstm(768), jnp.float16),
+    "grid_float32": (jrnn.lstm(768), jnp.float32), "grid_gru": (jrnn.gru(768), jnp.bfloat16),
     "elman": (jrnn.elman(256), jnp.bfloat16), "lstm": (jrnn.lstm(128), jnp.bfloat16),
     "lstm_float16": (jrnn.lstm(128), jnp.float16), "lstm_float32": (jrnn.lstm(64), jnp.float32),
     "gru": (jrnn.gru(128), jnp.bfloat16), "gru_float32": (jrnn.gru(64), jnp.float32),
@@ -426,8 +471,7 @@ ON_GPU = {
     "mgu": (jrnn.mgu(192), jnp.bfloat16), "odd": (Odd(120), jnp.bfloat16), "odd_float32": (Odd(50), jnp.float32),
     "cluster_of_2": (jrnn.gru(160), jnp.bfloat16), "cluster_of_4": (jrnn.lstm(256), jnp.bfloat16),
     "cluster_of_8": (jrnn.lstm(384), jnp.float16), "cluster_float32": (jrnn.lstm(256), jnp.float32),
-    "grid": (jrnn.lstm(768), jnp.bfloat16), "grid_in_parts": (jrnn.lstm(1024), jnp.bfloat16),
-    "grid_float32": (jrnn.gru(512), jnp.float32),
+    "grid_in_parts": (jrnn.lstm(1024), jnp.bfloat16), "grid_gru_float32": (jrnn.gru(512), jnp.float32),
 }  # fmt: skip
 
 
@@ -456,9 +500,11 @@ def test_on_a_gpu_for_long_sequences_and_large_batches(time, count, hidden, hopp
 @pytest.mark.parametrize("hidden", [128, 256, 768], ids=["block", "cluster", "grid"])
 def test_on_a_gpu_twice_is_the_same_bit_for_bit(hidden, hopper):
     cell = jrnn.lstm(hidden)
-    args, options = trial(cell, time=512, count=64, features=32, dtype=jnp.bfloat16)
-    first, second = (outcome(cell, "kernel", args, **options) for _ in range(2))
-    assert all(map(jnp.array_equal, jax.tree.leaves(first[0]), jax.tree.leaves(second[0])))
+    args, options = jax.jit(functools.partial(trial, cell, 512, 64, 32, dtype=jnp.bfloat16))()
+    run = jax.jit(gradients(cell, "kernel", **options))
+    # Of the gradients those that no other product made: XLA's own sums may come in any order.
+    first, second = (jax.tree.leaves((out, grads[2])) for grads, out in (run(*args), run(*args)))
+    assert all(map(jnp.array_equal, first, second))
 
 
 # --- rows that are not chosen ------------------------------------------------------------------------------------

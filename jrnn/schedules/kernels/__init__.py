@@ -7,7 +7,11 @@ never run on a GPU or a TPU, only in Pallas' interpreters.
 
 States are float32. ``jax.grad`` runs the backward kernel, its derivatives run scans, and ``jax.jvp`` is refused by JAX.
 Products are taken in the inputs' dtype if that has 16 bits (what flows back is rounded to it too: scale the loss if
-that is float16) and, on a GPU, in three bfloat16 products if it is float32, which keeps about 16 bits of each factor.
+that is float16). If it is float32, a GPU takes three bfloat16 products, which keep about 16 bits of each factor, and a
+TPU takes one; where ``jax_default_matmul_precision`` asks for more they are refused.
+
+Where as many blocks as it takes share the weights, they wait for each other at every step and need the GPU to
+themselves: two such runs at the same time, on streams or in processes of their own, may wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -67,8 +71,8 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps, target: Target | None 
         names = sorted(dtypes | {str(w_hh.dtype)})
         return False, f"a kernel takes float32, bfloat16 and float16, and this run is in {' and '.join(names)}"
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    if w_hh.dtype == jnp.float32 and precision in ("highest", "float32"):
-        return False, "jax_default_matmul_precision asks for more than the 16 bits that a kernel takes of float32"
+    if w_hh.dtype == jnp.float32 and precision not in device.PRECISIONS:
+        return False, f"jax_default_matmul_precision asks for {precision}, and a kernel keeps {device.KEPT} of float32"
     if not promises.elementwise(cell, theta, state):
         return False, "a kernel gives each thread units of its own, and the cell's gates are not elementwise"
     plan = make_plan(cell, theta, state, steps, target)

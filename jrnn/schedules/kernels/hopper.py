@@ -39,6 +39,13 @@ from jaxlib.mlir.dialects import llvm
 from jrnn.schedules.kernels import body
 from jrnn.schedules.kernels.plan import ROWS, Cut, Plan, Steps, choose
 
+# What is kept of float32, and the values of jax_default_matmul_precision that ask for no more.
+KEPT = "about 16 bits"
+PRECISIONS = (
+    None, "default", "bfloat16", "high", "tensorfloat32", "BF16_BF16_BF16", "BF16_BF16_F32", "BF16_BF16_F32_X3",
+    "F16_F16_F16", "F16_F16_F32", "TF32_TF32_F32",
+)  # fmt: skip
+
 _LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters
 
 # Of what the gates act on, 16 units and 16 sequences at a time: each of four warps has four units.

@@ -63,8 +63,8 @@ class Plan:
 ROWS, UNITS = 64, 16
 # Warpgroups of a block, at most; sizes of a cluster that every GPU has; bytes that the barriers are left.
 WARPGROUPS, CLUSTERS, BARRIERS = 8, (2, 4, 8), 1024
-# Parts, at most, in which what is sent is received.
-PARTS = 8
+# Parts, at most, in which what is sent is received: an LSTM of 768 units in float32 takes as many.
+PARTS = 16
 
 
 @dataclass(frozen=True)

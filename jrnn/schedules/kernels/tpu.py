@@ -16,6 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jrnn.schedules.kernels import body
 from jrnn.schedules.kernels.plan import Plan, Steps
 
+# What is kept of float32, and the values of jax_default_matmul_precision that ask for no more.
+KEPT, PRECISIONS = "8 bits", (None, "default", "bfloat16", "BF16_BF16_BF16", "BF16_BF16_F32")
 # Units fill whole vectors of so many lanes, and sequences tiles of so many rows.
 LANES, WIDTH = 128, 16
 # Bytes that a kernel may take of VMEM unless the compiler is told otherwise.
@@ -195,7 +197,8 @@ def dot(cut: Shape, a: jax.Array, w: jax.Array) -> jax.Array:
     if cut.units != cut.hidden:
         # What stands in padding is finite here, or it would meet the zero weights of the padding.
         a = jnp.where(jax.lax.broadcasted_iota(jnp.int32, a.shape, 1) < cut.hidden, a, jnp.zeros_like(a))
-    return jnp.dot(a.astype(w.dtype), w, preferred_element_type=jnp.float32)
+    precision = jax.lax.Precision.DEFAULT  # whatever is asked for of float32
+    return jnp.dot(a.astype(w.dtype), w, precision=precision, preferred_element_type=jnp.float32)
 
 
 def step(each: Any, parts: int, like: jax.Array) -> Steps:
