@@ -59,6 +59,11 @@ class Process:
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """Sends a command and waits for its answer; raises `WorkerError` for one that failed."""
+        self.send(**command)
+        return self.receive()
+
+    def send(self, **command: Any) -> None:
+        """Sends a command, whose answer is then to be received before the next."""
         self.wait_for_start()
         assert self.child.stdin is not None
         try:
@@ -66,6 +71,8 @@ class Process:
             self.child.stdin.flush()
         except BrokenPipeError as error:
             raise WorkerError(without_paths(f"the process ended: {self._tail()}")) from error
+
+    def receive(self) -> dict[str, Any]:
         return self._reply()
 
     def stop(self) -> None:
@@ -88,7 +95,7 @@ class Process:
         assert self.child.stdout is not None
         if self.timeout is not None and not select.select([self.child.stdout], [], [], self.timeout)[0]:
             self.child.kill()
-            raise WorkerError(f"no answer in {self.timeout:.0f} s")
+            raise NoAnswerError(f"no answer in {self.timeout:.0f} s")
         line = self.child.stdout.readline()
         if not line:
             self.child.wait()
@@ -110,6 +117,10 @@ def without_paths(text: str) -> str:
 
 class WorkerError(RuntimeError):
     """What a peer could not do, in its own words."""
+
+
+class NoAnswerError(WorkerError):
+    """A peer hung, and was ended."""
 
 
 class Pool:

@@ -1,5 +1,7 @@
 """The benchmark on a GPU: ``python benchmarks/run.py --grid gpu``, and ``--grid settings`` for XLA's settings.
 
+``--grid suite`` is what to run on a GPU that is there for a while only: correctness, then both of these.
+
 Unlike a run on a CPU it has an end: points stand in the order of their importance, and no point is begun that may not
 be done within ``--minutes``. What has failed is kept and not tried again. All processes share the one GPU, take its
 memory as they need it, and one works at a time. See README.md.
@@ -7,10 +9,15 @@ memory as they need it, and one works at a time. See README.md.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import os
+import signal
+import subprocess
+import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +28,13 @@ from benchmarks.store import Store
 
 REPEATS, SECONDS = 10, 3.0
 FIRST_GUESS_S = 30.0  # of a point's time, before one was measured
-ANSWER_S = 120.0  # the longest that a process may take: a kernel that hangs must not hang the run
+ANSWER_S = 60.0  # the longest that a process may take: a kernel that hangs must not hang the run
 GRACE_S = 20.0  # after the deadline, to end the point under way; what it lacks then is left for the next run
 HELPER = "jrnn reference"  # whose process also answers, exactly, what all others are held against
 
 ENTRANTS = (
-    "jrnn", "jrnn reference", "jrnn cudnn", "jrnn kernel", "jrnn own cell", "jrnn own cell in kernel", "hand",
-    "hand hoisted", "flax.linen", "keras", "jax.experimental.rnn", "torch cuda", "empty",
+    "jrnn", "jrnn hoisted", "jrnn reference", "jrnn cudnn", "jrnn kernel", "jrnn own cell", "jrnn own cell in kernel",
+    "hand", "hand hoisted", "flax.linen", "keras", "jax.experimental.rnn", "torch cuda", "empty",
 )  # fmt: skip
 
 
@@ -75,6 +82,10 @@ def full() -> tuple[Point, ...]:
     found += points("grid", "gru", (64, 1024, 512, 512), "bfloat16", "tf32")
     found += points("five layers", "lstm", (32, 1000, 512, 512), "tf32", layers=5, bidirectional=True, ragged=True)
     found += points("grid", "lstm", (1, 16384, 64, 64), "tf32")
+    found += points("grid", "lstm", (64, 256, 512, 512), "bfloat16", "tf32")
+    found += points("two directions", "lstm", (64, 1024, 512, 512), "bfloat16", "tf32", bidirectional=True)
+    found += points("ragged", "lstm", (64, 1024, 512, 512), "bfloat16", "tf32", ragged=True)
+    found += points("two directions", "lstm", (32, 1024, 512, 512), "tf32", bidirectional=True)
     found += [Point("one step", cell, "step", 1, 1, 256, 256, precision="tf32") for cell in ("lstm", "gru")]
     return tuple(found)
 
@@ -146,29 +157,47 @@ class GpuPool:
 
     def ask(self, name: str, **command: Any) -> dict[str, Any]:
         """An answer, from the helper if ``name`` is empty. One that could not give it starts anew the next time."""
+        self.send(name, **command)
+        return self.receive(name)
+
+    def send(self, name: str, **command: Any) -> None:
+        """A command, so that several can work at once until their answers are received."""
         if name in self.broken:
             raise self.broken[name]
+        if not self.processes[name].alive:
+            self.processes[name].stop()
+            self.processes[name] = self._start(name)
+        with self._in_time(name) as process:
+            process.send(**command)
+
+    def receive(self, name: str) -> dict[str, Any]:
+        with self._in_time(name) as process:
+            answer = process.receive()
+        self.forms[name] = process.form
+        return answer
+
+    @contextlib.contextmanager
+    def _in_time(self, name: str) -> Iterator[driver.Process]:
+        """Ends a process that fails, or that does not answer while there is time."""
         process = self.processes[name]
-        if not process.alive:
-            process.stop()
-            process = self.processes[name] = self._start(name)
         left = self.deadline + GRACE_S - time.perf_counter()
         if left <= 0:
             raise OutOfTimeError
         process.timeout = min(ANSWER_S, left)
         try:
-            answer = process.ask(**command)
+            yield process
         except driver.WorkerError as error:
-            if not process.started:  # a library that does not load, a flag that is not known
-                self.broken[name] = driver.WorkerError(f"did not start: {error}")
             # What an error leaves on the GPU, memory or worse, ends with the process.
             process.child.kill()
-            process.child.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.child.wait(timeout=10)
             if time.perf_counter() > self.deadline + GRACE_S:
                 raise OutOfTimeError from None
+            if not process.started:  # a library that does not load, a flag that is not known
+                self.broken[name] = driver.WorkerError(f"did not start: {error}")
+            elif isinstance(error, driver.NoAnswerError) and name:  # who hangs once would take the others' time again
+                self.broken[name] = driver.WorkerError(f"left out since it did not answer: {error}")
             raise
-        self.forms[name] = process.form
-        return answer
 
     def answer(self, point: Point, equations: str, inputs: dict[str, Any]) -> tuple[Path, Path]:
         """Files of what an entrant with these equations is given, and of what it must answer.
@@ -208,6 +237,8 @@ class GpuPool:
 class OutOfTimeError(Exception):
     """The run must end, whatever is under way."""
 
+    results: dict[str, Any] = {}  # noqa: RUF012 - of the point under way, as far as it got
+
 
 @contextlib.contextmanager
 def pool(entrants: dict[str, Entrant], variables: dict[str, str], deadline: float) -> Iterator[GpuPool]:
@@ -220,8 +251,19 @@ def pool(entrants: dict[str, Entrant], variables: dict[str, str], deadline: floa
 
 def measure(running: GpuPool, point: Point, names: list[str], repeats: int, seconds: float) -> dict[str, Any]:
     """Checks and times all entrants on one point: ``{name: result}``, as `driver.measure` does."""
-    inputs = data.make(point)
     results: dict[str, Any] = {}
+    try:
+        _prepare(running, point, names, results)
+        _rounds(running, [name for name in names if "samples_ms" in results[name]], results, repeats, seconds)
+    except OutOfTimeError as end:
+        end.results = {name: result for name, result in results.items() if result.get("samples_ms") != []}
+        raise
+    return results
+
+
+def _prepare(running: GpuPool, point: Point, names: list[str], results: dict[str, Any]) -> None:
+    """Everybody builds and compiles at once, and is then held against the answer."""
+    inputs, notes = data.make(point), {}
     for name in names:
         try:
             about = running.ask(name, do="describe", point=point.to_json())
@@ -229,15 +271,22 @@ def measure(running: GpuPool, point: Point, names: list[str], repeats: int, seco
                 results[name] = {"refused": about["refused"]}
                 continue
             given, expected = running.answer(point, about["equations"], inputs)
-            paths = {"data": str(given), "expected": str(expected)}
-            ready = running.ask(name, do="prepare", point=point.to_json(), **paths)
-            agreed = data.agrees(point, ready["errors"])
-            results[name] = {**ready, "note": about["note"], "samples_ms": []}
-            if not agreed:
-                results[name] = {"disagrees": ready["errors"], "note": about["note"]}
+            running.send(name, do="prepare", point=point.to_json(), data=str(given), expected=str(expected))
+            notes[name] = about["note"]
         except driver.WorkerError as error:
             results[name] = {"failed": str(error)}
-    timed = [name for name, result in results.items() if "samples_ms" in result]
+    for name, note in notes.items():
+        try:
+            ready = running.receive(name)
+        except driver.WorkerError as error:
+            results[name] = {"failed": str(error)}
+            continue
+        agreed = data.agrees(point, ready["errors"])
+        results[name] = {**ready, "samples_ms": []} if agreed else {"disagrees": ready["errors"]}
+        results[name]["note"] = note
+
+
+def _rounds(running: GpuPool, timed: list[str], results: dict[str, Any], repeats: int, seconds: float) -> None:
     start = time.perf_counter()
     for turn in range(repeats):
         if turn >= driver.MIN_ROUNDS and time.perf_counter() - start > seconds:
@@ -254,7 +303,6 @@ def measure(running: GpuPool, point: Point, names: list[str], repeats: int, seco
         if "failed" not in results[name]:
             with contextlib.suppress(driver.WorkerError):
                 running.ask(name, do="drop")
-    return results
 
 
 def finished(store: Store, point: Point, names: list[str]) -> bool:
@@ -271,8 +319,56 @@ def taking_part(point: Point, names: list[str]) -> list[str]:
     return [name for name in names if point.peers is None or name in point.peers]
 
 
+CORRECTNESS, TIMING = 0.4, 0.75  # of all the time, and of what is left after it
+
+
+def suite(options: Any) -> int:
+    """Correctness, then timing, unattended: whatever hangs or fails is ended, and the next begins."""
+    deadline = time.perf_counter() + 60 * options.minutes
+    left = lambda: (deadline - time.perf_counter()) / 60
+    log = (options.out or machine.ROOT / "benchmarks" / "results") / "gpu-tests.txt"
+    passed = correct(60 * CORRECTNESS * options.minutes, "cpu" if options.device == "cpu" else "cuda,cpu", log)
+    statuses = []
+    for name, share in (("gpu", TIMING), ("settings", 1.0)):
+        print(f"== {name}", flush=True)
+        changed = {"grid": name, "minutes": share * left()} | ({"out": options.out / name} if options.out else {})
+        try:
+            statuses.append(main(argparse.Namespace(**{**vars(options), **changed})))
+        except Exception:
+            traceback.print_exc()
+            statuses.append(1)
+    return int(not passed or any(statuses))
+
+
+def correct(seconds: float, platforms: str, log: Path) -> bool:
+    """Whether all that ``pytest -m gpu`` runs passed; it is ended, with all that it began, after so many seconds."""
+    print(f"== pytest -m gpu, for {seconds:.0f} s at most, into {log.name}", flush=True)
+    # Only the files that have such tests, and no plugin whose warnings would be errors.
+    files = ("tests/test_kernels.py", "tests/test_cudnn.py")
+    options = ("-m", "gpu", "-v", "-n", "4", "-p", "no:benchmark", "--durations=5")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *options, *files], cwd=machine.ROOT, stdout=out, stderr=subprocess.STDOUT,
+            env={**os.environ, "JAX_PLATFORMS": platforms}, start_new_session=True,
+        )  # fmt: skip
+        try:
+            status: int | None = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # workers that hang too
+        process.wait()
+    print("\n".join(log.read_text(errors="replace").splitlines()[-40:]), flush=True)
+    if status is None:
+        print(f"the tests did not end in {seconds:.0f} s: what is not in {log.name} did not pass", flush=True)
+    return status == 0
+
+
 def main(options: Any) -> int:
     """The command: see `benchmarks.run`. Returns the process's exit status."""
+    if options.grid == "suite":
+        return suite(options)
     deadline = time.perf_counter() + 60 * options.minutes
     if options.grid == "settings":
         entrants, todo = settings_entrants(), settings_points(options.quick)
@@ -306,7 +402,13 @@ def main(options: Any) -> int:
     print(f"{len(left)} of {len(todo)} points to measure in {options.minutes:g} minutes; results in {folder}")
     with pool({name: entrants[name] for name in names}, variables, deadline) as running:
         try:
+            for name in names:  # all are up before anything is measured
+                with contextlib.suppress(driver.WorkerError):
+                    running.ask(name, do="drop")
             rates = running.ask("", do="rates", size=256 if options.quick else 8192)
+        except OutOfTimeError:
+            print("time was up before anything was measured: --minutes takes more")
+            return 1
         except driver.WorkerError as error:
             print(
                 f"no GPU that JAX can use, with jax's CUDA plugin ({error})\n"
@@ -322,11 +424,6 @@ def main(options: Any) -> int:
             _all(running, store, left, names, rates, deadline, (repeats, seconds))
         except KeyboardInterrupt:
             print("\ninterrupted: the same command goes on from here")
-        for name, form in running.forms.items():
-            if name:
-                variables = entrants[name].variables
-                about = "; ".join([form, *(f"{key}={value}" for key, value in variables.items())])
-                store.content["peers"][name] = {"form": about, "version": peers.version(entrants[name].peer)}
         store.write()
     gpu_report.write(folder, store.content)
     print(f"wrote {folder / 'results.json'} and results.md")
@@ -342,11 +439,12 @@ def _all(
         if start + 1.2 * (longest or FIRST_GUESS_S) > deadline:
             print(f"time is up: {len(left) - index + 1} points are left for the same command to go on with")
             return
+        over = False
         try:
             results = measure(running, point, taking_part(point, names), *budget)
-        except OutOfTimeError:
-            print(f"time is up in {point.id}, which is left for the same command, as are {len(left) - index} more")
-            return
+        except OutOfTimeError as end:
+            results, over = end.results, True
+        _keep_forms(running, store)
         steps = int(data.make(point)["lengths"].sum()) if point.ragged else point.batch * point.time
         more = {"bytes": point.traffic(steps), "copy_bytes_per_second": rates["copy"], "rate_of": point.arithmetic}
         store.add(point, results, rates[point.arithmetic], 0.0, steps, **more)
@@ -354,3 +452,15 @@ def _all(
         longest = max(longest, time.perf_counter() - start)
         line = gpu_report.line(store.content["points"][point.id])
         print(f"[{index}/{len(left)}] {point.id}  ({time.perf_counter() - start:.0f} s)  {line}", flush=True)
+        if over:
+            print(f"time is up in {point.id}, which is left for the same command, as are {len(left) - index} more")
+            return
+
+
+def _keep_forms(running: GpuPool, store: Store) -> None:
+    """How each entrant is used, and its version."""
+    for name, form in running.forms.items():
+        if name:
+            entrant = running.entrants[name]
+            about = "; ".join([form, *(f"{key}={value}" for key, value in entrant.variables.items())])
+            store.content["peers"][name] = {"form": about, "version": peers.version(entrant.peer)}

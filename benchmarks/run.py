@@ -31,7 +31,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help=f"repetitions of each peer at a point (default {FULL.repeats})")
     parser.add_argument("--seconds", type=float, help=f"but stop a point after this long (default {FULL.seconds:.0f})")
     parser.add_argument(
-        "--grid", choices=("cpu", "gpu", "settings"), default="cpu", help="what is measured, and on what"
+        "--grid", choices=("cpu", "gpu", "settings", "suite"), default="cpu", help="what is measured, and on what"
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="gpu, settings: begin no point that may end later")
     parser.add_argument(
@@ -46,6 +46,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         unknown = sorted(set(options.peers) - set(known))
         if unknown:
             parser.error(f"--peers: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    if options.grid == "suite" and (options.peers is not None or options.list):
+        parser.error("--grid suite: expected neither --peers nor --list, which go with --grid gpu or settings")
     if options.repeats is not None and options.repeats < 1:
         parser.error(f"--repeats: expected at least 1, got {options.repeats}")
     return options

@@ -6,7 +6,9 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from jrnn._check import same_form
 from jrnn.cells.base import Layer
 from jrnn.unroll import choose_backend, unroll
 
@@ -48,11 +50,19 @@ def stepper(layer: Layer) -> Any:
 def _stepper(layer: Layer) -> Any:
     @functools.partial(jax.jit, donate_argnums=1)
     def step(params: Any, state: Any, x: Any, key: Any = None) -> tuple[Any, jax.Array]:
-        # The compiled loop takes one step as well, and faster than XLA where there is enough to multiply.
-        jax.eval_shape(layer.step, params, state, x, key)  # raises where there is no step, or arguments do not fit
-        if key is None and choose_backend(layer, params, x[None])[0] == "native":
+        x = jnp.asarray(x)
+        if key is None and _is_compiled_whole(layer, params, state, x):
             state, ys = unroll(layer, params, x[None], state)
             return state, ys[0]
         return layer.step(params, state, x, key)
 
     return step
+
+
+def _is_compiled_whole(layer: Layer, params: Any, state: Any, x: jax.Array) -> bool:
+    """Whether the compiled loop takes the step as well, which is faster than XLA where there is enough to multiply."""
+    # Raises where there is no step, or where arguments do not fit.
+    new, _ = jax.eval_shape(layer.step, params, state, x)
+    if type(layer).initial_state is Layer.initial_state or not same_form(new, state):
+        return False  # a step that is none of a loop
+    return choose_backend(layer, params, x[None])[0] == "native"

@@ -44,16 +44,20 @@ class Local:
         def kill(self):
             pass
 
-        wait = kill
+        def wait(self, timeout=None):
+            pass
 
     def __init__(self, peer):
         self.worker, self.alive, self.started, self.form = worker.Worker(peer), True, True, peer.form
         self.child, self.timeout, self.asked = self.Child(), None, []
 
-    def ask(self, **command):
+    def send(self, **command):
         self.asked.append(command["do"])
+        self.command = command
+
+    def receive(self):
         try:
-            return self.worker.answer(json.loads(json.dumps(command)))
+            return self.worker.answer(json.loads(json.dumps(self.command)))
         except Exception as error:
             raise driver.WorkerError(f"{type(error).__name__}: {error}") from error
 
@@ -64,7 +68,7 @@ class Local:
 class LocalPool(gpu.GpuPool):
     def __init__(self, left=60.0, **given):
         self.given = given
-        super().__init__(dict.fromkeys(given), {}, time.perf_counter() + left)
+        super().__init__({name: gpu.Entrant(name) for name in given}, {}, time.perf_counter() + left)
 
     def _start(self, name):
         return Local(self.given[name] if name else Jrnn())
@@ -224,6 +228,34 @@ def test_the_end_comes_in_the_middle_of_a_point():
         gpu.measure(running, FORWARD, ["jrnn"], 1, 1.0)
 
 
+def test_what_was_measured_before_the_end_is_kept():
+    with pool(hand=hand.Hand(), jrnn=Jrnn()) as running:
+        ask = running.ask
+
+        def late(name, **command):
+            if name == "jrnn" and command["do"] == "time" and running.processes["hand"].asked[-1] == "time":
+                raise gpu.OutOfTimeError
+            return ask(name, **command)
+
+        running.ask = late
+        with pytest.raises(gpu.OutOfTimeError) as end:
+            gpu.measure(running, FORWARD, ["hand", "jrnn"], 2, 1.0)
+    assert list(end.value.results) == ["hand"]
+    assert len(end.value.results["hand"]["samples_ms"]) == 1
+
+
+def test_who_hangs_once_is_left_out():
+    def hang():
+        raise driver.NoAnswerError("no answer in 60 s")
+
+    with pool(hand=hand.Hand(), jrnn=Jrnn()) as running:
+        running.processes["jrnn"].receive = hang
+        for first in (True, False):
+            results = gpu.measure(running, FORWARD, ["hand", "jrnn"], 1, 1.0)
+            assert results["jrnn"]["failed"].startswith("no answer" if first else "left out since it did not answer")
+            assert len(results["hand"]["samples_ms"]) == 1
+
+
 # --- peers -----------------------------------------------------------------------------------------------------------
 
 WORK = {
@@ -349,3 +381,34 @@ def test_the_command_lists(capsys):
         with pytest.raises(SystemExit):
             run.main(["--grid", name, "--list"])
         assert capsys.readouterr().out.split("\n")[:-1] == [point.id for point in points]
+
+
+def test_the_suite_goes_from_correctness_to_timing(tmp_path, monkeypatch):
+    """Whatever becomes of the tests, the points and the settings follow, in the time that is left."""
+    seen = []
+    monkeypatch.setattr(gpu, "correct", lambda *given: seen.append(given))
+    real = gpu.main
+    monkeypatch.setattr(gpu, "main", lambda options: seen.append((options.grid, options.minutes, options.out)) or 0)
+    assert real(run.arguments(["--grid", "suite", "--minutes", "10", "--out", str(tmp_path)])) == 1  # as the tests
+    assert seen[0] == (240, "cuda,cpu", tmp_path / "gpu-tests.txt")
+    assert [(name, round(minutes, 1), out) for name, minutes, out in seen[1:]] == [
+        ("gpu", 7.5, tmp_path / "gpu"),
+        ("settings", 10.0, tmp_path / "settings"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [("pass", "1 passed"), ("assert False", "1 failed"), ("__import__('time').sleep(600)", "did not end in 15 s")],
+    ids=["pass", "fail", "hang"],
+)
+def test_tests_that_hang_are_ended(body, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\n")
+    for name in ("kernels", "cudnn"):
+        mark = "gpu" if name == "kernels" else "skip"
+        text = f"import pytest\n\n@pytest.mark.{mark}\ndef test_it():\n    {body}\n"
+        (tmp_path / "tests" / f"test_{name}.py").write_text(text)
+    assert gpu.correct(60.0 if "1" in says[:1] else 15.0, "cpu", tmp_path / "out" / "log.txt") == ("passed" in says)
+    assert says in capsys.readouterr().out

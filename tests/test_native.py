@@ -115,6 +115,8 @@ def test_however_it_is_shared(cell, time, batch, features, marked):
         (jrnn.peephole_lstm(20), 16, 2, 3),  # groups of two
         (jrnn.elman(9), 13, 5, 3),  # each chunk by itself
         (jrnn.gru(8), 3, 1, 2),  # nothing but a rest
+        (jrnn.lstm(32), 4, 1, 1),  # steps that read the weights where they are, made again by one that packs them
+        (jrnn.elman(64), 2, 2, "sqrt"),
     ],
     ids=lambda value: getattr(value, "hidden", value),
 )
@@ -129,6 +131,16 @@ def test_remat(cell, time, batch, remat, reverse):
             for backend, kept in (("native", {"remat": remat}), ("reference", {}))
         )
         assert_near(got, expected, 1e-4)
+
+
+def test_infinite_weights_stay_infinite():
+    """In the last of the input weights too, of which there are fewer than are read at once."""
+    cell = jrnn.elman(32, "linear")
+    params = cell.init(jax.random.key(0), 11)
+    params = {**params, "w_ih": params["w_ih"].at[8, 0].set(jnp.inf)}
+    ys = jrnn.unroll(cell, params, jnp.ones((1, 1, 11)), backend="native")[1]
+    assert jnp.isposinf(ys[0, 0, 0])
+    assert jnp.isfinite(ys[0, 0, 1:]).all()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -177,18 +189,21 @@ def test_memory(cell, floats):
     assert held <= 1.1 * floats * 1000 * 8 * 64 * 4
 
 
-def test_memory_with_remat():
+@pytest.mark.parametrize(
+    ("time", "remat", "beside"), [(100_000, "sqrt", 20e6), (10_000, 2500, 24e6), (9999, 2500, 24e6)]
+)
+def test_memory_with_remat(time, remat, beside):
     """Outputs, and little else: the gradients of inputs are put where they belong, and what is made again is little."""
-    cell, time, hidden = jrnn.lstm(256), 100_000, 256
+    cell, hidden = jrnn.lstm(256), 256
     params = jax.eval_shape(lambda key: cell.init(key, 64), jax.random.key(0))
     xs, weights = (jax.ShapeDtypeStruct((time, 1, n), jnp.float32) for n in (64, hidden))
 
     def total(params, xs, weights):
-        return jnp.sum(jrnn.unroll(cell, params, xs, backend="native", remat="sqrt")[1] * weights)
+        return jnp.sum(jrnn.unroll(cell, params, xs, backend="native", remat=remat)[1] * weights)
 
     gradient = jax.jit(jax.value_and_grad(total, (0, 1)))
     held = gradient.lower(params, xs, weights).compile().memory_analysis().temp_size_in_bytes
-    assert held <= 4 * time * hidden + 20e6
+    assert held <= 4 * time * hidden + beside
 
 
 def test_nothing_to_run():

@@ -110,6 +110,18 @@ def test_export(remat):
     assert_near(exported.call(*POINT), gradient(*POINT))
 
 
+def test_export_for_any_batch_with_remat():
+    run = lambda xs: jrnn.unroll(CELL, PARAMS, xs, backend="native", remat=2)[1]
+    form = jax.ShapeDtypeStruct(jax.export.symbolic_shape("6, b, 2"), jnp.float32)
+    exported = jax.export.export(jax.jit(run))(form)
+    assert_near(exported.call(XS), run(XS))
+
+
+def test_no_members():
+    nobody = jax.vmap(loss(CELL, "native", {}), (None, 0, None))(PARAMS, MEMBERS[:0], STATE)
+    assert nobody.shape == (0,)
+
+
 # --- the default -------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """One step at a time: the same numbers as over a whole sequence, one compilation, a state that is given away."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,22 @@ def test_steps_are_what_unroll_gives(model, batch):
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(last), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     jax.block_until_ready(jax.tree.map(jnp.copy, params))  # the parameters are still there
+
+
+def test_a_list_of_features_and_a_state_of_its_own_are_welcome():
+    cell = jrnn.lstm(192)
+    params = cell.init(jax.random.key(0), 3)
+    _, y = jrnn.stepper(cell)(params, cell.initial_state(params, ()), [0.1, 0.2, 0.3])
+    np.testing.assert_allclose(
+        y, cell.step(params, cell.initial_state(params, ()), jnp.array([0.1, 0.2, 0.3]))[1], atol=1e-6
+    )
+
+    @dataclasses.dataclass(frozen=True)
+    class Counter(jrnn.Cell):
+        def step(self, params, state, x, key=None):
+            return state + 1, x
+
+    assert jrnn.stepper(Counter())({}, jnp.zeros(()), jnp.ones(2))[0] == 1
 
 
 def test_the_state_is_donated():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jrnn
 from benchmarks import data
 from benchmarks.grid import Point
-from benchmarks.peers.base import JaxPeer
+from benchmarks.peers.base import JaxPeer, products
 
 
 class Jrnn(JaxPeer):
@@ -89,7 +89,8 @@ class Named(Jrnn):
         xs = jax.ShapeDtypeStruct((point.time, point.batch, point.features), jnp.dtype(point.dtype))
         lengths = jax.ShapeDtypeStruct((point.batch,), jnp.int32) if point.ragged else None
         try:
-            jax.eval_shape(lambda *args: self.apply(point, *args), own, xs, lengths)
+            with products(point.precision):
+                jax.eval_shape(lambda *args: self.apply(point, *args), own, xs, lengths)
         except ValueError as refusal:
             if str(refusal).startswith("backend:"):
                 return str(refusal)

@@ -6,6 +6,7 @@ batch: few sequences take hardly longer than one, whose every step waits for the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ SEQUENCES = 4  # that a step takes at hardly more than the cost of one
 class Chunks:
     """``time`` steps in chunks of ``length``, ``together`` of which are made again at once.
 
-    Steps that fill no group of these run last, and all of theirs is kept.
+    Steps that fill no group of these run last, and all of theirs is kept: as much as a group's, at most.
     """
 
     time: int
@@ -27,7 +28,11 @@ class Chunks:
 
     @classmethod
     def of(cls, time: int, sequences: int, length: int) -> Chunks:
-        return cls(time, length, max(1, SEQUENCES // sequences))
+        if not isinstance(sequences, int):  # a symbol, as in a program exported for any batch
+            return cls(time, length, 1)
+        # As few as keep what is made again at some multiple of sqrt(T) steps, where chunks are longer than that.
+        together = min(SEQUENCES // sequences, SEQUENCES * math.isqrt(time) // length)
+        return cls(time, length, max(1, together))
 
     @property
     def groups(self) -> int:

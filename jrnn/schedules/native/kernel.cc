@@ -2,7 +2,7 @@
 //
 // Compiled once for a machine, with bind.cc. T steps, N sequences, F features, H units. Units are taken in blocks of UB;
 // what the library owns is laid out by row (a step of a sequence), block, gate: [row][block][gate][UB]. Weights are packed
-// once a call into panels of UB columns. Threads share the batch, the units, or both; those that share units meet at a
+// once a call into panels of UB columns, but for calls of few steps. Threads share the batch, the units, or both; those that share units meet at a
 // barrier at each step.
 
 #include "kernel.h"
@@ -195,34 +195,29 @@ void narrow(long rows, long K, const float* A, long lda, const float* B, const P
   if (rows == 3) narrow<3>(K, A, lda, B, at, count, init, ldi, C, ldc);
 }
 
-// C += A B for few rows and B as it is given: K rows at a stride, in which each of `gates` has `units` columns. C has
-// blocks of units, `to` from one to the next and of each gate at its own place. B is read once, in order, some rows at once.
-template <int M>
+// C += A B for M rows and B as it is given: K rows at a stride, in which each of `gates` has `units` columns. C has blocks
+// of units, `to` from one to the next and of each gate at its own place. B is read once, in order, R rows at a time.
+template <int M, int R>
 void stream(long K, const float* A, long lda, const float* B, long stride, long gates, long units, long blocks, float* C,
             long ldc, long to, const int* place) {
-  constexpr int R = M == 1 ? 8 : 4;
-  for (long k = 0; k < K; k += R) {
+  for (long k = 0; k + R <= K; k += R) {
     vf a[M][R];
-    const float* row[R];
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const bool there = k + i < K;
-      row[i] = B + (there ? k + i : k) * stride;
 #pragma GCC unroll 3
-      for (int r = 0; r < M; ++r) a[r][i] = splat(there ? A[r * lda + k + i] : 0);
-    }
+    for (int r = 0; r < M; ++r)
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) a[r][i] = splat(A[r * lda + k + i]);
     for (long g = 0; g < gates; ++g)
       for (long b = 0; b < blocks; ++b)
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
-          const long column = g * units + b * UB + v * VL;
+          const float* row = B + k * stride + g * units + b * UB + v * VL;
           float* c = C + b * to + place[g] * UB + v * VL;
           vf sum[M];
 #pragma GCC unroll 3
           for (int r = 0; r < M; ++r) sum[r] = load(c + r * ldc);
 #pragma GCC unroll 8
           for (int i = 0; i < R; ++i) {
-            const vf w = load(row[i] + column);
+            const vf w = load(row + i * stride);
 #pragma GCC unroll 3
             for (int r = 0; r < M; ++r) sum[r] += a[r][i] * w;
           }
@@ -230,13 +225,17 @@ void stream(long K, const float* A, long lda, const float* B, long stride, long 
           for (int r = 0; r < M; ++r) store(c + r * ldc, sum[r]);
         }
   }
+  if constexpr (R > 1) {
+    const long whole = K / R * R;
+    stream<M, 1>(K - whole, A + whole, lda, B + whole * stride, stride, gates, units, blocks, C, ldc, to, place);
+  }
 }
 
 template <class... Arguments>
 void stream(long rows, Arguments... arguments) {
-  if (rows == 1) stream<1>(arguments...);
-  if (rows == 2) stream<2>(arguments...);
-  if (rows == 3) stream<3>(arguments...);
+  if (rows == 1) stream<1, 8>(arguments...);
+  if (rows == 2) stream<2, 4>(arguments...);
+  if (rows == 3) stream<3, 4>(arguments...);
 }
 
 // --- threads and memory ------------------------------------------------------------------------------------------
@@ -451,7 +450,7 @@ struct Run {
 
 // Work that threads take piece by piece, each of its own share first and then of what the others have not begun: a core
 // that is slower for a while (its twin is busy, it was interrupted) is not waited for. Who takes a piece changes no result.
-class Pieces {
+class alignas(64) Pieces {
  public:
   explicit Pieces(long threads) : next_(threads) {}
   // The next piece of `count` for thread `me`, or an empty one at the end: half of what is left of a share, and no less
@@ -588,11 +587,11 @@ Weights forward_weights(const Run& run) {
   return Weights(columns * run.F, columns * run.H, columns, run.cell.thetas * run.blocks * UB);
 }
 
-void run_forward(Run run, const Forward& f, Weights& weights) {
+void forward_steps(Run run, const Forward& f, Weights& weights) {
   run.plan();
   const Cell& cell = run.cell;
   const long T = run.T, N = run.N, F = run.F, H = run.H, G = run.G, blocks = run.blocks, threads = run.threads();
-  const long P = cell.parts, S = cell.states, thetas = cell.thetas, hidden = blocks * UB;
+  const long P = cell.parts, S = cell.states, hidden = blocks * UB;
   const long most_rows = (N + run.across - 1) / run.across, most_blocks = (blocks + run.units - 1) / run.units;
   const long chunk = std::max(1L, std::min(T, 96 / most_rows));
   const bool far = 4 * (F + H) * run.width > NEAR, in_place = reads_in_place(run);
@@ -745,7 +744,7 @@ Weights backward_weights(const Run& run, bool by_inputs) {
   return Weights(by_inputs ? f_blocks * K * UB : 0, run.blocks * K * UB, 0, run.cell.thetas * run.blocks * UB);
 }
 
-void run_backward(Run run, const Backward& f, Weights& weights) {
+void backward_steps(Run run, const Backward& f, Weights& weights) {
   run.plan();
   const Cell& cell = run.cell;
   const long T = run.T, N = run.N, F = run.F, H = run.H, G = run.G, blocks = run.blocks, threads = run.threads();
@@ -918,7 +917,7 @@ void run_backward(Run run, const Backward& f, Weights& weights) {
 
 // Some steps of a run, from `start` on.
 template <class Call>
-Call from(const Run& run, Call f, long start) {
+Call beginning(const Run& run, Call f, long start) {
   f.x += start * run.N * run.F;
   if (f.valid) f.valid += start * run.N;
   if (f.resets) f.resets += start * run.N;
@@ -955,38 +954,39 @@ struct Met {
   }
 };
 
-void run_forward(const Chunks& chunks, const Forward& f, const Met& met) {
+void forward_in_chunks(const Chunks& chunks, const Forward& f, const Met& met) {
   const Run& run = chunks.run;
   const long S = run.cell.states, h = run.cell.hidden_state, size = run.N * run.H, count = chunks.groups() * chunks.together;
   const long rest = chunks.rest();
   Weights weights = forward_weights(run);
   for (long s = 0; s < S; ++s) std::memcpy(count ? met.states[s] : met.rest_state[s], f.state[s], 4 * size);
   for (long i = 0; i < count; ++i) {
-    Forward part = from(run, f, chunks.start(i));
+    Forward part = beginning(run, f, chunks.start(i));
     for (long s = 0; s < S; ++s) {
       part.state[s] = met.states[s] + i * size;
       part.last[s] = i + 1 < count ? met.states[s] + (i + 1) * size : rest ? met.rest_state[s] : f.last[s];
     }
     part.after[h] = part.hs = f.hs + chunks.start(i) * size;
-    run_forward(chunks.steps(chunks.length, run.N), part, weights);
+    forward_steps(chunks.steps(chunks.length, run.N), part, weights);
   }
   if (!rest) return;
-  Forward part = from(run, f, chunks.rest_start());
+  Forward part = beginning(run, f, chunks.rest_start());
   for (long s = 0; s < S; ++s) part.state[s] = met.rest_state[s];
   part.after = met.after(run.cell);
   part.hs = met.rest_hs;
   part.parts = met.rest_parts;
-  run_forward(chunks.steps(rest, run.N), part, weights);
+  forward_steps(chunks.steps(rest, run.N), part, weights);
   std::memcpy(f.hs + chunks.rest_start() * size, met.rest_hs, 4 * rest * size);
 }
 
 // `b` is that of the forward run, `work` has room for what a group makes again.
-void run_backward(const Chunks& chunks, const Backward& f, const Met& met, const float* b, float* work) {
+void backward_in_chunks(const Chunks& chunks, const Backward& f, const Met& met, const float* b, float* work) {
   const Run& run = chunks.run;
   const Cell& cell = run.cell;
   const long S = cell.states, N = run.N, H = run.H, size = N * H, together = chunks.together, length = chunks.length;
   const long wide = together * N;  // sequences of a group
-  Weights forward = forward_weights(run), backward = backward_weights(run, f.dx != nullptr);
+  const Run group_run = chunks.steps(length, wide);
+  Weights forward = forward_weights(group_run), backward = backward_weights(run, f.dx != nullptr);
   bool more = false;
   const auto differentiate = [&](long start, long count, Backward part) {
     part.dhs = f.dhs + start * size;
@@ -994,17 +994,19 @@ void run_backward(const Chunks& chunks, const Backward& f, const Met& met, const
     part.more = more;
     if (more)
       for (long s = 0; s < S; ++s) part.dlast[s] = f.dstate[s];
-    run_backward(chunks.steps(count, N), part, backward);
+    backward_steps(chunks.steps(count, N), part, backward);
     more = true;
   };
   if (chunks.rest()) {
-    Backward part = from(run, f, chunks.rest_start());
+    Backward part = beginning(run, f, chunks.rest_start());
     const Outputs after = met.after(cell);
     part.state.assign(met.rest_state.begin(), met.rest_state.end());
     part.after.assign(after.begin(), after.end());
     part.parts = met.rest_parts;
     differentiate(chunks.rest_start(), chunks.rest(), part);
   }
+
+  if (!chunks.groups()) return;
 
   Forward again{};
   again.w_ih = f.w_ih, again.b = b, again.w_hh = f.w_hh, again.theta = f.theta;
@@ -1037,9 +1039,9 @@ void run_backward(const Chunks& chunks, const Backward& f, const Met& met, const
     again.resets = f.resets ? marks + length * wide : nullptr;
     again.state.clear();
     for (long s = 0; s < S; ++s) again.state.push_back(met.states[s] + group * together * size);
-    run_forward(chunks.steps(length, wide), again, forward);
+    forward_steps(group_run, again, forward);
     for (long i = together - 1; i >= 0; --i) {
-      Backward part = from(run, f, chunks.start(group * together + i));
+      Backward part = beginning(run, f, chunks.start(group * together + i));
       for (long s = 0; s < S; ++s) {
         part.state[s] = met.states[s] + (group * together + i) * size;
         part.after[s] = again.after[s] + i * size;
@@ -1109,12 +1111,12 @@ void run_forward(const Cell& cell, const Array* args, const Array* rets, const O
   if (options.chunk) {
     const Chunks chunks{run, options.chunk, options.together};
     f.after.resize(cell.states);
-    return run_forward(chunks, f, take_met(chunks, out));
+    return forward_in_chunks(chunks, f, take_met(chunks, out));
   }
   f.parts = out.take();
   for (int s = 0; s < cell.states; ++s) f.after.push_back(s == cell.hidden_state ? f.hs : out.take());
   Weights weights = forward_weights(run);
-  run_forward(run, f, weights);
+  forward_steps(run, f, weights);
 }
 
 void run_backward(const Cell& cell, const Array* args, const Array* rets, const Options& options) {
@@ -1143,7 +1145,7 @@ void run_backward(const Cell& cell, const Array* args, const Array* rets, const 
   out.take(f.dstate, cell.states);
   out.take(f.drestart, cell.states);
   f.db = out.take();
-  if (options.chunk) return run_backward(chunks, f, met, b, out.take());
+  if (options.chunk) return backward_in_chunks(chunks, f, met, b, out.take());
   Weights weights = backward_weights(run, f.dx != nullptr);
-  run_backward(run, f, weights);
+  backward_steps(run, f, weights);
 }

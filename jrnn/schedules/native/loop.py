@@ -51,7 +51,8 @@ class Plan:
         """What the derivative in chunks makes again, kept while it is worked on."""
         if self.chunks is None:
             return ()
-        return (_float(self.chunks.length, self.chunks.together * count, self.row(hidden) + states * hidden),)
+        steps = self.chunks.length if self.chunks.groups else 0
+        return (_float(steps, self.chunks.together * count, self.row(hidden) + states * hidden),)
 
 
 class Inputs(NamedTuple):
@@ -128,9 +129,9 @@ class Forward(Operation):
     def plain(self, inputs: Inputs, flags: Flags) -> Any:
         last, hs = hoisted(self.plan, inputs, flags)
         # The plain transpose makes again what it needs.
-        return (last, self.nothing(hs, inputs, flags)) if self.keep else (last, hs)
+        return (last, self.unkept(hs, inputs, flags)) if self.keep else (last, hs)
 
-    def nothing(self, hs: Any, inputs: Inputs, flags: Flags) -> Any:
+    def unkept(self, hs: Any, inputs: Inputs, flags: Flags) -> Any:
         """What is kept, all zeros but ``hs``."""
         return jax.tree.map(_zeros, self.forms(inputs, flags)[1])._replace(hs=hs)
 
@@ -140,7 +141,7 @@ class Forward(Operation):
         if self.keep:
             # A derivative of a derivative: what is kept is read by the transpose alone, which has its own.
             dlast, dhs = tangent(self.plan, inputs, flags, tangents[0])
-            return (last, kept), (dlast, self.nothing(dhs, inputs, flags))
+            return (last, kept), (dlast, self.unkept(dhs, inputs, flags))
         # In chunks, the outputs are none of what is kept.
         needed = kept if self.plan.chunks is None else kept._replace(hs=None)
         return (last, kept.hs), apply(Tangent, self.plan, (inputs, flags, needed, tangents[0]))

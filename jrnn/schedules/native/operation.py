@@ -150,10 +150,11 @@ def _batch(leaves: Any, axes: Any, *, operation: Operation) -> Any:
     """What is mapped becomes more sequences, where these have axes; else one member runs after another."""
     found = operation.sequences(*operation.operands(leaves))
     places, ends = ([], []) if found is None else map(jax.tree.leaves, found)
-    if found is None or any(axis is not None and place < 0 for axis, place in zip(axes, places, strict=True)):
+    members = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
+    apart = found is None or any(axis is not None and place < 0 for axis, place in zip(axes, places, strict=True))
+    if apart or members == 0:
         outs = _one_by_one(leaves, axes, operation)
         return outs, [0] * len(outs)
-    members = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
     outs = jax.tree.leaves(operation.bind([_fold(*each, members) for each in zip(leaves, axes, places, strict=True)]))
     return [_unfold(out, end, members) for out, end in zip(outs, ends, strict=True)], ends
 
