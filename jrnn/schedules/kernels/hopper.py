@@ -46,7 +46,9 @@ PRECISIONS = (
     "F16_F16_F16", "F16_F16_F32", "TF32_TF32_F32",
 )  # fmt: skip
 
-_LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters
+# JAX 0.10 asks for an index apart from what it is of, 0.11 only takes one, with a warning, and 0.12 does not.
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+_LOAD_NEEDS_INDEX = _INDEX is not None and _INDEX.default is inspect.Parameter.empty
 
 # Of what the gates act on, 16 units and 16 sequences at a time: each of four warps has four units.
 _UNITS = plgpu.Layout.TILED(plgpu.Tiling(((16, 16), (4, 16), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
@@ -409,7 +411,7 @@ def load(plan: Plan, ref: Any, index: Any) -> jax.Array:
     if plan.interpret:  # whose loads know no layouts
         return ref[index]
     options: dict[str, Any] = {"layout": _UNITS, "optimized": False}
-    return plgpu.load(ref, index, **options) if _LOAD_TAKES_INDEX else plgpu.load(ref.at[index], **options)
+    return plgpu.load(ref, index, **options) if _LOAD_NEEDS_INDEX else plgpu.load(ref.at[index], **options)
 
 
 def store(plan: Plan, ref: Any, value: jax.Array) -> None:
