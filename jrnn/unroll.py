@@ -58,7 +58,8 @@ def unroll(
       reverse: run from the last valid step to the first; outputs stay in input order.
       key: a PRNG key, which switches dropout, zoneout and their like on; None is deterministic. An error where the
         model is known to use none.
-      backend: a schedule by name, which raises if it cannot serve; None chooses (see `choose_backend`).
+      backend: a schedule by name, which raises if it cannot serve; None chooses (see `choose_backend`). Runs of
+        "kernel" that span a GPU must not run at the same time as each other: they may wait for each other for ever.
       remat: a number of steps, or "sqrt": keep the state only every so many steps of a recurrent layer and recompute
         the rest in the backward pass, which needs memory for about sqrt(T) steps.
       unroll: how many steps of the loop to compile into one body.
