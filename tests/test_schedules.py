@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+from types import SimpleNamespace
 from typing import ClassVar
 
 import chex
@@ -352,6 +353,18 @@ def test_memory_of_a_training_step(cell, features, floats):
     rows = affine.choose_chunk(10**6, batch, 4 * cell.hidden)
     short, long = (temporary_bytes(cell, count * rows, batch, features) for count in (4, 8))
     assert (long - short) / (4 * rows * batch) <= floats * unit
+
+
+def test_layouts_that_were_measured_on_a_cpu_are_left_to_it(monkeypatch):
+    cell = jrnn.lstm(1024)
+    form = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    params = jax.eval_shape(lambda key: cell.init(key, 8), jax.random.key(0))
+    state = cell.state_type(form(64, 1024), form(64, 1024))
+    inputs = affine.Inputs(params, form(5, 64, 8), {}, params["w_hh"], None, state, None)
+    for platform, layouts in {"cpu": (Units(2), Units()), "gpu": (Rows(), Rows())}.items():
+        monkeypatch.setattr(affine, "default_device", lambda platform=platform: SimpleNamespace(platform=platform))
+        plan = affine.make_plan(cell, inputs, Steps())
+        assert (plan.forward, plan.backward) == layouts
 
 
 @pytest.mark.parametrize("backend", ["hoisted", None])

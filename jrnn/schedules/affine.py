@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jrnn._device import default_device
 from jrnn.cells.base import product
 from jrnn.schedules import promises
 from jrnn.schedules.layout import Rows, Units
@@ -135,7 +136,8 @@ def make_plan(cell: Any, inputs: Inputs, steps: Steps) -> Plan:
     forward: Rows | Units = Rows()
     backward: Rows | Units = Rows()
     known = isinstance(time, int) and isinstance(count, int)  # not symbols, as in a program that is exported for any
-    several = known and steps.key is None and count >= LIMITS.sequences
+    # Elsewhere than on a CPU other layouts were never measured, and two parts are twice the launches.
+    several = known and steps.key is None and count >= LIMITS.sequences and default_device().platform == "cpu"
     if several and promises.elementwise(cell, inputs.theta, inputs.state):
         in_parts = count % 2 == 0 and count >= LIMITS.parts_sequences and count * hidden >= LIMITS.parts
         forward = Units(2 if in_parts else 1) if count * hidden >= LIMITS.units else Rows()
