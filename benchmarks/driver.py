@@ -197,7 +197,7 @@ def measure(running: Pool, point: Point, budget: Budget) -> dict[str, Any]:
             answers[equations] = expected
         results[name] = _prepare(running.process(name), about["note"], point, given, expected)
     timed = [name for name, result in results.items() if "samples_ms" in result]
-    _rounds(running, timed, results, budget)
+    rounds(lambda name, **command: running.process(name).ask(**command), timed, results, budget)
     for name in names:
         if "refused" not in results[name]:
             with contextlib.suppress(WorkerError):
@@ -215,7 +215,10 @@ def _prepare(process: Process, note: str, point: Point, given: Path, expected: P
     return {**ready, "note": note, "samples_ms": []}
 
 
-def _rounds(running: Pool, timed: list[str], results: dict[str, Any], budget: Budget) -> None:
+def rounds(
+    ask: Callable[..., Any], timed: list[str], results: dict[str, Any], budget: Budget, pause: float = PAUSE_S
+) -> None:
+    """Repetitions in turn, into the results' samples; ``ask(name, do="time")`` is one."""
     start = time.perf_counter()
     for turn in range(budget.repeats):
         if turn >= MIN_ROUNDS and time.perf_counter() - start > budget.seconds:
@@ -225,8 +228,8 @@ def _rounds(running: Pool, timed: list[str], results: dict[str, Any], budget: Bu
         for name in timed[shift:] + timed[:shift]:
             if "failed" in results[name]:
                 continue
-            time.sleep(PAUSE_S)
+            time.sleep(pause)
             try:
-                results[name]["samples_ms"].append(running.process(name).ask(do="time")["ms"])
+                results[name]["samples_ms"].append(ask(name, do="time")["ms"])
             except WorkerError as error:
                 results[name] = {"failed": str(error)}

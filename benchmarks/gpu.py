@@ -254,7 +254,12 @@ def measure(running: GpuPool, point: Point, names: list[str], repeats: int, seco
     results: dict[str, Any] = {}
     try:
         _prepare(running, point, names, results)
-        _rounds(running, [name for name in names if "samples_ms" in results[name]], results, repeats, seconds)
+        timed = [name for name in names if "samples_ms" in results[name]]
+        driver.rounds(running.ask, timed, results, driver.Budget(repeats, seconds), pause=0.0)
+        for name in timed:
+            if "failed" not in results[name]:
+                with contextlib.suppress(driver.WorkerError):
+                    running.ask(name, do="drop")
     except OutOfTimeError as end:
         end.results = {name: result for name, result in results.items() if result.get("samples_ms") != []}
         raise
@@ -284,25 +289,6 @@ def _prepare(running: GpuPool, point: Point, names: list[str], results: dict[str
         agreed = data.agrees(point, ready["errors"])
         results[name] = {**ready, "samples_ms": []} if agreed else {"disagrees": ready["errors"]}
         results[name]["note"] = note
-
-
-def _rounds(running: GpuPool, timed: list[str], results: dict[str, Any], repeats: int, seconds: float) -> None:
-    start = time.perf_counter()
-    for turn in range(repeats):
-        if turn >= driver.MIN_ROUNDS and time.perf_counter() - start > seconds:
-            break
-        shift = turn % max(1, len(timed))
-        for name in timed[shift:] + timed[:shift]:
-            if "failed" in results[name]:
-                continue
-            try:
-                results[name]["samples_ms"].append(running.ask(name, do="time")["ms"])
-            except driver.WorkerError as error:
-                results[name] = {"failed": str(error)}
-    for name in timed:
-        if "failed" not in results[name]:
-            with contextlib.suppress(driver.WorkerError):
-                running.ask(name, do="drop")
 
 
 def finished(store: Store, point: Point, names: list[str]) -> bool:
