@@ -2,8 +2,8 @@
 //
 // Compiled once for a machine, with bind.cc. T steps, N sequences, F features, H units. Units are taken in blocks of UB;
 // what the library owns is laid out by row (a step of a sequence), block, gate: [row][block][gate][UB]. Weights are packed
-// once a call into panels of UB columns, but for calls of few steps. Threads share the batch, the units, or both; those that share units meet at a
-// barrier at each step.
+// once a call into panels of UB columns, but for calls of few steps. Threads share the batch, the units, or both; those
+// that share units meet at a barrier at each step.
 
 #include "kernel.h"
 
