@@ -31,7 +31,7 @@ OPTIONS = [
     {"reverse": False, "remat": None, "batch": (2, 2)},
     {"reverse": True, "remat": 2, "batch": (5,), "lengths": None, "resets": None},
     {"reverse": True, "remat": None, "batch": (), "mask": None},
-    {"reverse": False, "remat": 1, "batch": ()},
+    {"reverse": False, "remat": 2, "batch": (2,)},
 ]
 
 
