@@ -23,8 +23,9 @@ SHAPES = (
 )
 WORK = {"forward": "forward", "train": "forward and backward", "step": "one step"}
 
-ONLY_JRNN = ("jrnn", "jrnn hoisted")
-OWN_CELL = ("jrnn", "jrnn hoisted", "jrnn own cell", "jrnn own cell hoisted")
+ONLY_JRNN = ("jrnn", "jrnn hoisted", "products")
+OWN_CELL = (*ONLY_JRNN, "jrnn own cell", "jrnn own cell hoisted")
+REMAT = (*ONLY_JRNN, "jrnn remat", "jrnn hoisted remat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,6 @@ class Point:
     bidirectional: bool = False
     ragged: bool = False
     dtype: str = "float32"
-    remat: str | None = None
     peers: tuple[str, ...] | None = None
     precision: str | None = None  # of float32 products on a GPU: "tf32" or "exact"
 
@@ -55,9 +55,7 @@ class Point:
     def id(self) -> str:
         """A name that says what is measured; results are kept under it."""
         shape = f"B{self.batch}-T{self.time}-F{self.features}-H{self.hidden}"
-        parts = [self.section, self.cell, self.work, shape]
-        parts += [f"remat-{self.remat}"] if self.remat else []
-        return "/".join(parts + ([self.arithmetic] if self.precision else []))
+        return "/".join([self.section, self.cell, self.work, shape] + ([self.arithmetic] if self.precision else []))
 
     @property
     def arithmetic(self) -> str:
@@ -137,8 +135,7 @@ def full() -> tuple[Point, ...]:
         points.append(Point("one step", cell, "step", 1, 1, 64, 256))
     for time in (100, 1_000, 10_000, 100_000):
         points += _both("long", "lstm", (1, time, 16, 64), peers=ONLY_JRNN)
-    for remat in (None, "sqrt"):
-        points.append(Point("memory", "lstm", "train", 1, 100_000, 64, 256, remat=remat, peers=ONLY_JRNN))
+    points.append(Point("memory", "lstm", "train", 1, 100_000, 64, 256, peers=REMAT))
     return tuple(points)
 
 

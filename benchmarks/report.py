@@ -62,6 +62,13 @@ def floor_in_rounds(entry: dict[str, Any]) -> float | None:
     return None if ms is None else ms * entry["flops"] / (2.0 * PRODUCT**3)
 
 
+def disturbed(content: dict[str, Any], points: Iterable[Point], least: float = 0.75) -> list[Point]:
+    """Of some points those in whose rounds products ran below that share of their median rate over all."""
+    times = {id: median(entry, "products") for id, entry in content["points"].items()}
+    usual = statistics.median([ms for ms in times.values() if ms is not None] or [0.0])
+    return [point for point in points if (times.get(point.id) or 0.0) > usual / least]
+
+
 def geometric_mean(values: Iterable[float]) -> float | None:
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs)) if logs else None
@@ -121,7 +128,7 @@ def line(content: dict[str, Any], point: Point) -> str:
 def label(entry: dict[str, Any]) -> str:
     point = Point.from_json(entry["point"])
     shape = ", ".join(map(str, point.shape))
-    words = f"{WORK[point.work]} ({shape})" + (f' remat="{point.remat}"' if point.remat else "")
+    words = f"{WORK[point.work]} ({shape})"
     return f"{words}, {point.arithmetic}" if point.precision else words
 
 
@@ -167,6 +174,11 @@ def _conditions(content: dict[str, Any]) -> str:
             f"{len(points)} points, {dates[0] if dates else NOTHING} to {dates[-1] if dates else NOTHING}; up to "
             f"{settings['repeats']} repetitions or {settings['seconds']:g} s a point.\n",
         ]
+    again = sum(entry.get("measured", 1) > 1 for entry in content["points"].values())
+    if again:
+        lines.append(
+            f"{again} of the points were measured again, since products ran slower in their rounds than usual.\n"
+        )
     if len(used) > 1:
         lines.append("**The points were measured in more than one environment**: run with `--fresh` to compare.\n")
     lines.append(
@@ -229,7 +241,8 @@ def _section(entries: list[dict[str, Any]], section: str) -> str:
         extra |= {"own cell": ["own / built-in", "hoisted own / built-in"]}
     else:
         extra = {"grid": ["faster", "floor", "in rounds", "µs a step"], "own cell": ["own / built-in"]}
-    extra |= {"long": ["µs a step"], "memory": ["temporaries", "µs a step"], "one step": ["faster"]}
+    extra |= {"long": ["µs a step"], "one step": ["faster"]}
+    extra |= {"memory": ["remat / without", "temporaries with remat", "without"]}
     added = extra.get(section, ["faster", "floor"])
     rows = []
     for entry in entries:
@@ -240,8 +253,8 @@ def _section(entries: list[dict[str, Any]], section: str) -> str:
             mark = "†" if entry["results"].get(name, {}).get("note") else ""
             values.append(number(None if ms is None else scale * ms) + (mark if ms is not None else ""))
         beside = floor_in_rounds(entry)
-        names = ("own cell", "hoisted", "own cell hoisted")
-        own, hoisted, own_hoisted = (median(entry, f"jrnn {name}") for name in names)
+        names = ("own cell", "hoisted", "own cell hoisted", "remat")
+        own, hoisted, own_hoisted, remat = (median(entry, f"jrnn {name}") for name in names)
         what = {
             "faster": faster(entry),
             "hoisted faster": faster(entry, "jrnn hoisted"),
@@ -250,7 +263,9 @@ def _section(entries: list[dict[str, Any]], section: str) -> str:
             "floor": NOTHING if ours is None else f"{entry['floor_ms']:.3g} ms, {100 * entry['floor_ms'] / ours:.0f}%",
             "in rounds": NOTHING if None in (ours, beside) else f"{100 * beside / ours:.0f}%",
             "µs a step": NOTHING if ours is None else number(1e3 * ours / point.time),
-            "temporaries": size(entry["results"].get("jrnn", {}).get("temp_bytes")),
+            "without": size(entry["results"].get("jrnn", {}).get("temp_bytes")),
+            "temporaries with remat": size(entry["results"].get("jrnn remat", {}).get("temp_bytes")),
+            "remat / without": NOTHING if None in (ours, remat) else f"{remat / ours:.2f}",
             "own / built-in": NOTHING if own is None or ours is None else f"{own / ours:.2f}",
         }
         rows.append([label(entry), *values, *(what[name] for name in added)])

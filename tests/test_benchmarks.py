@@ -92,7 +92,7 @@ def test_the_grid_has_every_kind_of_work():
             assert shapes == set(grid.SHAPES)
     assert {p.section for p in points} == set(report.SECTIONS)
     assert [p.time for p in points if p.section == "long" and p.work == "train"] == [100, 1_000, 10_000, 100_000]
-    assert {p.remat for p in points if p.section == "memory"} == {None, "sqrt"}
+    assert [p.peers for p in points if p.section == "memory"] == [grid.REMAT]
     assert {p.cell for p in points if p.work == "step"} == set(grid.GATES)
 
 
@@ -303,6 +303,25 @@ def test_the_report(tmp_path):
     assert pictured == (tmp_path / "results.png").exists()
 
 
+def test_disturbed_points_are_measured_again(tmp_path, monkeypatch, capsys):
+    points = [dataclasses.replace(ELMAN, work="forward", hidden=h) for h in (4, 5, 6)]
+    monkeypatch.setattr(grid, "quick", lambda: points)
+    monkeypatch.setattr(machine, "matmul_rate", lambda **_: 1e9)
+    monkeypatch.setattr(driver, "pool", lambda names: contextlib.nullcontext(LocalPool(tmp_path)))
+    seen = []
+
+    def measured(running, point, budget):
+        seen.append(point.hidden)
+        slow = point.hidden == 5 and len(seen) < 4  # at its first turn, and no more
+        return {"products": {"samples_ms": [2.0 if slow else 1.0]}}
+
+    monkeypatch.setattr(driver, "measure", measured)
+    run.main(["--quick", "--peers", "products", "--out", str(tmp_path)])
+    assert seen == [4, 5, 6, 5]
+    assert "again" in capsys.readouterr().out
+    assert "1 of the points were measured again" in (tmp_path / "results.md").read_text()
+
+
 def test_the_picture(tmp_path):
     pytest.importorskip("matplotlib", reason="the picture is drawn with matplotlib")
     assert plot.write(tmp_path / "results.png", stored(tmp_path).content)
@@ -360,8 +379,8 @@ def test_a_run_from_end_to_end_goes_on_where_it_stopped(tmp_path, monkeypatch, c
 def test_the_command_lists_and_selects(capsys):
     run.main(["--quick", "--list"])
     assert capsys.readouterr().out.split("\n")[:-1] == [point.id for point in grid.quick()]
-    run.main(["--only", "memory/", "--list"])
-    assert len(capsys.readouterr().out.split()) == 2
+    run.main(["--only", "long/", "--list"])
+    assert len(capsys.readouterr().out.split()) == 8
     with pytest.raises(SystemExit):
         run.arguments(["--peers", "nobody"])
     assert "unknown" not in capsys.readouterr().out

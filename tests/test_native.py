@@ -31,7 +31,7 @@ OPTIONS = [
     {"reverse": False, "remat": None, "batch": (2, 2)},
     {"reverse": True, "remat": 2, "batch": (5,), "lengths": None, "resets": None},
     {"reverse": True, "remat": None, "batch": (), "mask": None},
-    {"reverse": False, "remat": 2, "batch": (2,)},
+    {"reverse": False, "remat": 2, "batch": (4,)},
 ]
 
 
@@ -111,13 +111,13 @@ def test_however_it_is_shared(cell, time, batch, features, marked):
 @pytest.mark.parametrize(
     ("cell", "time", "batch", "remat"),
     [
-        (jrnn.lstm(40), 33, 1, "sqrt"),  # one group of four chunks that are made again side by side, and a rest
-        (jrnn.gru(17), 32, 1, 4),  # two groups, no rest
-        (jrnn.peephole_lstm(20), 16, 2, 3),  # groups of two
+        (jrnn.lstm(40), 70, 1, "sqrt"),  # one group of eight chunks that are made again side by side, and a rest
+        (jrnn.gru(17), 32, 1, 2),  # two groups, no rest
+        (jrnn.peephole_lstm(20), 16, 4, 3),  # groups of two
         (jrnn.elman(9), 13, 5, 3),  # each chunk by itself
         (jrnn.gru(8), 3, 1, 2),  # nothing but a rest
-        (jrnn.lstm(32), 4, 1, 1),  # steps that read the weights where they are, made again by one that packs them
-        (jrnn.elman(64), 2, 2, "sqrt"),
+        (jrnn.lstm(32), 8, 1, 1),  # steps that read the weights where they are, made again by one that packs them
+        (jrnn.elman(64), 4, 2, 1),
     ],
     ids=lambda value: getattr(value, "hidden", value),
 )

@@ -31,6 +31,8 @@ PEERS: dict[str, Entry] = {
     "jrnn reference": Entry("jrnn", "Reference", "jrnn", "jrnn"),
     "jrnn own cell": Entry("jrnn", "OwnCell", "jrnn", "jrnn"),
     "jrnn own cell hoisted": Entry("jrnn", "OwnHoisted", "jrnn", "jrnn"),
+    "jrnn remat": Entry("jrnn", "WithRemat", "jrnn", "jrnn"),
+    "jrnn hoisted remat": Entry("jrnn", "HoistedWithRemat", "jrnn", "jrnn"),
     "hand": Entry("hand", "Hand", "jax", "jax"),
     "hand hoisted": Entry("hand", "HandHoisted", "jax", "jax"),
     "flax.linen": Entry("flax_linen", "Linen", "flax", "flax"),

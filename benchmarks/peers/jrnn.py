@@ -20,6 +20,7 @@ class Jrnn(JaxPeer):
     form = "jrnn.unroll under jit, time-major, the schedule it chooses by itself; jrnn.stepper for single steps"
     lengths = True
     backend: ClassVar[str | None] = None
+    remat: ClassVar[str | None] = None
     steps_in_a_body: ClassVar[int] = 1
 
     def cell(self, point: Point) -> Any:
@@ -30,7 +31,7 @@ class Jrnn(JaxPeer):
 
     def apply(self, point: Point, own: Any, xs: Any, lengths: Any) -> Any:
         model = data.make_model(self.cell(point), point)
-        options = {"backend": self.backend, "remat": point.remat, "unroll": self.steps_in_a_body}
+        options = {"backend": self.backend, "remat": self.remat, "unroll": self.steps_in_a_body}
         return jrnn.unroll(model, own, xs, lengths=lengths, **options)[1]
 
     def initial(self, point: Point, own: Any) -> Any:
@@ -110,6 +111,27 @@ class OwnHoisted(Own, Hoisted):
     """The user's cell, likewise."""
 
     form = 'jrnn own cell, jrnn.unroll(backend="hoisted") under jit'
+
+
+class Remat:
+    """Of a peer: keeps the state of every sqrt(T)-th step, in the section that is for it."""
+
+    remat = "sqrt"
+
+    def refuses(self, point: Point) -> str | None:
+        return super().refuses(point) if point.section == "memory" else "takes part in its own section"
+
+
+class WithRemat(Remat, Jrnn):
+    """What a user gets who chooses to keep little."""
+
+    form = 'jrnn.unroll(remat="sqrt") under jit'
+
+
+class HoistedWithRemat(Remat, Hoisted):
+    """The schedule of scans, likewise."""
+
+    form = 'jrnn.unroll(backend="hoisted", remat="sqrt") under jit'
 
 
 class Cudnn(Named):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["Chunks", "Met"]
 
-SEQUENCES = 4  # that a step takes at hardly more than the cost of one
+SEQUENCES = 8  # that a step takes at little more than the cost of one
 
 
 @dataclass(frozen=True)

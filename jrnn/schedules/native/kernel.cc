@@ -55,6 +55,13 @@ struct Ahead {
 };
 constexpr long STRIP = 32;
 
+// In a register, where compilers would rather load it again for every use.
+inline void keep(vf& v) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(v));
+#endif
+}
+
 // C (M, UB) = init + A B, with B a packed panel (K, UB); no init is zero.
 template <int M, class Left>
 inline void block(long K, const float* A, Left left, const float* B, const float* init, long ldi, float* C, long ldc,
@@ -70,7 +77,8 @@ inline void block(long K, const float* A, Left left, const float* B, const float
     const long end = std::min(K, k + STRIP);
 #pragma GCC unroll 4
     for (; k < end; ++k) {
-      const vf b0 = load(B + k * UB), b1 = load(B + k * UB + VL);
+      vf b0 = load(B + k * UB), b1 = load(B + k * UB + VL);
+      keep(b0), keep(b1);
 #pragma GCC unroll 12
       for (int r = 0; r < M; ++r) {
         const vf a = splat(A[left.at(r, k, M)]);
