@@ -57,9 +57,9 @@ def versions() -> dict[str, str]:
 
 
 def source_hash(folder: Path) -> str:
-    """Eight digits that change with any change to the modules of a folder."""
+    """Eight digits that change with any change to the modules of a folder, C++ included."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(path for ending in ("py", "cc", "h") for path in folder.rglob(f"*.{ending}")):
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:8]
 

@@ -19,7 +19,7 @@ from benchmarks import data, driver, gpu, grid, machine, peers, report
 from benchmarks.store import Store
 
 AGAIN = 2  # times at most that a disturbed point is measured anew
-FULL, QUICK = driver.Budget(15, 20.0), driver.Budget(5, 1.0)
+FULL, QUICK = driver.Budget(9, 6.0), driver.Budget(5, 1.0)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,12 +58,17 @@ def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     if options.grid != "cpu":
         sys.exit(gpu.main(options))
+    start = time.perf_counter()
     points = [p for p in (grid.quick() if options.quick else grid.full()) if options.only in p.id]
+    if not points:
+        sys.exit(f"--only: expected a part of a point's name (see --list), got {options.only!r}")
     if options.list:
         print("\n".join(point.id for point in points))
         return
     usual = QUICK if options.quick else FULL
-    budget = driver.Budget(options.repeats or usual.repeats, options.seconds or usual.seconds)
+    budget = driver.Budget(
+        options.repeats or usual.repeats, usual.seconds if options.seconds is None else options.seconds
+    )
     folder = options.out or Path(__file__).parent / "results" / ("quick" if options.quick else machine.slug())
     names = [name for name in options.peers or peers.PEERS if peers.available(name)]
     absent = [name for name in options.peers or peers.PEERS if name not in names]
@@ -79,21 +84,24 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(todo)} of {len(points)} points to measure; results in {folder}")
     try:
         if todo:
-            measure(store, todo, names, budget)
+            measure(store, points, todo, names, budget)
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here")
     pictured = report.write(folder, store.content)
-    print(f"wrote {folder / 'results.json'}, results.md" + (" and results.png" if pictured else ""))
+    wrote = f"wrote {folder / 'results.json'}, results.md" + (" and results.png" if pictured else "")
+    print(f"{wrote} after {time.perf_counter() - start:.0f} s")
 
 
-def measure(store: Store, todo: list[grid.Point], names: list[str], budget: driver.Budget) -> None:
-    """Runs the points, and keeps each as soon as it is done; those that were disturbed again, whoever was ahead."""
+def measure(
+    store: Store, points: list[grid.Point], todo: list[grid.Point], names: list[str], budget: driver.Budget
+) -> None:
+    """Runs what is to do, and keeps each point as soon as it is done; of all points the disturbed ones again."""
     rate = machine.matmul_rate()  # and again before each point: the floor is that of the best moment
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; starting {len(names)} processes")
     with driver.pool(names) as running:
         for name, form in running.forms.items():
             store.content["peers"][name] = {"form": form, "version": peers.version(name)}
-        for turn in range(1 + AGAIN):
+        while todo:
             for index, point in enumerate(todo, 1):
                 start, load = time.perf_counter(), os.getloadavg()[0]
                 rate = max(rate, machine.matmul_rate(repeats=4))
@@ -101,11 +109,11 @@ def measure(store: Store, todo: list[grid.Point], names: list[str], budget: driv
                 steps = point.batch * point.time
                 if point.ragged:
                     steps = int(data.make(point)["lengths"].sum())
-                store.add(point, results, rate, load, steps, measured=turn + 1)
+                store.add(point, results, rate, load, steps, measured=store.measured(point) + 1)
                 place, seconds = f"{index}/{len(todo)}", time.perf_counter() - start
                 print(f"[{place}] {point.id}  ({seconds:.0f} s)  {report.line(store.content, point)}", flush=True)
-            todo = report.disturbed(store.content, todo)
-            if todo and turn < AGAIN:
+            todo = [point for point in report.disturbed(store.content, points) if store.measured(point) <= AGAIN]
+            if todo:
                 print(f"again, since products ran slower than usual in their rounds: {len(todo)} points")
 
 

@@ -43,6 +43,11 @@ class Store:
             and all(name in known["results"] and "failed" not in known["results"][name] for name in wanted)
         )
 
+    def measured(self, point: Point) -> int:
+        """How often a point was measured in this environment."""
+        known = self.content["points"].get(point.id, {})
+        return known.get("measured", 1) if known.get("environment") == self.fingerprint else 0
+
     def forget(self, points: Iterable[Point] | None = None) -> None:
         """Drops what is known of some points, or of all; the file changes when the first new result is there."""
         names = list(self.content["points"]) if points is None else [point.id for point in points]

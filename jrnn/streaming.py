@@ -18,8 +18,8 @@ __all__ = ["stepper"]
 def stepper(layer: Layer) -> Any:
     """The layer's step, compiled, with its state donated: ``step(params, state, x, key=None) -> (state, y)``.
 
-    A call costs what calling any compiled function costs, and the arithmetic. Folded over the steps of a sequence it
-    gives what `jrnn.unroll` gives, where every step is valid and no reset.
+    A call costs what calling any compiled function costs, and the arithmetic. Folded over the steps of a sequence,
+    without a key, it gives what `jrnn.unroll` gives where every step is valid and no reset.
 
     B batch axes (any number, or none), F input features, H output features.
 

@@ -130,7 +130,7 @@ def tune(
     names = list(SCHEDULES) if backends is None else list(backends)
     if not names or not set(names) <= set(SCHEDULES):
         raise ValueError(f"backends: expected None or some of {sorted(SCHEDULES)}, got {backends!r}")
-    default, _ = choose_backend(model, params, xs)
+    default, _ = choose_backend(model, params, xs, key=key)
     flags = {"lengths": lengths, "mask": mask, "resets": resets, "key": key}
     options = {"reverse": reverse, "remat": remat, "unroll": unroll}
     args = (params, jnp.asarray(xs), state, flags)

@@ -58,11 +58,18 @@ def unroll(
       reverse: run from the last valid step to the first; outputs stay in input order.
       key: a PRNG key, which switches dropout, zoneout and their like on; None is deterministic. An error where the
         model is known to use none.
-      backend: a schedule by name, which raises if it cannot serve; None chooses (see `choose_backend`). Runs of
-        "kernel" that span a GPU must not run at the same time as each other: they may wait for each other for ever.
-      remat: a number of steps, or "sqrt": keep the state only every so many steps of a recurrent layer and recompute
-        the rest in the backward pass, which needs memory for about sqrt(T) steps.
-      unroll: how many steps of the loop to compile into one body.
+      backend: None chooses (see `choose_backend`); a schedule by name raises where it cannot serve:
+
+        - "reference", the plain scan of the cell's step
+        - "hoisted", scans with all that does not need the state taken out of them
+        - "native", the loop as C++, which a compiler on this machine makes and keeps in ``~/.cache/jrnn``
+        - "kernel", one kernel for the loop, through Pallas. Those that span a GPU must not run at the same time as
+          each other: they may wait for each other for ever.
+        - "cudnn", NVIDIA's LSTM
+
+      remat: a number of steps n: keep the state only before every n-th step of a recurrent layer and recompute the
+        rest in the backward pass, n steps at a time; "sqrt" takes sqrt(T) of them.
+      unroll: how many steps to compile into one body, where the loop is a scan; "native" and "cudnn" have none.
       start: absolute time of ``xs[0]``, an integer. Randomness is keyed by absolute time, so that chunks draw as the
         whole would: pass the number of steps already run.
 
@@ -105,10 +112,11 @@ def unroll(
     )  # fmt: skip
 
 
-def choose_backend(model: Layer, params: Any, xs: Any) -> tuple[str, str]:
-    """What ``unroll(model, params, xs)`` would run, and why: ``(name, reason)``.
+def choose_backend(model: Layer, params: Any, xs: Any, *, key: jax.Array | None = None) -> tuple[str, str]:
+    """What ``unroll(model, params, xs, key=key)`` would run, and why: ``(name, reason)``.
 
-    For a model of several cells the reason has a part for each, and the name joins different names with "+".
+    For a model of several cells the reason has a part for each, and the name joins different names with "+". Lengths,
+    masks, resets and ``remat`` change no choice. To ask can mean to compile the native loop.
 
     >>> cell = jrnn.gru(4)
     >>> name, reason = jrnn.choose_backend(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))
@@ -118,11 +126,13 @@ def choose_backend(model: Layer, params: Any, xs: Any) -> tuple[str, str]:
     if not isinstance(model, Layer):
         raise TypeError(f"model: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {model!r}")
     xs, batch_shape = _check_xs(model, xs)
+    _check_key(model, key)
     chosen: list[tuple[Any, str, str]] = []
 
     def walk(params: Any, xs: Any) -> Any:
-        run = Run(Steps(), batch_shape, chosen=chosen)
-        return run(model, params, xs, model.initial_state(params, batch_shape))
+        run = Run(Steps(key=key), batch_shape, chosen=chosen)
+        state = model.initial_state(params, batch_shape)
+        return run(model, _drawn(model, params, xs, key, batch_shape), xs, state)
 
     jax.eval_shape(walk, params, xs)
     if not chosen:
@@ -163,11 +173,17 @@ def _unroll(
         # Zero before the cell sees it: a NaN that is only hidden afterwards still has a NaN gradient.
         xs = jnp.where(expand(valid, xs), xs, jnp.zeros((), xs.dtype))
         resets = None if resets is None else resets & valid
-    if key is not None:
-        in_features = xs.shape[-1] if cell.event_ndim else None
-        params = cell.draw(params, jax.random.fold_in(key, SEQUENCE), batch_shape, in_features)
+    params = _drawn(cell, params, xs, key, batch_shape)
     run = Run(Steps(valid, resets, reverse, key, start, (), remat, unroll), batch_shape, backend)
     return run(cell, params, xs, state)
+
+
+def _drawn(cell: Layer, params: Any, xs: Any, key: Any, batch_shape: tuple[int, ...]) -> Any:
+    """Parameters with what is random once per sequence in them."""
+    if key is None:
+        return params
+    in_features = xs.shape[-1] if cell.event_ndim else None
+    return cell.draw(params, jax.random.fold_in(key, SEQUENCE), batch_shape, in_features)
 
 
 # A function of its own, so that equal layers on inputs of equal shapes are traced, differentiated and lowered once for

@@ -136,6 +136,7 @@ CASES = (
     # Wrappers.
     Case("variational", jrnn.variational(jrnn.lstm(4), inputs=0.3, recurrent=0.4), full=True),
     Case("variational_gru", jrnn.variational(jrnn.gru(4), recurrent=0.4)),
+    Case("variational_twice", jrnn.variational(jrnn.variational(jrnn.mgu(4), inputs=0.2, recurrent=0.4), inputs=0.3)),
     Case("variational_step_only", jrnn.variational(StepOnly(0.5), inputs=0.3)),
     Case("variational_tdnn", jrnn.variational(jrnn.tdnn(4, window=2), inputs=0.3)),
     Case("zoneout", jrnn.zoneout(jrnn.lstm(4), h=0.2, c=0.5), full=True),

@@ -340,6 +340,14 @@ def test_what_is_said_about_the_machine_names_nobody():
     assert machine.matmul_rate(size=16, repeats=1) > 0
 
 
+def test_every_line_of_the_source_counts(tmp_path):
+    hashes = []
+    for name in ("a.py", "b.cc", "c.h", "d.md"):
+        (tmp_path / name).write_text(name)
+        hashes.append(machine.source_hash(tmp_path))
+    assert len(set(hashes)) == 3
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -381,6 +389,8 @@ def test_the_command_lists_and_selects(capsys):
     assert capsys.readouterr().out.split("\n")[:-1] == [point.id for point in grid.quick()]
     run.main(["--only", "long/", "--list"])
     assert len(capsys.readouterr().out.split()) == 8
+    with pytest.raises(SystemExit, match="--only: expected"):
+        run.main(["--only", "nothing"])
     with pytest.raises(SystemExit):
         run.arguments(["--peers", "nobody"])
     assert "unknown" not in capsys.readouterr().out

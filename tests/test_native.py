@@ -25,7 +25,11 @@ SERVED = {
     "variational", "variational_gru", "zoneout", "zoneout_gru", "learned_and_wrapped", "highway", "wrapped_thrice",
     "zoneout_of_learned", "residual_of_wrapped", "highway_of_random", "stack_random", "bidirectional_random",
     "bidirectional_nested", "dense", "embed", "layer_norm", "activation", "dropout", "bidirectional_embed",
-    "bidirectional_different", "residual_of_bidirectional",
+    "bidirectional_different", "residual_of_bidirectional", "variational_twice",
+}  # fmt: skip
+WITH_A_KEY = {
+    "dropconnect", "variational", "variational_gru", "residual_of_wrapped", "highway_of_random", "dropout",
+    "residual_of_bidirectional", "stack_nested", "variational_twice",
 }  # fmt: skip
 OPTIONS = [
     {"reverse": False, "remat": None, "batch": (2, 2)},
@@ -35,23 +39,37 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("case", "options"),
-    [(case, OPTIONS[i % len(OPTIONS)]) for i, case in enumerate(CASES)],
-    ids=lambda value: getattr(value, "name", ""),
-)
-def test_equals_the_plain_scan_float32(case, options):
-    """With masks, resets and initial states; a row that is refused is one that should be."""
+def in_turn(cases):
+    return pytest.mark.parametrize(
+        ("case", "options"),
+        [(case, OPTIONS[i % len(OPTIONS)]) for i, case in enumerate(cases)],
+        ids=lambda value: getattr(value, "name", ""),
+    )
+
+
+def check_row(case, options, served, **more):
     bench = testing._Bench("native", case.layer, case.in_features, "float32", 1, False, None)
     options = dict(options)
     flow = {name: options.pop(name) for name in ("reverse", "remat")}
-    trial = bench.trial(**options)
-    if case.name not in SERVED:
+    trial = bench.trial(**options, **more)
+    if case.name not in served:
         with pytest.raises(ValueError, match="backend: 'native' cannot run"):
             bench.run(trial, backend="native", **flow)
         return
     got = bench.run(trial, backend="native", **flow)
     bench.compare(got, bench.run(trial, backend="reference", **flow), f"{case.name} {options} {flow}")
+
+
+@in_turn(CASES)
+def test_equals_the_plain_scan_float32(case, options):
+    """With masks, resets and initial states; a row that is refused is one that should be."""
+    check_row(case, options, SERVED)
+
+
+@in_turn([case for case in CASES if case.name in SERVED and case.layer.uses_key is not False])
+def test_equals_the_plain_scan_with_a_key(case, options):
+    """What is drawn once a sequence is served; what is drawn at each step is not."""
+    check_row(case, options, WITH_A_KEY, key=jax.random.key(5))
 
 
 def data(cell, time, batch, features, seed=0):
@@ -64,6 +82,8 @@ def data(cell, time, batch, features, seed=0):
         "lengths": jax.random.randint(keys[4], (batch,), 0, time + 1),
         "resets": jax.random.bernoulli(keys[5], 0.2, (time, batch)),
     }
+    if cell.uses_key:
+        marks["key"] = jax.random.key(seed + 1)
     return params, xs, state, marks
 
 
@@ -94,6 +114,10 @@ def assert_near(got, expected, tolerance=2e-5):
         (jrnn.lstm(32), 1, 1, 5, False),  # a step, which reads the weights where they are
         (jrnn.gru(64), 3, 2, 13, True),
         (jrnn.peephole_lstm(96), 4, 3, 8, True),
+        (jrnn.variational(jrnn.gru(150), recurrent=0.4), 6, 33, 100, True),  # masks, likewise
+        (jrnn.variational(jrnn.lstm(64), recurrent=0.4), 9, 16, 70, True),
+        (jrnn.variational(jrnn.gru(37), inputs=0.3, recurrent=0.4), 9, 3, 5, True),
+        (jrnn.variational(jrnn.lstm(32), recurrent=0.4), 2, 1, 5, True),
     ],
     ids=lambda value: getattr(value, "hidden", value),
 )
@@ -118,6 +142,7 @@ def test_however_it_is_shared(cell, time, batch, features, marked):
         (jrnn.gru(8), 3, 1, 2),  # nothing but a rest
         (jrnn.lstm(32), 8, 1, 1),  # steps that read the weights where they are, made again by one that packs them
         (jrnn.elman(64), 4, 2, 1),
+        (jrnn.variational(jrnn.gru(20), inputs=0.3, recurrent=0.4), 40, 2, 3),
     ],
     ids=lambda value: getattr(value, "hidden", value),
 )

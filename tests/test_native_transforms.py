@@ -1,6 +1,7 @@
 """What JAX makes of the compiled loop: every derivative, batches, export, meshes; and where it is chosen by default."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import jrnn
 from jrnn import _interpret, testing
 from jrnn.schedules import native
 from jrnn.schedules.native import build
+from tests.cases import Leaky
 from tests.test_native import assert_near, data, loss
 
 pytestmark = pytest.mark.skipif(not build.available()[0], reason=build.available()[1] or "")
@@ -70,6 +72,47 @@ def test_transforms(name, remat):
     assert_near(got, expected, 1e-4)
 
 
+def masked(backend, **options):
+    return loss(jrnn.variational(CELL, inputs=0.3, recurrent=0.4), backend, {**MARKS, **options})
+
+
+@pytest.mark.parametrize("name", ["jvp", "grad of grad", "vmap", "vmap of grad", "an ensemble"])
+def test_transforms_of_a_masked_run(name):
+    got, expected = (
+        jax.jit(lambda b=backend: TRANSFORMS[name](masked(b, key=jax.random.key(1))))()
+        for backend in ("native", "reference")
+    )
+    assert_near(got, expected, 1e-4)
+
+
+def test_each_member_has_its_own_masks():
+    keys = jax.random.split(jax.random.key(1), 3)
+    got, expected = (
+        jax.vmap(lambda key, b=backend: jax.grad(masked(b, key=key), (0, 1))(*POINT))(keys)
+        for backend in ("native", "reference")
+    )
+    assert_near(got, expected, 1e-4)
+
+
+def test_export_of_a_masked_run():
+    gradient = jax.jit(jax.grad(masked("native", key=jax.random.key(1))))
+    assert_near(jax.export.export(gradient)(*POINT).call(*POINT), gradient(*POINT))
+
+
+def test_masks_that_move():
+    """What was drawn is in the parameters, and may be differentiated by."""
+    cell = jrnn.variational(CELL, recurrent=0.4)
+    drawn = cell.draw(PARAMS, jax.random.key(1), (3,), 2)
+
+    def of(backend):
+        value = loss(cell, backend, MARKS)
+        first = jax.grad(value)
+        along = jax.tree.map(jnp.cos, drawn)
+        return jax.jvp(lambda drawn: (value(drawn, XS, STATE), first(drawn, XS, STATE)), (drawn,), (along,))
+
+    assert_near(of("native"), of("reference"), 1e-4)
+
+
 def test_eager():
     """Without jit: by itself, and where jit is switched off."""
     of = {backend: jax.grad(loss(CELL, backend, MARKS)) for backend in ("native", "reference")}
@@ -77,6 +120,17 @@ def test_eager():
     assert_near(of["native"](*POINT), expected, 1e-4)
     with jax.disable_jit():
         assert_near(of["native"](*POINT), expected, 1e-4)
+
+
+def test_one_call_is_the_whole_loop():
+    """Of a cell of one's own too: one call forward, one backward, and around them no loop and no product."""
+    for cell in (jrnn.lstm(32), Leaky(32)):
+        params, xs, state, marks = data(cell, 80, 4, 8)
+        step = jax.jit(jax.value_and_grad(loss(cell, None, marks), (0, 1, 2)))
+        text = step.lower(params, xs, state).as_text()
+        assert re.findall(r"custom_call @jrnn_cell_[0-9a-f]+_(\w+)", text) == ["forward", "backward"]
+        assert "dot_general" not in text
+        assert "while" not in text
 
 
 def test_sequences_that_are_mapped_are_a_batch():

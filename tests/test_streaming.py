@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jrnn
+from jrnn.schedules.native import build
 from tests.conftest import count_compilations
 
 MODELS = (
@@ -81,6 +82,7 @@ def test_keys_are_per_step():
     assert (outs[0] != outs[2]).any()
 
 
+@pytest.mark.skipif(not build.available()[0], reason=build.available()[1] or "")
 def test_a_large_step_is_compiled_whole():
     def lowered(cell):
         params = cell.init(jax.random.key(0), 3)

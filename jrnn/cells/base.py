@@ -370,12 +370,21 @@ class AffineCell(Cell):
         return (self.additive is True,) * len(self.gate_names)
 
     def input_weights(self, params: Any) -> tuple[jax.Array, jax.Array] | None:
-        """``(W_ih, b)`` of the projection, None where the cell makes a projection of its own."""
+        """``(W_ih, b)`` of the projection of what is `entering`, None where the cell makes a projection of its own."""
         return (params["w_ih"], params["b"]) if type(self).project is AffineCell.project else None
 
     def recurrent_weights(self, params: Any) -> jax.Array:
         """``W_hh``, as the loop multiplies by it."""
         return params["w_hh"]
+
+    def entering(self, params: Any, xs: jax.Array) -> jax.Array:
+        """``xs`` as they go into the input product, which wrappers mask."""
+        return xs
+
+    @property
+    def draws_at_steps(self) -> bool:
+        """Whether `combine` may draw something from its key: what is drawn once a sequence is in the parameters."""
+        return type(self).combine is not AffineCell.combine
 
     def recurrent_mask(self, params: Any) -> jax.Array | None:
         """What ``h`` is multiplied by on its way into the recurrent product, None for nothing."""

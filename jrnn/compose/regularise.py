@@ -111,6 +111,13 @@ class Wrapper(Cell):
     def recurrent_mask(self, params: Any) -> jax.Array | None:
         return self.cell.recurrent_mask(self.inner(params))
 
+    def entering(self, params: Any, xs: jax.Array) -> jax.Array:
+        return self.cell.entering(self.inner(params), xs)
+
+    @property
+    def draws_at_steps(self) -> bool:
+        return self.cell.draws_at_steps
+
     def combine(self, theta: Any, u: Any, v: Any, state: Any, key: jax.Array | None) -> Any:
         return self.cell.combine(theta, u, v, state, key)
 
@@ -145,6 +152,10 @@ class Zoneout(Wrapper):
 
     @property
     def uses_key(self) -> Any:
+        return True
+
+    @property
+    def draws_at_steps(self) -> bool:
         return True
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
@@ -239,9 +250,15 @@ class Variational(Wrapper):
         return Drawn(self.cell.draw(params, k_cell, batch_shape, in_features), noise)
 
     def project(self, params: Any, xs: jax.Array) -> Any:
+        return super().project(params, self._masked(params, xs))
+
+    def entering(self, params: Any, xs: jax.Array) -> jax.Array:
+        return super().entering(params, self._masked(params, xs))
+
+    def _masked(self, params: Any, xs: jax.Array) -> jax.Array:
         if isinstance(params, Drawn) and "inputs" in params.noise:
             xs = xs * params.noise["inputs"].astype(xs.dtype)
-        return super().project(params, xs)
+        return xs
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         mask = self.recurrent_mask(params) if self.recurrent else None
@@ -251,13 +268,10 @@ class Variational(Wrapper):
         state = self.combine(self.theta(params), p, v, state, key)
         return state, state.h
 
-    def input_weights(self, params: Any) -> Any:
-        masked = isinstance(params, Drawn) and "inputs" in params.noise
-        return None if masked else super().input_weights(params)
-
     def recurrent_mask(self, params: Any) -> jax.Array | None:
         # Only what goes through the recurrent weights is dropped: the state itself is carried whole.
-        return params.noise.get("recurrent") if isinstance(params, Drawn) else None
+        own = params.noise.get("recurrent") if isinstance(params, Drawn) else None
+        return super().recurrent_mask(params) if own is None else own
 
 
 def variational(cell: Cell, *, inputs: float = 0.0, recurrent: float = 0.0) -> Variational:

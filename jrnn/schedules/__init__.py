@@ -5,7 +5,7 @@ A schedule serves a cell or says why it cannot, and runs it::
     serves(cell, params, xs, steps) -> (bool, reason)
     run(cell, params, xs, state, steps) -> (state, ys)
 
-`SCHEDULES` lists them from the most wanted to the last resort; a new one is a new row.
+`SCHEDULES` lists them in the order in which they are asked, the last resort last; a new one is a new row.
 """
 
 from __future__ import annotations

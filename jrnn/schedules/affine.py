@@ -137,7 +137,8 @@ def make_plan(cell: Any, inputs: Inputs, steps: Steps) -> Plan:
     backward: Rows | Units = Rows()
     known = isinstance(time, int) and isinstance(count, int)  # not symbols, as in a program that is exported for any
     # Elsewhere than on a CPU other layouts were never measured, and two parts are twice the launches.
-    several = known and steps.key is None and count >= LIMITS.sequences and default_device().platform == "cpu"
+    quiet = steps.key is None or not cell.draws_at_steps  # where a key is used the axes' order would show
+    several = known and quiet and count >= LIMITS.sequences and default_device().platform == "cpu"
     if several and promises.elementwise(cell, inputs.theta, inputs.state):
         in_parts = count % 2 == 0 and count >= LIMITS.parts_sequences and count * hidden >= LIMITS.parts
         forward = Units(2 if in_parts else 1) if count * hidden >= LIMITS.units else Rows()

@@ -13,7 +13,7 @@ from jrnn.schedules.steps import Steps, scan
 
 def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
     if getattr(cell, "hoistable", False):
-        return True, "the cell declares its input projection, which is taken out of the loop for all T at once"
+        return True, "the cell declares its input projection, which is taken out of the loop over time"
     return False, "the cell defines only its step, so nothing is known to be free of the state"
 
 

@@ -57,12 +57,13 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
         return False, "it runs affine cells (jrnn.AffineCell), whose step is two products and a function of gates"
     if not jax.sharding.get_abstract_mesh().empty:
         return False, "a mesh is set, and it knows nothing of arrays that lie on one"
-    if steps.key is not None and cell.uses_key is not False:
-        return False, "what is drawn at each step (zoneout, dropout) is not known to it"
-    if cell.input_weights(params) is None or cell.recurrent_mask(params) is not None:
-        return False, "the cell makes its input projection, or what goes into the recurrent product, itself"
+    if steps.key is not None and cell.draws_at_steps:
+        return False, "what is drawn at each step (zoneout) is not known to it"
+    if cell.input_weights(params) is None:
+        return False, "the cell makes its input projection itself"
     state = jax.eval_shape(lambda params: cell.initial_state(params, xs.shape[1 : xs.ndim - 1]), params)
-    exact, rounded = (cell.theta(params), state), (cell.input_weights(params), cell.recurrent_weights(params), xs)
+    exact = (cell.theta(params), state, cell.recurrent_mask(params))
+    rounded = (cell.input_weights(params), cell.recurrent_weights(params), xs)
     if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(exact)) or any(
         leaf.dtype != jnp.float32 and not is_low(leaf.dtype) for leaf in jax.tree.leaves(rounded)
     ):
@@ -104,12 +105,15 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
     sums = promises.sums(cell, cell.theta(params), state)
     plan = Plan(cell, sums, _header(cell, params, state), steps.reverse, chunks)
     (w_ih, b), w_hh = jax.tree.map(_float32, (cell.input_weights(params), cell.recurrent_weights(params)))
-    theta = cell.theta(params)
+    theta, mask = cell.theta(params), cell.recurrent_mask(params)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (*batch, w_hh.shape[0])).reshape(count, -1)
     restart = None if steps.resets is None else _rows(cell.initial_state(params, tuple(batch)), count)
 
     valid, resets = (None if f is None else f.reshape(time, count) for f in (steps.valid, steps.resets))
-    inputs = Inputs(_float32(xs).reshape(time, count, features), w_ih, b, w_hh, theta, _rows(state, count), restart)
-    last, ys = loop(plan, inputs, Flags(valid, resets))
+    xs_rows = _float32(cell.entering(params, xs)).reshape(time, count, features)
+    inputs = Inputs(xs_rows, w_ih, b, w_hh, theta, _rows(state, count), restart)
+    last, ys = loop(plan, inputs, Flags(valid, resets, mask))
     if valid is not None:
         ys = jnp.where(expand(valid, ys), ys, jnp.zeros((), ys.dtype))
     return jax.tree.map(lambda a: a.reshape(*batch, -1), last), emitted(ys, xs).reshape(time, *batch, -1)

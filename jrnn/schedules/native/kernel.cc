@@ -579,6 +579,7 @@ using Outputs = std::vector<float*>;
 struct Forward {
   const float *x, *w_ih, *b, *w_hh;
   const uint8_t *valid, *resets;  // (T, N) or null
+  const float* mask;              // (N, H) or null: what h is multiplied by on its way into the recurrent product
   Inputs theta, state, restart;
   Outputs last;
   float* hs;
@@ -675,9 +676,12 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
           now[s] = f.after[s] ? f.after[s] + t * N * H : f.last[s];
         }
         const float* h = old[cell.hidden_state] + n0 * H;
-        if (resets) {
-          for (long n = n0; n < n1; ++n)
-            std::memcpy(fed + (n - n0) * H, (resets[n] ? f.restart : old)[cell.hidden_state] + n * H, 4 * H);
+        if (resets || f.mask) {
+          for (long n = n0; n < n1; ++n) {
+            const float* from = (resets && resets[n] ? f.restart : old)[cell.hidden_state] + n * H;
+            float* to = fed + (n - n0) * H;
+            for (long j = 0; j < H; ++j) to[j] = f.mask ? from[j] * f.mask[n * H + j] : from[j];
+          }
           h = fed;
         }
         // Blocks in pieces of at_once: those of few rows one for each thread.
@@ -724,6 +728,7 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
 struct Backward {
   const float *x, *w_ih, *w_hh;
   const uint8_t *valid, *resets;
+  const float* mask;
   Inputs theta, state, restart, after, dlast;  // after: of h it is hs
   const float *parts, *dhs;
   long parts_row;
@@ -764,14 +769,14 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
   const long f_blocks = (F + UB - 1) / UB, f_strips = (F + MR - 1) / MR, h_strips = (H + MR - 1) / MR;
   const size_t sizes[] = {size_t(most * row), apart ? size_t(most * row) : 0, size_t(S * N * hidden),
                           size_t(threads * thetas * hidden), size_t(most * f_strips * MR),
-                          size_t(most * h_strips * MR), size_t(threads * most * UB)};
+                          size_t(most * h_strips * MR), size_t(threads * most * UB), f.mask ? size_t(N * hidden) : 0};
   size_t total = 0;
   for (size_t size : sizes) total += Scratch::rounded(size);
   Scratch scratch(total);
   float *p_ih = weights.ih, *p_hh = weights.hh, *p_theta = weights.theta;
   float *du = scratch.take(sizes[0]), *dv = apart ? scratch.take(sizes[1]) : du, *carry = scratch.take(sizes[2]),
         *dtheta = scratch.take(sizes[3]), *strips_x = scratch.take(sizes[4]), *strips_h = scratch.take(sizes[5]),
-        *panels = scratch.take(sizes[6]);
+        *panels = scratch.take(sizes[6]), *masked = scratch.take(sizes[7]);
   std::vector<Inputs> olds(threads, Inputs(S));
 
   divide(run, [&](const Part& part) {
@@ -787,7 +792,7 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
     Inputs& old = olds[id];
     Panels at;
     for (long ub = b0; ub < b1; ++ub) {
-      at.from.push_back(ub * UB);
+      at.from.push_back(f.mask ? -1 : ub * UB);
       at.to.push_back(ub * UB);
     }
     float* my_theta = dtheta + id * thetas * hidden;
@@ -817,18 +822,23 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
                        dv + place + b0 * G * UB, row});
         part.group.wait();
         float* dh = carry + (h_state * N + n0) * hidden;
+        float* through = f.mask ? masked + n0 * hidden : dh;  // what comes through the product, apart from the rest
         if (n1 - n0 <= FEW) {
-          narrow(n1 - n0, K, dv + place, row, p_hh + b0 * K * UB, at, b1 - b0, dh, hidden, dh, hidden);
+          narrow(n1 - n0, K, dv + place, row, p_hh + b0 * K * UB, at, b1 - b0, dh, hidden, through, hidden);
         } else {
           for (;;) {
             const auto [p0, p1] = part.steps.take(i + 1, blocks, part.unit);
             if (p0 == p1) break;
-            float* to = dh + p0 * UB;
-            multiply_long(n1 - n0, K, dv + place, row, p_hh + p0 * K * UB, p1 - p0, to, hidden, to, hidden);
+            float* to = through + p0 * UB;
+            multiply_long(n1 - n0, K, dv + place, row, p_hh + p0 * K * UB, p1 - p0, f.mask ? nullptr : to, hidden, to,
+                          hidden);
           }
           // What others took of these units is read below, and by the gates of the next step.
           part.group.wait();
         }
+        for (long n = n0; n < n1 && f.mask; ++n)
+          for (long unit = b0 * UB; unit < std::min(H, b1 * UB); ++unit)
+            carry[(h_state * N + n) * hidden + unit] += masked[n * hidden + unit] * f.mask[n * H + unit];
         if (resets)
           for (long n = n0; n < n1; ++n)
             for (long s = 0; s < S && resets[n]; ++s)
@@ -850,8 +860,9 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
           float* to = (recurrent ? strips_h : strips_x) + k * most;
           for (long r = 0; r < rows; ++r, to += m) {
             const long t = low + r / N, n = r % N;
-            const float* from = f.x + (low * N + r) * F + k;
+            const float *from = f.x + (low * N + r) * F + k, *mask = nullptr;
             if (recurrent) {
+              mask = f.mask ? f.mask + n * H + k : nullptr;
               const bool opens = t == run.time(0);
               const long before = run.reverse ? t + 1 : t - 1;
               from = f.resets && f.resets[t * N + n] ? f.restart[h_state] + n * H
@@ -859,7 +870,7 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
                                                      : f.after[h_state] + (before * f.kept_rows + n) * H;
               from += k;
             }
-            for (long j = 0; j < m; ++j) to[j] = from[j];
+            for (long j = 0; j < m; ++j) to[j] = mask ? from[j] * mask[j] : from[j];
           }
         }
       }
@@ -1022,15 +1033,19 @@ void backward_in_chunks(const Chunks& chunks, const Backward& f, const Met& met,
   for (long s = 0; s < S; ++s) again.after.push_back(work + length * wide * (f.parts_row + s * H));
   again.hs = again.after[cell.hidden_state];
   Scratch beside(Scratch::rounded(length * wide * run.F) + Scratch::rounded(length * wide / 2 + 1) +
-                 2 * S * Scratch::rounded(wide * H));
+                 (2 * S + 1) * Scratch::rounded(wide * H));
   float* xs = beside.take(length * wide * run.F);
   uint8_t* marks = reinterpret_cast<uint8_t*>(beside.take(length * wide / 2 + 1));
+  const auto tiled = [&](const float* from) {  // the same for each of the chunks
+    float* to = from ? beside.take(wide * H) : nullptr;
+    for (long i = 0; i < together && from; ++i) std::memcpy(to + i * size, from, 4 * size);
+    return to;
+  };
   for (long s = 0; s < S; ++s) {
     again.last.push_back(beside.take(wide * H));
-    float* restart = f.restart[s] ? beside.take(wide * H) : nullptr;
-    for (long i = 0; i < together && restart; ++i) std::memcpy(restart + i * size, f.restart[s], 4 * size);
-    again.restart.push_back(restart);
+    again.restart.push_back(tiled(f.restart[s]));
   }
+  again.mask = tiled(f.mask);
   for (long group = chunks.groups() - 1; group >= 0; --group) {
     // Its chunks side by side.
     for (long i = 0; i < together; ++i) {
@@ -1087,6 +1102,7 @@ Run start(const Cell& cell, Arrays& in, Call& f, bool reverse) {
   f.w_hh = in.take();
   f.valid = in.take<uint8_t>();
   f.resets = in.take<uint8_t>();
+  f.mask = in.take();
   in.take(f.theta, cell.thetas);
   in.take(f.state, cell.states);
   in.take(f.restart, cell.states);

@@ -68,10 +68,15 @@ class Inputs(NamedTuple):
 
 
 class Flags(NamedTuple):
-    """Booleans ``(T, N)``, or None: which steps are valid, and before which the state is replaced."""
+    """What steers the loop, or None.
+
+    Booleans ``(T, N)``, which steps are valid and before which the state is replaced; and ``mask`` ``(N, H)``, what was
+    drawn to multiply ``h`` on its way into the recurrent product. Only in plain JAX has that a derivative.
+    """
 
     valid: Any
     resets: Any
+    mask: Any
 
 
 class Kept(NamedTuple):
@@ -137,14 +142,17 @@ class Forward(Operation):
 
     def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
         inputs, flags = operands
+        d, dmask = tangents[0], tangents[1].mask
+        if dmask is not None and not self.keep:
+            return apply(Forward, self.plan, operands), tangent(self.plan, inputs, flags, d, dmask)
         last, kept = apply(Forward, self.plan, operands, keep=True)
         if self.keep:
             # A derivative of a derivative: what is kept is read by the transpose alone, which has its own.
-            dlast, dhs = tangent(self.plan, inputs, flags, tangents[0])
+            dlast, dhs = tangent(self.plan, inputs, flags, d, dmask)
             return (last, kept), (dlast, self.unkept(dhs, inputs, flags))
         # In chunks, the outputs are none of what is kept.
         needed = kept if self.plan.chunks is None else kept._replace(hs=None)
-        return (last, kept.hs), apply(Tangent, self.plan, (inputs, flags, needed, tangents[0]))
+        return (last, kept.hs), apply(Tangent, self.plan, (inputs, flags, needed, d))
 
     def sequences(self, inputs: Inputs, flags: Flags) -> tuple[Any, Any]:
         none, first, second, third = ((lambda _, axis=axis: axis) for axis in (-1, 0, 1, 2))
@@ -154,7 +162,8 @@ class Forward(Operation):
         results: Any = kept if self.keep else 1
         if self.keep and (chunks := self.plan.chunks) is not None:
             results = Met(1, jax.tree.map(third, inputs.state), (state, kept) if chunks.rest else None)
-        return (axes, jax.tree.map(second, flags)), (state, results)
+        marks = jax.tree.map(second, flags)._replace(mask=jax.tree.map(first, flags.mask))
+        return (axes, marks), (state, results)
 
 
 @dataclass(frozen=True)
@@ -177,10 +186,12 @@ class Tangent(Operation):
     def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
         inputs, flags, kept, d = operands
         out = apply(Tangent, self.plan, operands)
-        if not jax.tree.leaves(tangents[0]):  # linear in what moves
+        if not jax.tree.leaves((tangents[0], tangents[1].mask)):  # linear in what moves
             return out, apply(Tangent, self.plan, (inputs, flags, kept, tangents[3]))
         moved = affine.jvp_of(
-            lambda inputs, d: tangent(self.plan, inputs, flags, d), (inputs, d), (tangents[0], tangents[3])
+            lambda inputs, mask, d: tangent(self.plan, inputs, flags._replace(mask=mask), d),
+            (inputs, flags.mask, d),
+            (tangents[0], tangents[1].mask, tangents[3]),
         )[1]
         return out, moved
 
@@ -229,9 +240,9 @@ class Backward(Operation):
         inputs, flags, kept, cotangents = operands
         out = apply(Backward, self.plan, operands, moving=self.moving)
         moved = affine.jvp_of(
-            lambda inputs, cotangents: self.plain(inputs, flags, kept, cotangents),
-            (inputs, cotangents),
-            (tangents[0], tangents[3]),
+            lambda inputs, mask, cotangents: self.plain(inputs, flags._replace(mask=mask), kept, cotangents),
+            (inputs, flags.mask, cotangents),
+            (tangents[0], tangents[1].mask, tangents[3]),
         )[1]
         return out, moved
 
@@ -259,18 +270,20 @@ def hoisted(plan: Plan, inputs: Inputs, flags: Flags) -> tuple[Any, jax.Array]:
     steps = Steps(reverse=plan.reverse, remat=None if plan.chunks is None else plan.chunks.length)
 
     def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
-        xs, *flags = inputs
-        given = affine.Inputs((w_ih, b), xs, theta, w_hh, None, state, restart)
+        xs, *marks = inputs
+        given = affine.Inputs((w_ih, b), xs, theta, w_hh, flags.mask, state, restart)
         chosen = affine.make_plan(Projected(plan.cell), given, steps)
-        last, hs, _ = affine.loop(chosen, given, affine.Schedule(None, (), None, *flags))
+        last, hs, _ = affine.loop(chosen, given, affine.Schedule(None, (), None, *marks))
         return last, hs
 
-    return checkpointed(segment, state, (xs, *flags), xs.shape[0], steps)
+    return checkpointed(segment, state, (xs, flags.valid, flags.resets), xs.shape[0], steps)
 
 
-def tangent(plan: Plan, inputs: Inputs, flags: Flags, d: Inputs) -> tuple[Any, jax.Array]:
-    """The derivative of `hoisted` in the direction ``d``."""
-    return affine.jvp_of(lambda inputs: hoisted(plan, inputs, flags), (inputs,), (d,))[1]
+def tangent(plan: Plan, inputs: Inputs, flags: Flags, d: Inputs, dmask: Any = None) -> tuple[Any, jax.Array]:
+    """The derivative of `hoisted` in the direction ``d``, and ``dmask`` of the mask."""
+    return affine.jvp_of(
+        lambda inputs, mask: hoisted(plan, inputs, flags._replace(mask=mask)), (inputs, flags.mask), (d, dmask)
+    )[1]
 
 
 # --- forms -------------------------------------------------------------------------------------------------------
@@ -294,6 +307,7 @@ _NOTHING = _float(0)
 def _arguments(inputs: Inputs, flags: Flags) -> list[jax.Array]:
     """The operands that both compiled functions begin with; without elements where there is nothing."""
     nothing = _zeros(_NOTHING)
-    marks = [jnp.zeros((0,), jnp.bool_) if f is None else f for f in flags]
+    marks = [jnp.zeros((0,), jnp.bool_) if f is None else f for f in (flags.valid, flags.resets)]
+    marks.append(nothing if flags.mask is None else flags.mask)
     restart = inputs.restart or (nothing,) * len(inputs.state)
     return [inputs.xs, inputs.w_ih, inputs.w_hh, *marks, *jax.tree.leaves(inputs.theta), *inputs.state, *restart]
