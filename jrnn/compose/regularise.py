@@ -116,7 +116,7 @@ class Wrapper(Cell):
 
     @property
     def draws_at_steps(self) -> bool:
-        return self.cell.draws_at_steps
+        return type(self).combine is not Wrapper.combine or self.cell.draws_at_steps
 
     def combine(self, theta: Any, u: Any, v: Any, state: Any, key: jax.Array | None) -> Any:
         return self.cell.combine(theta, u, v, state, key)
@@ -152,10 +152,6 @@ class Zoneout(Wrapper):
 
     @property
     def uses_key(self) -> Any:
-        return True
-
-    @property
-    def draws_at_steps(self) -> bool:
         return True
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
