@@ -165,7 +165,7 @@ def ctc(
     """Connectionist temporal classification: labels for a sequence, without saying at which step each stands.
 
     The negative log-probability of all ways to spell `labels` with T symbols, where repetitions merge unless a
-    blank stands between them (Graves et al. 2006), by `optax.losses.ctc_loss`; the mean over sequences.
+    blank stands between them (Graves et al. 2006); the mean over sequences.
 
     Args:
       logits: `(T, *B, C)` floats, the blank among the C classes.
@@ -176,9 +176,10 @@ def ctc(
       blank: the class id of the blank.
 
     Returns:
-      A scalar; 0 if no sequence is valid. Infinity, with zero gradients from that sequence, where a sequence is too
-      short for its labels (it needs one step a label, and one more between equal neighbours): leave such
-      sequences out by `mask`.
+      A scalar; 0 if no sequence is valid. Infinity, with zero gradients from that sequence, where a sequence cannot
+      spell its labels: it is too short (it needs one step a label, and one more between equal neighbours), or the
+      logits of what it needs are minus infinity. Leave such sequences out by `mask`. A label that is out of range or
+      the blank, and cannot be seen while tracing, gives NaN.
 
     Raises:
       TypeError: `logits` are not floats, `lengths`, `labels` or `label_lengths` not integers, `mask` not boolean.
@@ -269,7 +270,8 @@ def accuracy(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None
       mask: booleans over the leading axes of `logits` without the last; None: every element counts.
 
     Returns:
-      A scalar from 0 to 1; 0 if no element is valid.
+      A scalar from 0 to 1; 0 if no element is valid. As in `cross_entropy`, a class id out of range that cannot be
+      seen while tracing gives NaN.
 
     Raises:
       TypeError, ValueError: as `cross_entropy`.
@@ -283,7 +285,8 @@ def accuracy(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None
     right = jnp.argmax(scores, -1).astype(jnp.int32) == wanted.astype(jnp.int32)
     # A row with NaN has no most likely class; argmax would name the first NaN.
     right &= ~jnp.isnan(scores).any(-1)
-    return _mean(right.astype(scores.dtype), valid)
+    values = jnp.where(wanted == scores.shape[-1], jnp.nan, right.astype(scores.dtype))
+    return _mean(values, valid)
 
 
 def perplexity(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
@@ -378,8 +381,7 @@ def _classification(
             used = np.array(True) if mask is None else np.asarray(mask)
             _check_class_ids(labels, used.reshape(used.shape + (1,) * (wanted.ndim - used.ndim)), classes)
         (scores,) = _widen(scores)
-        # Indexing counts from the end: -1, a common mark of padding, would silently be the last class.
-        wanted = jnp.where(wanted < 0, classes, wanted.astype(jnp.int32))
+        wanted = _class_ids(wanted, classes)
     elif jnp.issubdtype(wanted.dtype, jnp.floating):
         if wanted.shape != scores.shape:
             raise ValueError(
@@ -427,6 +429,18 @@ def _check_class_ids(labels: ArrayLike, used: np.ndarray, classes: int) -> None:
         )
 
 
+def _class_ids(labels: jax.Array, classes: int) -> jax.Array:
+    """The labels as int32, with `classes`, which is no class, in the place of every id out of range.
+
+    Without this, -1, a common mark of padding, would silently be the last class, because indices count from the end.
+    """
+    # The labels are compared in their own type: as int32, a uint32 of 2**32 - 1 would be -1. Their own type may be
+    # unable to represent -1 or `classes`.
+    limits = jnp.iinfo(labels.dtype)
+    ids = jnp.clip(labels, max(limits.min, -1), min(limits.max, classes)).astype(jnp.int32)
+    return jnp.where(ids < 0, classes, ids)
+
+
 @functools.partial(jax.jit, static_argnames="blank")
 def _ctc(
     scores: jax.Array,
@@ -438,25 +452,52 @@ def _ctc(
     blank: int,
 ) -> jax.Array:
     time, batch, classes, most = scores.shape[0], scores.shape[1:-1], scores.shape[-1], spelling.shape[0]
-    # Sanitised on the way in: Optax multiplies by its padding, and 0 * NaN is NaN.
+    # What stands in padding is replaced before any arithmetic, because the gradient through NaN is NaN.
     valid = counted & jnp.asarray(valid_steps(lengths, None, time, batch))
     labelled = counted & jnp.asarray(valid_steps(label_lengths, None, most, batch))
     scores = jnp.where(valid[..., None], scores, jnp.zeros((), scores.dtype))
-    spelling = jnp.where(labelled, spelling.astype(jnp.int32), -1)
-    repeats = (labelled[1:] & (spelling[1:] == spelling[:-1])).sum(0, dtype=jnp.int32)
-    feasible = valid.sum(0, dtype=jnp.int32) >= labelled.sum(0, dtype=jnp.int32) + repeats
+    ids = jnp.where(labelled, _class_ids(spelling, classes), blank)
+    unknown = (labelled & ((ids == classes) | (ids == blank))).any(0)
 
-    # One more padded step and label, since Optax's recursion needs at least one of each; and batch-major.
-    size = math.prod(batch)
-    scores = jnp.pad(scores.reshape(time, size, classes), ((0, 1), (0, 0), (0, 0))).swapaxes(0, 1)
-    spelling = jnp.pad(spelling.reshape(most, size), ((0, 1), (0, 0)), constant_values=-1).T
-    padding = 1 - jnp.pad(valid.reshape(time, size), ((0, 1), (0, 0))).T.astype(scores.dtype)
-    unlabelled = 1 - jnp.pad(labelled.reshape(most, size), ((0, 1), (0, 0))).T.astype(scores.dtype)
-    # Optax mixes its own float32 with the default float, which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"):
-        values = optax.losses.ctc_loss(scores, padding, spelling, unlabelled, blank_id=blank)
-    values = values.astype(scores.dtype).reshape(batch)
-    return _mean(jnp.where(feasible, values, jnp.array(jnp.inf, scores.dtype)), counted)
+    # The states of an alignment after some steps, for n = 0 .. N labels spelled: `blanks[n]`, the last step was a blank
+    # (or there was no step yet), and `emits[n - 1]`, the last step was label n. Both are log-probabilities, and minus
+    # infinity, exactly, where no alignment leads there. They have the label axis last, as the scores have the classes.
+    ids = jnp.moveaxis(jnp.minimum(ids, classes - 1), 0, -1)
+    logp = jax.nn.log_softmax(scores)
+    emissions = jnp.take_along_axis(logp, ids[None], -1)
+    repeats = jnp.concatenate([jnp.zeros((*batch, 1), bool), ids[..., 1:] == ids[..., :-1]], -1)[..., :most]
+    nothing = jnp.full((*batch, 1), -jnp.inf, scores.dtype)
+
+    def spelled(blanks: jax.Array, emits: jax.Array) -> jax.Array:
+        """The states with n labels spelled, whatever the last step was."""
+        return _log_add(blanks, jnp.concatenate([nothing, emits], -1))
+
+    def step(states: tuple[jax.Array, jax.Array], x: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], None]:
+        (blanks, emits), (blank_score, emission, here) = states, x
+        both = spelled(blanks, emits)
+        # Between two equal labels a blank must stand; without it the second would merge with the first.
+        before = jnp.where(repeats, blanks[..., :-1], both[..., :-1])
+        after = both + blank_score[..., None], _log_add(emits, before) + emission
+        return jax.tree.map(functools.partial(jnp.where, here[..., None]), after, states), None
+
+    emits = jnp.full((*batch, most), -jnp.inf, scores.dtype)
+    blanks = jnp.concatenate([jnp.zeros_like(nothing), emits], -1)
+    states, _ = jax.lax.scan(step, (blanks, emits), (logp[..., blank], emissions, valid))
+    count = labelled.sum(0, dtype=jnp.int32)[..., None]
+    values = -jnp.take_along_axis(spelled(*states), count, -1)[..., 0]
+    return _mean(jnp.where(unknown, jnp.nan, values), counted)
+
+
+def _log_add(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`log(exp(a) + exp(b))`; where both are minus infinity, so is the result, with zero gradients.
+
+    The gradient of `jnp.logaddexp` is NaN there.
+    """
+    largest = jax.lax.stop_gradient(jnp.maximum(a, b))
+    impossible = largest == -jnp.inf
+    largest = jnp.where(impossible, jnp.zeros((), a.dtype), largest)
+    total = jnp.exp(a - largest) + jnp.exp(b - largest)
+    return jnp.where(impossible, -jnp.inf, largest + jnp.log(jnp.where(impossible, jnp.ones((), a.dtype), total)))
 
 
 def _total(params: Any, select: Any, penalty: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -1,6 +1,7 @@
 """Losses and metrics against NumPy over the valid elements alone, and what masked-out elements must not do."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -219,10 +220,36 @@ def test_cross_entropy_never_takes_a_wrong_label_for_another():
         losses.cross_entropy(logits, labels)
     with pytest.raises(ValueError, match="got 5"):
         losses.cross_entropy(logits, np.array([0, 1, 5]))
-    # Where labels cannot be seen, the answer is not a number rather than a wrong one.
-    for wrong in (-1, -100, 5):
-        assert jnp.isnan(jax.jit(losses.cross_entropy)(logits, np.array([0, wrong, 2])))
     assert jnp.isfinite(losses.cross_entropy(logits, labels, np.array([True, False, True])))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    [*((dtype, 5) for dtype in ("int8", "int16", "int32", "uint8", "uint16", "uint32")), ("int8", 300), ("uint8", 300)],
+)
+def test_unseen_labels_out_of_range_give_nan(dtype, classes):
+    """Where labels cannot be seen, the answer is not a number rather than a wrong one, for every type of integer."""
+    limits, logits = np.iinfo(dtype), data(3, classes)
+    functions = (losses.cross_entropy, losses.accuracy, losses.perplexity, losses.bits_per_character)
+    run = jax.jit(lambda labels: jnp.stack([f(logits, labels) for f in functions]))
+    for label in (-1 % 2**32, limits.min, limits.max, min(classes, limits.max), 4):
+        label = np.array(label).astype(dtype)
+        right = 0 <= label < classes  # 8 bits cannot count to 300
+        assert (np.isnan(run(np.array([0, label, 2], dtype))) == (not right)).all(), label
+
+
+def test_unseen_labels_out_of_range_count_where_the_mask_is_true():
+    labels, mask = np.array([0, -1, 2]), np.array([True, False, True])
+    for loss in (losses.cross_entropy, losses.accuracy):
+        assert jnp.isfinite(jax.jit(loss)(data(3, 5), labels, mask))
+        assert jnp.isnan(jax.jit(loss)(data(3, 5), labels, ~mask))
+
+
+def test_unseen_labels_out_of_range_of_64_bits_give_nan(x64):
+    for dtype, label in ((np.int64, -(2**40)), (np.int64, 2**32 + 1), (np.uint64, 2**64 - 1), (np.uint64, 2**32)):
+        labels = np.array([0, label, 2], dtype)
+        for loss in (losses.cross_entropy, losses.accuracy):
+            assert jnp.isnan(jax.jit(loss)(data(3, 5), labels))
 
 
 def test_cross_entropy_where_classes_are_ruled_out():
@@ -275,7 +302,8 @@ def collapse(path, blank):
 
 
 def ctc_by_enumeration(logits, length, labels, label_length, blank):
-    logp = np.log(softmax(logits.astype(np.float64)))
+    with np.errstate(divide="ignore"):
+        logp = np.log(softmax(logits.astype(np.float64)))
     total = sum(
         np.exp(sum(logp[t, k] for t, k in enumerate(path)))
         for path in itertools.product(range(logits.shape[-1]), repeat=length)
@@ -357,6 +385,92 @@ def test_ctc_too_short_is_infinite_with_zero_gradients_of_its_own():
     assert not np.asarray(gradient)[:, 0].any()
     assert np.isfinite(loss(logits, np.array([False, True])))
     assert np.isfinite(losses.ctc(logits[:, 0], np.array(3), labels[:, 0], np.array(2)))
+
+
+def ctc_gradient(logits, lengths, labels, label_lengths):
+    """The loss and its gradient, in the dtype of the logits; one sequence."""
+    return jax.value_and_grad(losses.ctc)(logits, np.array(lengths), np.array(labels, int), np.array(label_lengths))
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 3e3, 4e4])
+def test_ctc_equals_torch_in_values_and_gradients(scale, x64):
+    """Lengths, repetitions, empty labels, as long as can be, and logits that rule the labels nearly out."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    rng = np.random.default_rng(0)
+    lengths, label_lengths = np.array([8, 8, 5, 1, 8, 3, 8, 5]), np.array([3, 4, 3, 1, 0, 2, 1, 3])
+    labels = rng.integers(1, 5, (4, 8))
+    labels[:, 1], labels[:3, 2] = 2, [3, 3, 1]  # repetitions: one step more between equal neighbours
+    logits = rng.normal(size=(8, 8, 5)) + scale * np.eye(5)[0] * (rng.random((8, 8, 1)) < 0.7)
+    logits[:, 0] = scale * np.eye(5)[0]
+    theirs = torch.tensor(logits, requires_grad=True)
+    values = torch.nn.functional.ctc_loss(
+        theirs.log_softmax(-1), torch.tensor(labels.T), torch.tensor(lengths), torch.tensor(label_lengths),
+        reduction="none",
+    )  # fmt: skip
+    assert np.isfinite(values.detach().numpy()).all()
+    values.mean().backward()
+    for mask in (None, *np.eye(8, dtype=bool)):
+        expected = values.detach().numpy()[slice(None) if mask is None else mask].mean()
+        np.testing.assert_allclose(losses.ctc(logits, lengths, labels, label_lengths, mask), expected, rtol=1e-12)
+    gradient = jax.grad(losses.ctc)(logits, lengths, labels, label_lengths)
+    np.testing.assert_allclose(gradient, theirs.grad.numpy(), rtol=1e-9, atol=1e-10)
+
+
+def test_ctc_where_the_blank_is_favoured_by_far():
+    """Each of the three labels costs 4e4, and there are 56 ways to place them: -log(56 exp(-12e4))."""
+    logits = np.zeros((8, 5), np.float32)
+    logits[:, 0] = 4e4
+    value, gradient = ctc_gradient(logits, 8, [1, 2, 3], 3)
+    np.testing.assert_allclose(value, 12e4 - np.log(56), rtol=1e-7)
+    # By symmetry, step t is label n in as many ways as there are to place the labels before and after it.
+    ways = lambda n, k: math.comb(n, k)
+    used = np.array([[ways(t, n) * ways(7 - t, 2 - n) / 56 for n in range(3)] for t in range(8)])
+    np.testing.assert_allclose(gradient[:, 1:4], -used, atol=0.02)  # 12e4 has few digits left in float32
+
+
+@pytest.mark.parametrize("ruled_out", [-np.inf, -1e30, np.finfo(np.float32).min])
+def test_ctc_of_a_class_that_is_ruled_out(ruled_out):
+    """A class that no label uses may have no probability: the loss is that without the class."""
+    logits, labels = data(6, 5), [1, 2, 3]
+    logits[:, 4] = ruled_out
+    value, gradient = ctc_gradient(logits, 6, labels, 3)
+    expected, expected_gradient = ctc_gradient(logits[:, :4], 6, labels, 3)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient[:, :4], expected_gradient, rtol=1e-5, atol=1e-7)
+    assert not np.asarray(gradient[:, 4]).any()
+
+
+def test_ctc_where_classes_are_ruled_out_at_some_steps():
+    """Whatever is ruled out, the blank included, the other alignments count and gradients stay finite."""
+    rng = np.random.default_rng(3)
+    logits, labels = data(5, 40, 4), rng.integers(1, 4, (2, 40))
+    logits[rng.random(logits.shape) < 0.3] = -np.inf
+    logits[..., 3] = np.where(np.isinf(logits).all(-1), 0.0, logits[..., 3])
+    label_lengths = rng.integers(0, 3, 40)
+    expected = np.array([ctc_by_enumeration(logits[:, b], 5, labels[:, b], label_lengths[b], 0) for b in range(40)])
+    possible = np.isfinite(expected)
+    assert 5 < possible.sum() < 35
+    loss = jax.value_and_grad(losses.ctc)
+    value, gradient = loss(logits, np.full(40, 5), labels, label_lengths, possible)
+    np.testing.assert_allclose(value, expected[possible].mean(), rtol=1e-5)
+    value, all_gradients = loss(logits, np.full(40, 5), labels, label_lengths)
+    assert value == np.inf
+    scaled = np.asarray(gradient) * possible.mean(dtype=np.float32)
+    np.testing.assert_allclose(all_gradients, scaled, rtol=1e-5, atol=1e-7)
+    assert not np.asarray(all_gradients)[:, ~possible].any()
+    assert np.isfinite(all_gradients).all()
+
+
+def test_ctc_of_unseen_labels_out_of_range_is_nan():
+    run = jax.jit(losses.ctc)
+    for dtype in (np.int32, np.uint32, np.int8):
+        for wrong in (np.array(-1).astype(dtype), dtype(4), dtype(0)):  # 0 is the blank
+            labels = np.array([[1, 1], [wrong, 2]], dtype)
+            loss = lambda *more, labels=labels: run(data(5, 2, 4), np.array([5, 5]), labels, *more)
+            assert jnp.isnan(loss(np.array([2, 2])))
+            assert jnp.isfinite(loss(np.array([1, 2])))
+            assert jnp.isfinite(loss(np.array([2, 2]), np.array([False, True])))
+    assert jnp.isnan(run(np.full((3, 1, 4), NAN), np.array([3]), np.array([[1]]), np.array([1])))
 
 
 def test_ctc_of_empty_things():
