@@ -1,7 +1,7 @@
 """Training: optimisers, a pure step, a loop, truncated backpropagation, checkpoints."""
 
 from jrnn.training.checkpoint import Checkpoint, Checkpointer
-from jrnn.training.fit import FitResult, NonFiniteError, fit
+from jrnn.training.fit import FitResult, NonFiniteError, fit, load_params
 from jrnn.training.optimizers import optimizer, schedule
 from jrnn.training.step import Metrics, Step, TrainState, make_step
 from jrnn.training.tbptt import Chunk, chunks, tbptt_step, truncated_unroll
@@ -17,6 +17,7 @@ __all__ = [
     "TrainState",
     "chunks",
     "fit",
+    "load_params",
     "make_step",
     "optimizer",
     "schedule",

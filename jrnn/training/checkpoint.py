@@ -75,11 +75,11 @@ class Checkpointer:
                 preservation_policy=_LastAndBest(keep),
                 best_fn=_value,
                 best_mode="min",
-                cleanup_tmp_directories=True,
                 # A save in the background would read buffers that the next step has been given to overwrite.
                 enable_async_checkpointing=False,
             ),
         )
+        self._swept = False
 
     def save(self, step: int, tree: Any, *, info: Any = None, value: float | None = None) -> None:
         """Writes a checkpoint and removes the ones no longer kept.
@@ -94,16 +94,17 @@ class Checkpointer:
         latest = self.latest_step()
         if latest is not None and step <= latest:
             raise ValueError(f"step: expected one after {latest}, the latest in {self.directory}, got {step}")
+        self._sweep()
         tree = jax.tree.map(jnp.asarray, tree)
         record = {"leaves": [[name, *kind] for name, kind in describe_leaves(tree).items()], "info": info}
         self._manager.save(
             step,
-            args=ocp.args.Composite(tree=ocp.args.StandardSave(_without_empty(tree)), info=ocp.args.JsonSave(record)),
+            args=ocp.args.Composite(tree=ocp.args.PyTreeSave(_without_empty(tree)), info=ocp.args.JsonSave(record)),
             metrics={"value": value if value is not None and math.isfinite(value) else None},
         )
 
     def restore(self, like: Any, step: int | None = None) -> Checkpoint:
-        """Reads a checkpoint back.
+        """Reads a checkpoint back. For the parameters alone of a run of `fit`, see `load_params`.
 
         Args:
           like: a pytree with the structure, shapes and dtypes to expect: arrays or ``jax.ShapeDtypeStruct``.
@@ -113,14 +114,9 @@ class Checkpointer:
           FileNotFoundError: there is no such checkpoint.
           ValueError: the checkpoint is of another model; the message names what differs.
         """
-        ocp = _orbax()
         step = self._find(step)
-        _compare(self.leaves(step), describe_leaves(like), f"checkpoint {step} in {self.directory}")
-        like = jax.tree.map(_abstract, like)
-        wanted = ocp.args.StandardRestore(_without_empty(like))
-        restored = iter(jax.tree.leaves(self._manager.restore(step, args=ocp.args.Composite(tree=wanted))["tree"]))
-        fill = lambda leaf: next(restored) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype)
-        return Checkpoint(step, jax.tree.map(fill, like), self._record(step)["info"])
+        compare_leaves(self.leaves(step), describe_leaves(like), f"checkpoint {step} in {self.directory}")
+        return Checkpoint(step, self._read(step, like), self._record(step)["info"])
 
     def leaves(self, step: int | None = None) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of each array of a checkpoint, by path, such as ``state/params/w_hh``."""
@@ -158,6 +154,32 @@ class Checkpointer:
         if step is not None and step not in steps:
             raise FileNotFoundError(f"step: expected one of {steps}, the checkpoints in {self.directory}, got {step}")
         return steps[-1] if step is None else step
+
+    def _read(self, step: int, like: Any) -> Any:
+        """The arrays of `like`, which may be a part of the tree that the checkpoint holds."""
+        ocp = _orbax()
+        like = jax.tree.map(_abstract, like)
+        wanted = _without_empty(like)
+        arguments = ocp.args.PyTreeRestore(
+            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        restored = iter(jax.tree.leaves(self._manager.restore(step, args=ocp.args.Composite(tree=arguments))["tree"]))
+        fill = lambda leaf: next(restored) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype)
+        return jax.tree.map(fill, like)
+
+    def _sweep(self) -> None:
+        """Removes what writes that were cut short have left.
+
+        Orbax can do so too, in a thread that it starts with the manager and that prints a traceback where the process
+        ends first. And only a writer may: what another process is writing at the moment looks the same.
+        """
+        if self._swept:
+            return
+        ocp = _orbax()
+        for path in self._manager.directory.iterdir():
+            if ocp.utils.is_tmp_checkpoint(path):
+                path.rmtree()
+        self._swept = True
 
     def _record(self, step: int) -> Any:
         ocp = _orbax()
@@ -212,7 +234,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=sharding)
 
 
-def _compare(saved: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
+def compare_leaves(saved: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
     def text(leaves: dict[str, Any], name: str) -> str:
         shape, dtype = leaves[name]
         return f"{dtype}[{','.join(map(str, shape))}]"

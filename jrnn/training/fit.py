@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import itertools
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn._check import positive_int
-from jrnn.training.checkpoint import Checkpointer
+from jrnn.training.checkpoint import Checkpointer, compare_leaves, describe_leaves
 from jrnn.training.step import Metrics, Step, TrainState
 
 _END = object()
@@ -188,6 +189,76 @@ def fit(
     return FitResult(state.params if best is None else best, state, run.history, found, reason)
 
 
+def load_params(checkpoint: Any, like: Any, which: str = "best") -> Any:
+    """The parameters that `fit` saved, without the optimiser: for inference, or to train on in another way.
+
+    They are read from the latest checkpoint of the run. The directory is not changed, so this may be called while the
+    run goes on.
+
+    Args:
+      checkpoint: the directory that `fit` was given, or a `Checkpointer`, which stays open.
+      like: a pytree with the structure, shapes and dtypes of the parameters: parameters of the same model, or their
+        shapes alone, ``jax.eval_shape(model.init, key, in_features)``. Arrays are restored with the sharding of the
+        arrays in `like`, and to the first device where there is none.
+      which: "best" for the parameters with the best validation so far, which are those of `FitResult`; "last" for
+        those after the last step that was saved.
+
+    Returns:
+      A pytree like `like`. To know the step or the value of the best validation, or the history, see
+      ``Checkpointer.restore``.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: the parameters saved differ from `like` in structure, shape or dtype (the message names where); the
+        best ones are asked for of a run without validation; the checkpoint is not one of `fit`.
+      ImportError: without the extra ``checkpoint``.
+
+    >>> import tempfile
+    >>> import jrnn
+    >>> model = jrnn.stack(jrnn.gru(4), jrnn.dense(1))
+    >>> def loss_fn(params, batch, key):
+    ...     _, predictions = jrnn.unroll(model, params, batch, key=key)
+    ...     return jrnn.losses.mse(predictions[:-1], batch[1:])
+    >>> step = jrnn.training.make_step(loss_fn, jrnn.optimizer("adam", 1e-2))
+    >>> data = [jnp.sin(jnp.arange(20.0))[:, None, None]]
+    >>> with tempfile.TemporaryDirectory() as runs:
+    ...     params = model.init(jax.random.key(0), 1)
+    ...     result = fit(step, params, data, epochs=3, validation=data, checkpoint=runs, progress=False)
+    ...     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), 1))
+    ...     loaded = load_params(runs, shapes)
+    >>> bool(jax.tree.all(jax.tree.map(jnp.array_equal, loaded, result.params)))
+    True
+    """
+    roots = {"best": "best", "last": "state/params"}  # where `_save` puts them
+    if which not in roots:
+        raise ValueError(f'which: expected "best" or "last", got {which!r}')
+    with contextlib.ExitStack() as stack:
+        store = checkpoint
+        if not isinstance(store, Checkpointer):
+            path = os.fspath(checkpoint)
+            if "://" not in path and not os.path.isdir(os.path.expanduser(path)):  # a `Checkpointer` would make it
+                raise FileNotFoundError(f"checkpoint: expected a directory that fit has saved to, got {path}")
+            store = stack.enter_context(Checkpointer(path))
+        step, leaves = store.latest_step(), store.leaves()
+        if not _below(roots["last"], leaves):
+            raise ValueError(f"checkpoint: expected one that fit has saved in {store.directory}, got {sorted(leaves)}")
+        saved = _below(roots[which], leaves)
+        if not saved:
+            raise ValueError(
+                f"which: the run in {store.directory} has no best parameters, because it had no validation or none "
+                'that gave a number; load those of its last step with which="last"'
+            )
+        tree = {"best": {"best": like}, "last": {"state": {"params": like}}}[which]
+        compare_leaves(saved, describe_leaves(tree), f"checkpoint {step} in {store.directory}")
+        tree = store._read(step, tree)
+    return tree["best"] if which == "best" else tree["state"]["params"]
+
+
+def _below(root: str, leaves: dict[str, Any]) -> dict[str, Any]:
+    """The leaves of the subtree at `root`, which may be a single leaf."""
+    return {name: leaf for name, leaf in leaves.items() if name == root or name.startswith(root + "/")}
+
+
 @dataclasses.dataclass
 class _Run:
     """Where a run stands, as plain data: what a checkpoint holds beside arrays."""
@@ -334,7 +405,7 @@ def _load(store: Checkpointer, step: Step, fresh: TrainState, resume: bool | Non
     like = {
         "state": fresh,
         "carry": tuple(jax.ShapeDtypeStruct(*leaf) for name, leaf in leaves.items() if name.startswith("carry/")),
-        "best": fresh.params if any(name == "best" or name.startswith("best/") for name in leaves) else (),
+        "best": fresh.params if _below("best", leaves) else (),
     }
     _, tree, info = store.restore(like, latest)
     carry = jax.tree.unflatten(step.carry_structure(fresh.params), tree["carry"])

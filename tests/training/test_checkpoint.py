@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from jrnn.training import Checkpointer, TrainState, fit, make_step, optimizer
+from jrnn.training import Checkpointer, TrainState, fit, load_params, make_step, optimizer
 
 pytest.importorskip("orbax.checkpoint")
 
@@ -133,6 +133,33 @@ def test_errors(tmp_path):
             store.save(3, {"x": jnp.ones(1)})
 
 
+def test_a_process_that_ends_at_once_ends_in_silence(tmp_path):
+    """Nothing runs on in a thread that the end of the process would surprise."""
+    script = f"import jrnn.training; jrnn.training.Checkpointer({str(tmp_path / 'new')!r})"
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=HERE.parent.parent,
+        env={**os.environ, "PYTHONPATH": str(HERE.parent.parent), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout + run.stderr == ""
+
+
+def test_only_a_writer_removes_what_was_cut_short(tmp_path):
+    """To one who reads, a write that another process has not finished looks like one that was cut short."""
+    with Checkpointer(tmp_path) as store:
+        store.save(1, {"x": jnp.ones(1)})
+        unfinished = tmp_path / "2.orbax-checkpoint-tmp-3"
+        (unfinished / "tree").mkdir(parents=True)
+    with Checkpointer(tmp_path) as store:
+        store.restore({"x": jnp.ones(1)})
+        assert unfinished.exists()
+        store.save(2, {"x": jnp.ones(1)})
+    assert not unfinished.exists()
+
+
 def test_without_orbax(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(ImportError, match=r'pip install "jrnn\[checkpoint\]"'):
@@ -228,6 +255,65 @@ def test_a_checkpointer_of_ones_own_stays_open(tmp_path):
         state = store.restore({"state": STEP.init(PARAMS), "carry": (), "best": ()}).tree["state"]
         assert isinstance(state, TrainState)
         assert int(state.step) == 8
+
+
+def wandering(validation=(0,), steps=6, **options):
+    """A run whose best parameters are those of step 3 and whose last ones are those of step 6."""
+    step = make_step(lambda p, b, k: p["x"][0] if b is None else (p["x"][0] + 3.0) ** 2, optax.sgd(1.0))
+    start = {"x": [jnp.float32(0.0)], "none": None, "empty": jnp.zeros((0, 2))}
+    return fit(step, start, [None], steps=steps, validation=validation, **options)
+
+
+@pytest.mark.parametrize("template", ["arrays", "shapes"])
+def test_parameters_alone(tmp_path, template):
+    result = wandering(checkpoint=tmp_path)
+    like = result.params if template == "arrays" else jax.eval_shape(lambda: result.params)
+    before = files(tmp_path)
+    with Checkpointer(tmp_path) as store:
+        for where in (tmp_path, str(tmp_path), store):
+            assert bits(load_params(where, like)) == bits(result.params)
+            assert bits(load_params(where, like, "last")) == bits(result.state.params)
+        assert store.steps() == [3, 4, 5, 6]
+    assert files(tmp_path) == before
+    assert (float(result.params["x"][0]), float(result.state.params["x"][0])) == (-3.0, -6.0)
+
+
+def test_parameters_alone_need_no_optimizer_and_no_validation(tmp_path):
+    result = fit(STEP, PARAMS, DATA, epochs=1, checkpoint=tmp_path)
+    assert bits(load_params(tmp_path, PARAMS, "last")) == bits(result.params)
+    with pytest.raises(ValueError, match=r'which: the run in .* no best parameters.*which="last"'):
+        load_params(tmp_path, PARAMS)
+    scalar = fit(make_step(lambda p, b, k: p**2, optax.sgd(0.1)), 1.0, [0], steps=1, checkpoint=tmp_path / "scalar")
+    assert bits(load_params(tmp_path / "scalar", 1.0, "last")) == bits(scalar.params)
+
+
+@pytest.mark.parametrize(
+    ("like", "match"),
+    [
+        ({"w": jnp.ones((3, 4))}, r"state/params/w: float32\[3,2\] in the checkpoint, float32\[3,4\] in the model"),
+        ({"w": jnp.ones((3, 2), jnp.bfloat16)}, r"bfloat16\[3,2\] in the model"),
+        ({}, "state/params/w: .* absent from the model"),
+        ({"w": jnp.ones((3, 2)), "b": jnp.ones(3)}, "state/params/b: absent from the checkpoint"),
+    ],
+)
+def test_parameters_of_another_model(tmp_path, like, match):
+    fit(STEP, PARAMS, DATA, steps=1, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=match):
+        load_params(tmp_path, like, "last")
+
+
+def test_parameters_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="checkpoint: expected a directory that fit has saved to"):
+        load_params(tmp_path / "misspelt", PARAMS)
+    assert not (tmp_path / "misspelt").exists()
+    with pytest.raises(FileNotFoundError, match="directory: expected a checkpoint"):
+        load_params(tmp_path, PARAMS)
+    with pytest.raises(ValueError, match="which: expected"):
+        load_params(tmp_path, PARAMS, "latest")
+    with Checkpointer(tmp_path) as store:
+        store.save(1, PARAMS)
+        with pytest.raises(ValueError, match=r"checkpoint: expected one that fit has saved in .*got \['w'\]"):
+            load_params(store, PARAMS)
 
 
 def test_resume_on_request(tmp_path):
