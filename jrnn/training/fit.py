@@ -110,7 +110,9 @@ def fit(
       validate_every: in steps; None for the end of each epoch. The last step always validates.
       monitor, mode: which metric decides what is best ("loss", or a name in the loss function's aux dictionary), and
         whether "min" or "max" is.
-      patience: stop after so many validations in a row that did not improve on the best by more than `min_delta`.
+      patience: stop after so many validations in a row without an improvement by more than
+      min_delta: counted from the value that last was such an improvement, so that several small ones add up. This is
+        for `patience` alone: the best parameters are those of the best validation, however small the gain.
       log_every: how many steps a record sums up.
       max_nonfinite: stop with `NonFiniteError` after so many steps in a row whose loss or gradients were not finite
         (such steps change nothing); None to go on for ever. Found when the numbers are read back.
@@ -176,7 +178,7 @@ def fit(
             epoch_over, value, improved = run.epoch > epoch, None, False
             if validation is not None and (stopped() or _due(run.step, validate_every, epoch_over)):
                 record.read()
-                value = _validate(step, state.params, validation, monitor, run, epoch, bar)
+                value = _validate(step, state.params, validation, monitor, run, epoch)
                 improved = run.improves(value, mode, min_delta)
                 if improved:
                     best = jax.tree.map(jnp.copy, state.params)  # the next step overwrites these
@@ -267,19 +269,24 @@ class _Run:
     epoch: int = 0
     index: int = 0
     waited: int = 0
+    waited_on: float | None = None
     best_step: int | None = None
     best_value: float | None = None
     history: dict[str, Any] = dataclasses.field(default_factory=lambda: {"train": {}, "validation": {}, "skipped": []})
 
     def improves(self, value: float, mode: str, min_delta: float) -> bool:
-        """Whether a validation is the best so far; remembers it, or counts the wait. NaN is never better."""
-        gain = -math.inf if math.isnan(value) else value if mode == "max" else -value
-        bar = -math.inf if self.best_value is None else self.best_value if mode == "max" else -self.best_value
-        if not gain > bar + (0.0 if math.isinf(bar) else min_delta):
-            self.waited += 1
-            return False
-        self.waited, self.best_step, self.best_value = 0, self.step, value
-        return True
+        """Whether a validation is the best so far; remembers it, and how long patience has waited.
+
+        Any gain makes a validation the best. Patience waits for a gain of more than `min_delta` over `waited_on`, the
+        last value that had one, whether it is made in one validation or in several.
+        """
+        self.waited += 1
+        if _better(value, self.waited_on, mode, min_delta):
+            self.waited, self.waited_on = 0, value
+        improved = _better(value, self.best_value, mode)
+        if improved:
+            self.best_step, self.best_value = self.step, value
+        return improved
 
 
 class _Feed:
@@ -363,7 +370,7 @@ class _Record:
             self.bar.update(len(pending))
 
 
-def _validate(step: Step, params: Any, batches: Any, monitor: str, run: _Run, epoch: int, bar: Any) -> float:
+def _validate(step: Step, params: Any, batches: Any, monitor: str, run: _Run, epoch: int) -> float:
     carry, rows = None, []
     for batch in batches:
         carry, metrics = step.evaluate(params, batch, carry)
@@ -409,6 +416,7 @@ def _load(store: Checkpointer, step: Step, fresh: TrainState, resume: bool | Non
     }
     _, tree, info = store.restore(like, latest)
     carry = jax.tree.unflatten(step.carry_structure(fresh.params), tree["carry"])
+    info = {"waited_on": info["best_value"], **info}  # checkpoints of earlier versions lack it: there, the two were one
     best = None if info["best_step"] is None else tree["best"]
     return tree["state"]._replace(carry=carry), best, _Run(**info)
 
@@ -433,6 +441,12 @@ def _total(data: Any, epochs: int | None, steps: int | None) -> int | None:
 
 def _due(step: int, every: int | None, epoch_over: bool) -> bool:
     return epoch_over if every is None else step % every == 0
+
+
+def _better(value: float, than: float | None, mode: str, by: float = 0.0) -> bool:
+    """Whether `value` is better by more than `by`; NaN never is, and every finite value is better than None."""
+    sign = 1.0 if mode == "max" else -1.0
+    return sign * value > (-math.inf if than is None else sign * than + by)
 
 
 def _mean(values: list[Any]) -> float:

@@ -214,7 +214,9 @@ def test_early_stopping_survives(tmp_path):
     step = make_step(lambda p, b, k: p if b is None else (p + 3.0) ** 2, optax.sgd(1.0))
 
     def run(directory, epochs):
-        return fit(step, 0.0, [None], epochs=epochs, validation=[0], patience=3, checkpoint=directory)
+        # The validations are 4, 1, 0, 1, 4, 9; only the second is better by more than 2.
+        options = {"validation": [0], "patience": 4, "min_delta": 2.0}
+        return fit(step, 0.0, [None], epochs=epochs, checkpoint=directory, **options)
 
     whole = run(tmp_path / "whole", 9)
     assert (whole.stopped, float(whole.params), whole.best["step"]) == ("patience", -3.0, 3)

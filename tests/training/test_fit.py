@@ -159,18 +159,30 @@ def test_best_is_restored_without_patience_too():
     assert (result.stopped, float(result.params), float(result.state.params)) == ("epochs", -2.0, -4.0)
 
 
-def test_min_delta_mode_and_nan():
-    step, start, data, validation = waypoints([9, 5.0, 4.9, 4.8, 4.7])
-    result = fit(step, start, data, epochs=4, validation=validation, patience=2, min_delta=0.5)
-    assert result.best == {"step": 1, "value": 5.0}
-    assert int(result.state.step) == 3
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_min_delta_is_for_patience_alone(mode):
+    """What is best does not depend on it; nor do several small gains count for less than one large one."""
+    sign = 1 if mode == "min" else -1
+    options = {"patience": 2, "min_delta": 0.5, "mode": mode}
+    step, start, data, validation = waypoints([sign * x for x in (9, 5.0, 4.9, 4.8, 4.7)])
+    result = fit(step, start, data, epochs=4, validation=validation, **options)
+    assert result.stopped == "patience"
+    assert result.best == {"step": 3, "value": np.float32(sign * 4.8)}
+    assert float(result.params) == -3.0
+    assert result.history["validation"]["loss"][-1] == result.best["value"]
+    step, start, data, validation = waypoints([sign * x for x in (9, 5.0, 4.7, 4.4, 4.1, 3.8, 3.7, 3.6)])
+    result = fit(step, start, data, epochs=7, validation=validation, **options)
+    assert (result.stopped, int(result.state.step), result.best["step"]) == ("epochs", 7, 7)
+
+
+def test_mode_and_nan():
     step, start, data, validation = waypoints([0, 1, math.nan, 3, 2])
     result = fit(step, start, data, epochs=4, validation=validation, mode="max")
     assert result.best == {"step": 3, "value": 3.0}
-    step, start, data, validation = waypoints([0, math.nan, math.nan, 3])
-    result = fit(step, start, data, epochs=3, validation=validation, patience=2)
-    assert result.stopped == "patience"
-    assert result.best is None
+    for never in (math.nan, math.inf):
+        step, start, data, validation = waypoints([0, never, never, 3])
+        result = fit(step, start, data, epochs=3, validation=validation, patience=2)
+        assert (result.stopped, result.best) == ("patience", None)
 
 
 def test_monitor_another_metric():
