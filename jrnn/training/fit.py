@@ -116,8 +116,11 @@ def fit(
       log_every: how many steps a record sums up.
       max_nonfinite: stop with `NonFiniteError` after so many steps in a row whose loss or gradients were not finite
         (such steps change nothing); None to go on for ever. Found when the numbers are read back.
-      progress: a tqdm bar with loss, gradient norm before clipping and steps per second (needs the extra
-        ``progress``). None: where tqdm is installed and stderr is a terminal.
+      progress: True shows a tqdm bar on stderr (needs the extra ``progress``), with steps per second and the numbers of
+        the latest record: the epoch (counted from 1 here), the loss, the gradient norm before clipping, and the
+        monitored metric of the latest validation. False shows nothing. None shows the bar where tqdm is installed and
+        stderr is a terminal; elsewhere it prints these numbers on one line an epoch, at the first record after the end
+        of each epoch and at the last record.
       checkpoint: a directory, or a `Checkpointer` (which stays open), to save to (needs the extra ``checkpoint``): at
         every improvement, at the end, and
       checkpoint_every: every so many steps; None for the end of each epoch.
@@ -157,11 +160,9 @@ def fit(
             is_open = isinstance(checkpoint, Checkpointer)
             store = checkpoint if is_open else stack.enter_context(Checkpointer(checkpoint))
             state, best, run = _load(store, step, state, resume) or (state, best, run)
-        bar = _bar(progress, _total(data, epochs, steps), run.step)
-        if bar is not None:
-            stack.enter_context(bar)
+        display = _display(progress, _total(data, epochs, steps), epochs, monitor, run, stack)
         feed = _Feed(data, run.epoch, run.index)
-        record = _Record(run.history, step, max_nonfinite, int(state.skipped_in_row), bar, _leaf_names(state.params))
+        record = _Record(run.history, step, max_nonfinite, int(state.skipped_in_row), _leaf_names(state.params))
 
         def stopped() -> str | None:
             if epochs is not None and run.epoch >= epochs:
@@ -187,6 +188,8 @@ def fit(
             if store is not None and (stopped() or improved or _due(run.step, checkpoint_every, epoch_over)):
                 record.read()
                 _save(store, state, best, run, value, mode)
+            if display is not None and run.history["train"].get("step", [])[-1:] == [run.step]:
+                display.show(last=stopped() is not None)
     found = None if run.best_step is None else {"step": run.best_step, "value": run.best_value}
     return FitResult(state.params if best is None else best, state, run.history, found, reason)
 
@@ -336,10 +339,8 @@ class _Feed:
 class _Record:
     """Reads metrics back now and then, writes the history, and stops a run that is not finite."""
 
-    def __init__(
-        self, history: dict[str, Any], step: Step, limit: int | None, in_row: int, bar: Any, leaves: list[str]
-    ):
-        self.history, self.limit, self.in_row, self.bar, self.leaves = history, limit, in_row, bar, leaves
+    def __init__(self, history: dict[str, Any], step: Step, limit: int | None, in_row: int, leaves: list[str]):
+        self.history, self.limit, self.in_row, self.leaves = history, limit, in_row, leaves
         self.pending: list[tuple[int, int, Metrics]] = []
 
     def add(self, step: int, epoch: int, metrics: Metrics) -> None:
@@ -364,10 +365,55 @@ class _Record:
         names = ("loss", "grad_norm", *pending[-1][2].aux)
         means = {name: _mean([row[name] for row in rows]) for name in names}
         _append(self.history["train"], {"step": int(pending[-1][0]), "epoch": int(pending[-1][1]), **means})
-        if self.bar is not None:
-            shown = {"loss": means["loss"], "grad_norm": means["grad_norm"]}
-            self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
-            self.bar.update(len(pending))
+
+
+@dataclasses.dataclass
+class _Display:
+    """Shows the newest record of a run.
+
+    It shows what the history holds and asks for nothing more: the records that a run makes must not depend on whether
+    somebody looks.
+    """
+
+    run: _Run
+    epochs: int | None
+    monitor: str
+
+    def place(self) -> str:
+        epoch = self.run.history["train"]["epoch"][-1] + 1
+        return f"epoch {epoch}" if self.epochs is None else f"epoch {epoch}/{self.epochs}"
+
+    def numbers(self) -> dict[str, str]:
+        train, validation = self.run.history["train"], self.run.history["validation"]
+        values = {"loss": train["loss"][-1], "grad_norm": train["grad_norm"][-1]}
+        if self.monitor in validation:
+            values[f"validation {self.monitor}"] = validation[self.monitor][-1]
+        return {name: f"{value:.4g}" for name, value in values.items()}
+
+
+class _Bar(_Display):
+    def __init__(self, run: _Run, epochs: int | None, monitor: str, bar: Any):
+        super().__init__(run, epochs, monitor)
+        self.bar = bar
+
+    def show(self, last: bool) -> None:
+        self.bar.set_description(self.place(), refresh=False)
+        self.bar.set_postfix(self.numbers(), refresh=last)
+        self.bar.update(self.run.step - self.bar.n)
+
+
+class _Lines(_Display):
+    """One line at the first record after the end of each epoch, and at the last."""
+
+    def __init__(self, run: _Run, epochs: int | None, monitor: str):
+        super().__init__(run, epochs, monitor)
+        self.shown = run.epoch
+
+    def show(self, last: bool) -> None:
+        if self.run.epoch > self.shown or last:
+            self.shown = self.run.epoch
+            numbers = "".join(f", {name} {value}" for name, value in self.numbers().items())
+            print(f"{self.place()}: step {self.run.step}{numbers}", file=sys.stderr, flush=True)
 
 
 def _validate(step: Step, params: Any, batches: Any, monitor: str, run: _Run, epoch: int) -> float:
@@ -421,16 +467,21 @@ def _load(store: Checkpointer, step: Step, fresh: TrainState, resume: bool | Non
     return tree["state"]._replace(carry=carry), best, _Run(**info)
 
 
-def _bar(progress: bool | None, total: int | None, initial: int) -> Any:
+def _display(
+    progress: bool | None, total: int | None, epochs: int | None, monitor: str, run: _Run, stack: contextlib.ExitStack
+) -> _Lines | _Bar | None:
     if progress is None:
         progress = sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
+        if not progress:
+            return _Lines(run, epochs, monitor)
     if not progress:
         return None
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError('progress: a bar needs tqdm, which is not installed: pip install "jrnn[progress]"') from error
-    return tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=total, initial=run.step, unit="step", dynamic_ncols=True)
+    return _Bar(run, epochs, monitor, stack.enter_context(bar))
 
 
 def _total(data: Any, epochs: int | None, steps: int | None) -> int | None:

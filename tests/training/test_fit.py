@@ -251,25 +251,52 @@ def test_compiles_nothing_new_the_second_time():
     assert counter["compilations"] == 0
 
 
-def test_progress_bar_shows_loss_norm_and_rate(capsys):
-    fit(STEP, params(), batches(3), epochs=2, progress=True, log_every=2)
+def test_progress_bar_shows_epoch_loss_norm_validation_and_rate(capsys):
+    result = fit(STEP, params(), batches(3), epochs=2, validation=batches(1), progress=True, log_every=2)
     shown = capsys.readouterr().err
-    for text in ("loss=", "grad_norm=", "step/s", "6/6"):
+    validation = f"validation loss={result.history['validation']['loss'][-1]:.4g}"
+    for text in ("epoch 2/2", "loss=", "grad_norm=", validation, "step/s", "6/6"):
         assert text in shown
+    fit(STEP, params(), batches(3), steps=2, progress=True)
+    shown = capsys.readouterr().err
+    assert "epoch 1: " in shown
+    assert "validation" not in shown
 
 
-def test_progress_is_silent_where_nobody_looks(capsys):
-    fit(STEP, params(), batches(3), epochs=1)
-    fit(STEP, params(), batches(3), epochs=1, progress=False)
+def test_one_line_an_epoch_where_there_is_no_terminal(capsys):
+    options = {"validation": batches(1), "monitor": "error", "log_every": 2}
+    result = fit(STEP, params(), batches(5), epochs=3, **options)
+    train, validation = result.history["train"], result.history["validation"]
+    at = [train["step"].index(step) for step in (5, 10, 15)]
+    assert capsys.readouterr().err.splitlines() == [
+        f"epoch {n + 1}/3: step {5 * n + 5}, loss {train['loss'][i]:.4g}, grad_norm {train['grad_norm'][i]:.4g}, "
+        f"validation error {validation['error'][n]:.4g}"
+        for n, i in enumerate(at)
+    ]
+    silent = fit(STEP, params(), batches(5), epochs=3, progress=False, **options)
     assert capsys.readouterr().err == ""
+    assert silent.history == result.history, "the records do not depend on who looks"
 
 
-def test_progress_without_tqdm(monkeypatch):
+def test_lines_wait_for_the_records_and_end_with_the_run(capsys):
+    result = fit(STEP, params(), batches(2), steps=13, log_every=5)
+    assert result.history["train"]["step"] == [5, 10, 13]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(", ")[0] for line in lines] == ["epoch 3: step 5", "epoch 5: step 10", "epoch 7: step 13"]
+    fit(STEP, params(), batches(9), steps=8, log_every=2)
+    assert [line.partition(", ")[0] for line in capsys.readouterr().err.splitlines()] == ["epoch 1: step 8"]
+
+
+def test_progress_without_tqdm(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(ImportError, match=r'pip install "jrnn\[progress\]"'):
         fit(STEP, params(), batches(1), epochs=1, progress=True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.delitem(sys.modules, "tqdm")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     fit(STEP, params(), batches(1), epochs=1)
+    assert "epoch 1/1: step 1, loss" in capsys.readouterr().err
 
 
 def one_empty_epoch(epoch):
