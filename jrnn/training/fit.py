@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jrnn._check import positive_int
 from jrnn.training.checkpoint import Checkpointer, compare_leaves, describe_leaves
@@ -44,13 +45,14 @@ class FitResult(NamedTuple):
 
 
 class NonFiniteError(ArithmeticError):
-    """Too many steps in a row had a loss or gradients that are not finite; none of them changed anything.
+    """Too many steps in a row were not finite, see the laws of `Step`; none of them changed anything.
 
     Attributes:
       step: the number of the step that was one too many, counted from 1.
       in_row: how many in a row.
       loss, grad_norm: of that step.
-      leaves: the paths of the parameters whose gradients were not finite.
+      leaves: the paths of the parameters whose gradients were not finite; where all gradients were finite, of those
+        whose updates or new values were not.
 
     >>> NonFiniteError(7, 3, float("nan"), float("nan"), ["w_hh"]).step
     7
@@ -58,9 +60,14 @@ class NonFiniteError(ArithmeticError):
 
     def __init__(self, step: int, in_row: int, loss: float, grad_norm: float, leaves: list[str]):
         self.step, self.in_row, self.loss, self.grad_norm, self.leaves = step, in_row, loss, grad_norm, leaves
+        if leaves or not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            kind = "updates" if leaves and math.isfinite(grad_norm) else "gradients"
+            where = f"{kind} not finite in: {', '.join(leaves) or 'no leaf'}"
+        else:
+            where = "the optimizer's state would not be finite"
         super().__init__(
-            f"step {step}: the loss or the gradients were not finite in {in_row} step(s) in a row (max_nonfinite). "
-            f"Loss {loss:g}, gradient norm {grad_norm:g}, gradients not finite in: {', '.join(leaves) or 'no leaf'}. "
+            f"step {step}: the loss, the gradients or the updates were not finite in {in_row} step(s) in a row "
+            f"(max_nonfinite). Loss {loss:g}, gradient norm {grad_norm:g}, {where}. "
             "The parameters are still those before the first of these steps. Look for NaN in the batches, lower the "
             "learning rate, clip the gradient norm (clip_norm), or raise max_nonfinite."
         )
@@ -114,8 +121,8 @@ def fit(
       min_delta: counted from the value that last was such an improvement, so that several small ones add up. This is
         for `patience` alone: the best parameters are those of the best validation, however small the gain.
       log_every: how many steps a record sums up.
-      max_nonfinite: stop with `NonFiniteError` after so many steps in a row whose loss or gradients were not finite
-        (such steps change nothing); None to go on for ever. Found when the numbers are read back.
+      max_nonfinite: stop with `NonFiniteError` after so many steps in a row that were not finite (such steps change
+        nothing, see `Step`); None to go on for ever. Found when the numbers are read back.
       progress: True shows a tqdm bar on stderr (needs the extra ``progress``), with steps per second and the numbers of
         the latest record: the epoch (counted from 1 here), the loss, the gradient norm before clipping, and the
         monitored metric of the latest validation. False shows nothing. None shows the bar where tqdm is installed and
@@ -244,7 +251,8 @@ def load_params(checkpoint: Any, like: Any, which: str = "best") -> Any:
             if "://" not in path and not os.path.isdir(os.path.expanduser(path)):  # a `Checkpointer` would make it
                 raise FileNotFoundError(f"checkpoint: expected a directory that fit has saved to, got {path}")
             store = stack.enter_context(Checkpointer(path))
-        step, leaves = store.latest_step(), store.leaves()
+        step = store._find(None)
+        leaves = store.leaves(step)
         if not _below(roots["last"], leaves):
             raise ValueError(f"checkpoint: expected one that fit has saved in {store.directory}, got {sorted(leaves)}")
         saved = _below(roots[which], leaves)
@@ -358,8 +366,10 @@ class _Record:
             if not metrics.finite:
                 self.history["skipped"].append(int(step))
             if self.limit is not None and self.in_row >= self.limit:
-                norms = zip(self.leaves, metrics.leaf_norms, strict=True)
-                bad = [name for name, norm in norms if not math.isfinite(norm)]
+                # One gradient that is not finite spoils all updates where the global norm is clipped.
+                finite = np.isfinite(metrics.leaf_norms)
+                good = metrics.leaf_finite if finite.all() else finite
+                bad = [name for name, is_good in zip(self.leaves, good, strict=True) if not is_good]
                 raise NonFiniteError(int(step), self.in_row, float(metrics.loss), float(metrics.grad_norm), bad)
         rows = [{"loss": m.loss, "grad_norm": m.grad_norm, **m.aux} for _, _, m in pending if m.finite]
         names = ("loss", "grad_norm", *pending[-1][2].aux)

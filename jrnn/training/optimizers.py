@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -37,6 +38,9 @@ def optimizer(
     that a clipped gradient does not weaken the penalty, and before the rule. "adamw" with no decay is "adam". Decay
     acts on every parameter, biases included; to choose parameters, wrap the transformation in ``optax.masked`` or add
     a penalty to the loss.
+
+    For parameters of float16 and bfloat16, everything is computed and the optimiser's state is kept in float32. The
+    updates have the dtype of the gradients.
 
     Equal calls return the same object, so a jitted step that has the optimiser as a static argument compiles once.
 
@@ -84,8 +88,36 @@ def _optimizer(name: str, learning_rate: Any, clip_norm: Any, weight_decay: Any)
             parts.append(optax.add_decayed_weights(weight_decay))
         rule = {"adam": optax.adam, "rmsprop": optax.rmsprop, "sgd": optax.sgd}[name]
         parts.append(rule(learning_rate))
-    init, update = optax.chain(*parts)
+    init, update = in_float32(optax.chain(*parts))
     return optax.GradientTransformationExtraArgs(init, standard_promotion(update))
+
+
+def in_float32(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """`inner` for float16 and bfloat16 parameters: it sees parameters and gradients as float32 and keeps its state so.
+
+    In float16 the 1e-8 that Adam and RMSprop add to a denominator is 0, and the square of a gradient above 255 is
+    infinite; in bfloat16 a moving average with a decay of 0.999 never moves. Updates have the dtype of the gradients.
+    """
+
+    def init(params: Any) -> Any:
+        return inner.init(jax.tree.map(_widened, params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        wide, params = jax.tree.map(_widened, (updates, params))
+        wide, state = inner.update(wide, state, params, **extra_args)
+        return jax.tree.map(lambda new, old: new.astype(jnp.result_type(old)), wide, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def is_narrow(leaf: Any) -> bool:
+    """Whether a leaf has a floating-point type of fewer bits than float32."""
+    dtype = jnp.result_type(leaf)
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+
+
+def _widened(leaf: Any) -> Any:
+    return jnp.asarray(leaf, jnp.float32) if is_narrow(leaf) else leaf
 
 
 def standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:

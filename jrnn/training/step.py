@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jrnn.training.optimizers import is_narrow
+
 RESERVED = ("epoch", "grad_norm", "loss", "step")
 
 
@@ -22,7 +24,7 @@ class TrainState(NamedTuple):
       opt_state: the optimiser's state.
       step: int32, the number of batches consumed, the ones that changed nothing included.
       key: the key of the run, never changed: step ``n`` uses ``fold_in(key, n)``. None for a run without randomness.
-      skipped: int32, how many steps so far had a loss or gradients that were not finite.
+      skipped: int32, how many steps so far were not finite, and changed nothing.
       skipped_in_row: int32, how many of these came last, without a finite step since.
       carry: what one batch hands to the next: the recurrent state in truncated backpropagation, otherwise None.
 
@@ -46,11 +48,12 @@ class Metrics(NamedTuple):
       loss: scalar.
       grad_norm: scalar, the global norm of the gradient before any clipping.
       leaf_norms: ``(leaves,)``, the norm of each gradient in the order of ``jax.tree.leaves(params)``.
-      finite: scalar bool, whether loss and gradient norm were finite, that is, whether the step changed anything.
+      finite: scalar bool, whether the step was finite, that is, whether it changed anything, see the laws of `Step`.
       aux: the dictionary that the loss function returned beside the loss, or an empty one.
+      leaf_finite: ``(leaves,)`` bools in the same order, whether the update of each leaf and its new value were finite.
 
     >>> Metrics._fields
-    ('loss', 'grad_norm', 'leaf_norms', 'finite', 'aux')
+    ('loss', 'grad_norm', 'leaf_norms', 'finite', 'aux', 'leaf_finite')
     """
 
     loss: jax.Array
@@ -58,6 +61,7 @@ class Metrics(NamedTuple):
     leaf_norms: jax.Array
     finite: jax.Array
     aux: dict[str, Any]
+    leaf_finite: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +72,9 @@ class Step:
       * ``step(state, batch) -> (state, metrics)`` is pure: equal arguments give equal results, bit for bit.
       * The state given is donated: its buffers are reused and it must not be used again. ``init`` copies, so the
         user's own parameters are never touched.
-      * A step whose loss or gradient norm is not finite leaves ``params``, ``opt_state`` and ``carry`` as they were,
-        bit for bit; only the counters advance.
+      * A step is finite if its loss, gradients, updates and new parameters are, and if no number that the optimiser
+        keeps in 16 bits has stopped being finite. Any other step leaves ``params``, ``opt_state`` and ``carry`` as they
+        were, bit for bit; only the counters advance.
       * Steps are equal by value; equal steps share one compilation.
 
     >>> step = make_step(lambda params, batch, key: (params - batch) ** 2, optax.sgd(0.5))
@@ -229,15 +234,22 @@ def _update(step: Step, state: TrainState, batch: Any) -> tuple[TrainState, Metr
     (loss, (carry, aux)), grads = differentiate(state.params, state.carry, batch, step.key(state, batch))
     leaf_norms = _leaf_norms(grads)
     grad_norm = jnp.sqrt(jnp.sum(jnp.square(leaf_norms)))
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     transform = optax.with_extra_args_support(step.optimizer)
     with jax.numpy_dtype_promotion("standard"):  # which Optax needs
         updates, opt_state = transform.update(grads, state.opt_state, state.params, value=loss)
-        after = (optax.apply_updates(state.params, updates), opt_state, carry)
+        params = optax.apply_updates(state.params, updates)
+    # Finite gradients are not enough: an update may divide by zero, and a sum with it may overflow.
+    updated = lambda old, new, update: _stays_finite(old, new) & jnp.isfinite(update).all()
+    leaf_finite = jnp.stack(jax.tree.leaves(jax.tree.map(updated, state.params, params, updates)))
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & leaf_finite.all()
+    for old, new in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(opt_state), strict=True):
+        # A mean of squares overflows in 16 bits. In float32 the gradient norm above would have overflowed before it.
+        if is_narrow(new):
+            finite &= _stays_finite(old, new)
     # A select and not a product with `finite`: zero times NaN is NaN.
     params, opt_state, carry = jax.tree.map(
-        functools.partial(jnp.where, finite), after, (state.params, state.opt_state, before)
+        functools.partial(jnp.where, finite), (params, opt_state, carry), (state.params, state.opt_state, before)
     )
     one_if_skipped = jnp.where(finite, jnp.int32(0), jnp.int32(1))
     state = TrainState(
@@ -249,13 +261,18 @@ def _update(step: Step, state: TrainState, batch: Any) -> tuple[TrainState, Metr
         skipped_in_row=(state.skipped_in_row + one_if_skipped) * one_if_skipped,
         carry=carry,
     )
-    return state, Metrics(loss, grad_norm, leaf_norms, finite, aux)
+    return state, Metrics(loss, grad_norm, leaf_norms, finite, aux, leaf_finite)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _evaluate(step: Step, params: Any, batch: Any, carry: Any) -> tuple[Any, dict[str, jax.Array]]:
     loss, (carry, aux) = step.forward(params, carry, batch, None)
     return carry, {"loss": loss, **aux}
+
+
+def _stays_finite(old: jax.Array, new: jax.Array) -> jax.Array:
+    """Whether every number that was finite still is: a bias of minus infinity rules out a class, and may stay."""
+    return (jnp.isfinite(new) | ~jnp.isfinite(old)).all()
 
 
 def _leaf_norms(grads: Any) -> jax.Array:

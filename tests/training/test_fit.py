@@ -236,6 +236,24 @@ def test_names_the_leaves_that_are_not_finite():
     assert caught.value.loss == 1.0
 
 
+def test_names_the_culprits_and_not_what_clipping_spoils():
+    step = make_step(lambda p, b, k: jnp.sqrt(p["a"] * b) + p["b"] ** 2, optimizer("sgd", 0.1, clip_norm=1.0))
+    with pytest.raises(NonFiniteError, match=r"gradients not finite in: a\. The") as caught:
+        fit(step, {"a": 0.0, "b": 1.0}, [1.0], steps=2, max_nonfinite=2)
+    assert caught.value.leaves == ["a"]
+
+
+def test_names_the_leaves_whose_updates_are_not_finite():
+    divide = optax.stateless(lambda grads, params: jax.tree.map(lambda g: g / g, grads))
+    step = make_step(lambda p, b, k: p["a"] * b + p["b"], divide)
+    with pytest.raises(NonFiniteError, match=r"Loss 1, gradient norm 1, updates not finite in: a\. The") as caught:
+        fit(step, {"a": 1.0, "b": 1.0}, [0.0], steps=2, max_nonfinite=2)
+    assert caught.value.leaves == ["a"]
+    step = make_step(lambda p, b, k: p.astype(jnp.float32) * b, optax.adam(0.1, eps=1e-3))  # squares overflow
+    with pytest.raises(NonFiniteError, match=r"Loss 512, .*, the optimizer's state would not be finite\. The"):
+        fit(step, jnp.float16(1.0), [512.0], steps=4, max_nonfinite=2)
+
+
 def test_history_is_plain_data():
     import json
 

@@ -1,5 +1,6 @@
 """Optimisers by name equal the Optax transformations they stand for; schedules equal their formulas."""
 
+import functools
 import math
 
 import jax
@@ -68,6 +69,43 @@ def test_equal_calls_are_one_object():
     a, b = (schedule("exponential", 0.1, steps=10, rate=0.9) for _ in range(2))
     assert a is b
     assert optimizer("sgd", a) is optimizer("sgd", b)
+
+
+NARROW = ["float16", "bfloat16"]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize(("name", "clip_norm"), [("adam", None), ("rmsprop", None), ("sgd", 100.0), ("adamw", 100.0)])
+def test_narrow_parameters_take_the_updates_of_float32(name, clip_norm, dtype):
+    """Gradients of zero, and ones whose squares or whose squares' mean 16 bits cannot hold."""
+    tx = optimizer(name, 0.25, clip_norm=clip_norm, weight_decay=0.5)
+    narrow = jax.tree.map(lambda p: p.astype(dtype), {"w": jnp.array([1.0, -2.0, 0.0]), "dead": jnp.zeros(2)})
+    gradients = {"w": jnp.array([512.0, -3e-5, 1024.0], dtype), "dead": jnp.zeros(2, dtype)}
+    as_float32 = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+    state, expected_state = tx.init(narrow), tx.init(as_float32(narrow))
+    for factor in (1.0, 0.5, 0.25):
+        scaled = jax.tree.map(lambda g, by=factor: g * by, gradients)
+        updates, state = jax.jit(tx.update)(scaled, state, narrow)
+        expected, expected_state = jax.jit(tx.update)(as_float32(scaled), expected_state, as_float32(narrow))
+        assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+        close = functools.partial(np.testing.assert_allclose, rtol=float(jnp.finfo(dtype).eps))
+        jax.tree.map(close, as_float32(updates), expected)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), state, expected_state)
+        with jax.numpy_dtype_promotion("standard"):
+            narrow = optax.apply_updates(narrow, updates)
+    assert jax.tree.all(jax.tree.map(lambda p: jnp.isfinite(p).all(), narrow))
+    assert not narrow["dead"].any()
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_narrow_and_wide_parameters_in_one_tree(name, x64):
+    params = {t: jnp.ones(2, t) for t in ("float16", "float32", "float64")} | {"none": None}
+    tx = optimizer(name, 0.125, clip_norm=1.0)
+    state = tx.init(params)
+    updates, state = tx.update(params, state)
+    assert {t: u.dtype.name for t, u in updates.items() if u is not None} == {t: t for t in params if t != "none"}
+    moments = state[-1][0].mu if name == "adam" else {}
+    assert [leaf.dtype.name for leaf in jax.tree.leaves(moments)] == ["float32", "float32", "float64"][: len(moments)]
 
 
 def test_injected_hyperparameters():

@@ -100,6 +100,54 @@ def test_finite_loss_with_gradients_that_are_not():
     assert (float(state.params["x"]), float(state.params["y"])) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["adam", "rmsprop", "sgd", "adamw"])
+def test_narrow_parameters_train(name, dtype):
+    """A parameter that the loss does not use has a gradient of exactly zero, and stays where it is."""
+    distance = lambda p, b: ((p["w"].astype(jnp.float32) * b).sum() - 300.0) ** 2 / 100.0
+    loss = lambda p, b, k: distance(p, b) + 0.0 * p["dead"].astype(jnp.float32).sum()
+    step = make_step(loss, optimizer(name, 0.0625, clip_norm=1.0))
+    state = step.init({"w": jnp.ones(3, dtype), "dead": jnp.ones(2, dtype)})
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, jnp.full(3, 20.0))
+        assert bool(metrics.finite)
+        losses.append(float(metrics.loss))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.7 * losses[0]
+    assert state.params["dead"].tolist() == [1.0, 1.0]
+
+
+NOT_FINITE = {
+    # An update that divides by zero, a parameter that overflows, a moment that does: all with finite gradients.
+    "update": (optax.stateless(lambda g, p: jax.tree.map(lambda g: g / g, g)), 0.0, [False, True]),
+    "parameter": (optax.scale(-1.0), -6e4, [False, True]),
+    "moment": (optax.adam(0.1, eps=1e-3), 512.0, [True, True]),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_updates_parameters_and_moments_that_are_not_finite_change_nothing(name):
+    transform, slope, leaf_finite = NOT_FINITE[name]
+    step = make_step(lambda p, b, k: sum(p[k].astype(jnp.float32) * b[k] for k in p), transform)
+    state = step.init({"a": jnp.float16(6e4), "b": jnp.float16(1.0)})
+    before = bits((state.params, state.opt_state))
+    state, metrics = step(state, {"a": jnp.float32(slope), "b": jnp.float32(1.0)})
+    assert (bool(metrics.finite), int(state.skipped)) == (False, 1)
+    assert np.isfinite([metrics.loss, metrics.grad_norm]).all()
+    assert metrics.leaf_finite.tolist() == leaf_finite
+    assert bits((state.params, state.opt_state)) == before
+
+
+def test_what_was_infinite_from_the_start_may_stay_so():
+    """A class that a bias rules out; the best loss so far, which some optimisers begin at infinity."""
+    step = make_step(lambda p, b, k: -jax.nn.log_softmax(p)[0], OPTIMIZERS["plateau"]())
+    state = step.init(jnp.array([0.0, 0.0, -jnp.inf]))
+    state, metrics = step(state, None)
+    assert bool(metrics.finite)
+    assert float(state.params[2]) == -np.inf
+
+
 def test_the_users_own_arrays_survive_donation():
     mine, key = params(), jax.random.key(0)
     host = {"w": np.ones(3, np.float32), "b": np.float32(0.0)}
