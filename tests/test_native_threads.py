@@ -43,7 +43,8 @@ REFUSES = """
 #include <dlfcn.h>
 #include <pthread.h>
 extern "C" int refuse = 0;
-extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*run)(void*), void* argument) {
+extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*run)(void*),
+                              void* argument) {
   using Create = int (*)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*);
   static const Create create = reinterpret_cast<Create>(dlsym(RTLD_NEXT, "pthread_create"));
   return refuse ? EAGAIN : create(thread, attributes, run, argument);
