@@ -474,6 +474,9 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
                   std::memcpy(parts + n * row + (p / G * P + p % G) * UB, u + n * u_row + p * UB, 4 * UB);
             cell.forward({n0, n1, ub, end, H, valid, resets, p_theta, hidden, parts, row, old.data(), f.restart.data(),
                           now.data()});
+            // Nobody reads what lengthens a row, but it is returned, and memory that was never written may hold NaN.
+            for (long n = 0; n < rows && f.parts && end == blocks; ++n)
+              std::fill(parts + n * row + (end - ub) * P * UB, parts + n * row + row - ub * P * UB, 0.0f);
           }
         }
         part.group.wait();
