@@ -113,7 +113,8 @@ def _own(directory: Path) -> None:
 def _compiled_loop(directory: Path) -> Path:
     """The shared library of the loop, and of what XLA calls."""
     flags = ("-pthread", f"-I{jax.ffi.include_dir()}")
-    return _make("loop", ("bind.cc", "kernel.cc"), ("kernel.h", "vectors.h"), "", flags, directory, jaxlib.__version__)
+    headers = ("kernel.h", "threads.h", "vectors.h")
+    return _make("loop", ("bind.cc", "kernel.cc"), headers, "", flags, directory, jaxlib.__version__)
 
 
 def _compiled(header: str, directory: Path) -> Path:
