@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn.cells.base import Cell, product
+from jrnn.jaxprs.recipes import spread
 
 __all__ = ["TracedCell"]
 
@@ -41,7 +42,7 @@ class TracedCell(Cell):
 
     @property
     def state_type(self) -> Any:
-        return _state_type(len(self.gates.fields), self.field)
+        return _state_type(len(self.gates.leaves), self.field)
 
     @property
     def hoistable(self) -> bool:
@@ -50,14 +51,17 @@ class TracedCell(Cell):
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
         """What a reset restores."""
         dtype, shape = params["w_hh"].dtype, (*batch_shape, self.hidden)
-        values = params["restart"] or (jnp.zeros((), dtype),) * len(self.gates.fields)
-        return self.state_type(*(jnp.broadcast_to(value, shape) for value in values))
+        values = params["restart"] or (jnp.zeros((), dtype),) * len(self.gates.leaves)
+        return self.state_type(*(spread(value, shape) for value in values))
 
     def theta(self, params: Any) -> Any:
         return params["theta"]
 
     def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
-        return self.split(xs if self.projected else product(xs, params["w_ih"]) + params["b"])
+        if self.projected:
+            return self.split(xs)
+        u = product(xs, params["w_ih"])
+        return self.split(u + spread(params["b"], u.shape))
 
     def split(self, z: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(jnp.split(z, len(self.sums), axis=-1))
@@ -87,4 +91,4 @@ class TracedCell(Cell):
 @functools.lru_cache(maxsize=64)
 def _state_type(count: int, hidden: int) -> Any:
     """A NamedTuple of so many fields, of which one is ``h``; the same type for the same numbers."""
-    return namedtuple("State", [f"s{i}" if i != hidden else "h" for i in range(count)])  # noqa: PYI024
+    return namedtuple("State", [f"s{i}" if i != hidden else "h" for i in range(count)])

@@ -57,9 +57,9 @@ class Const:
 class Op:
     """One operation: operands are numbers of variables, or constants.
 
-    Of a function with a derivative of its own that acts on each element by itself, ``inner`` is its program and
-    ``derivative`` that of its tangents, ``(primals, tangents) -> (results, their tangents)``. Where the latter calls the
-    function itself, the derivative of this call is `ITSELF`.
+    Of a function with a derivative of its own that acts on each element by itself, ``inner`` is its program, and
+    ``derivative`` that of its tangents: ``(primals, tangents) -> (results, their tangents)``. Where the latter calls
+    the function itself, the derivative of this call is `ITSELF`.
     """
 
     primitive: Any

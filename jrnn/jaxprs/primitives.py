@@ -43,5 +43,6 @@ UNMAPPABLE = frozenset((
     "cond", "while", "scan", "rng_bit_generator", "rng_uniform", "random_bits", "random_wrap", "random_unwrap",
     "random_seed", "random_split", "random_fold_in", "threefry2x32", "custom_vjp_call", "custom_vmap_call",
     "pure_callback", "io_callback", "debug_callback", "debug_print", "ffi_call", "conv_general_dilated", "custom_call",
-    "shard_map", "psum", "all_gather", "linear_solve", "custom_linear_solve", "sort", "top_k", "fft", "optimization_barrier",
+    "shard_map", "psum", "all_gather", "linear_solve", "custom_linear_solve", "sort", "top_k", "fft",
+    "optimization_barrier",
 ))  # fmt: skip
