@@ -14,9 +14,10 @@ import pytest
 
 
 class Body(NamedTuple):
-    """``products``: in a step of the loop, once it is read; None where it is to be refused, with ``reason``.
+    """``products``: in a step of the loop, once it is read; None where it runs as ``jax.lax.scan``.
 
-    ``native``: why the compiled loop does not serve, if it does not.
+    ``reason``: why it is not read as a cell, if it is not. ``native``: why the compiled loop does not serve, if it
+    does not.
     """
 
     name: str
@@ -208,9 +209,36 @@ def random_mask(key, F, H, batch):
 
     def step(w, h, x):
         kept = jax.random.bernoulli(jax.random.key(3), 0.7, (*batch, F))
-        return plain(w, h, x * kept)
+        return plain(w, h, jnp.where(kept, x, 0))
 
     return w, h, step
+
+
+def random_steps(key, F, H, batch):
+    """A key in the carry, which is split at each step, and a step that is skipped where a flag of its own says so."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, carry, x):
+        h, key, done = carry
+        key, now = jax.random.split(key)
+        x = jnp.where(jax.random.bernoulli(now, 0.7, x.shape), x, 0)
+        new, y = plain(w, h, x)
+        new = jax.lax.cond(x.sum() > 0, lambda h: h * 0.5, lambda h: h, new)
+        new = jnp.where(done, h, new)
+        return (new, key, (new.sum() > 1) & ~done), (y, key, new @ w["h"])
+
+    return w, (h, jax.random.key(4), jnp.array(False)), step
+
+
+def memory_readout(key, F, H, batch):
+    """An output of the leaf of the carry that is not multiplied."""
+    w, state, plain = concatenated_lstm(key, F, H, batch)
+
+    def step(w, state, x):
+        (h, c), y = plain(w, state, x)
+        return (h, c), (y, jnp.sin(c) + state[1])
+
+    return w, state, step
 
 
 def reset_before(key, F, H, batch):
@@ -345,6 +373,7 @@ BODIES = (
     Body("projected_input", projected_input, batches=NO_BATCH, native="input projection itself"),
     Body("scaled", scaled),
     Body("fixed_carry", fixed_carry),
+    Body("random_mask", random_mask),
     Body("linen_lstm", linen("LSTMCell"), batches=NO_BATCH, peer="flax"),
     Body("linen_optimized_lstm", linen("OptimizedLSTMCell"), batches=NO_BATCH, peer="flax"),
     Body("linen_gru", linen("GRUCell"), batches=NO_BATCH, peer="flax"),
@@ -355,15 +384,18 @@ BODIES = (
     Body("equinox_lstm", equinox("LSTMCell"), peer="equinox"),
     Body("equinox_gru", equinox("GRUCell"), peer="equinox"),
     # What is not read: these run as jax.lax.scan, and say why.
-    Body("reset_before", reset_before, None, TWO),
-    Body("haiku_gru", haiku("GRU"), None, TWO, peer="haiku"),
+    # What is no cell: products of the state stay in the loop, and the gradients of their weights leave it.
+    Body("reset_before", reset_before, 2, TWO),
+    Body("haiku_gru", haiku("GRU"), 2, TWO, peer="haiku"),
+    Body("counter", counter, 1, "not of one shape and dtype"),
+    Body("normalised", normalised, 1, "'reduce_sum'"),
+    Body("held", held, 1, "held where a flag says so"),
+    Body("random_steps", random_steps, 2, "not of one shape and dtype"),
+    Body("memory_readout", memory_readout, 1, "a leaf of its carry that is not multiplied"),
+    # What is not read: these run as jax.lax.scan, and say why.
     Body("no_product", no_product, None, "it has no product of its state with weights"),
-    Body("counter", counter, None, "not of one shape and dtype"),
-    Body("control_flow", control_flow, None, "'cond'"),
-    Body("normalised", normalised, None, "'reduce_sum'"),
-    Body("held", held, None, "held where a flag says so"),
+    Body("control_flow", control_flow, None, "it has no product of its state with weights"),
     Body("effect", effect, None, "it has effects"),
-    Body("random_mask", random_mask, None, ""),
 )
 
 

@@ -18,7 +18,7 @@ from jax.extend.core import Literal
 
 from jrnn.jaxprs.primitives import CALLS, ELEMENTWISE, INLINED
 
-__all__ = ["Const", "Op", "Program", "evaluate", "flatten", "spread"]
+__all__ = ["Const", "Op", "Program", "bind", "evaluate", "flatten", "spread"]
 
 
 class Shaped(tuple):
@@ -220,7 +220,7 @@ def _derivative(eqn: Any, inner: Program) -> Program | None:
     forms = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars]
 
     def tangents(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
-        return jax.jvp(lambda *args: _bind(eqn.primitive, eqn.params, args), primals, tangents)
+        return jax.jvp(lambda *args: bind(eqn.primitive, eqn.params, args), primals, tangents)
 
     traced = jax.make_jaxpr(tangents)(forms, forms)
     consts: list[Any] = list(traced.consts)
@@ -279,7 +279,8 @@ class _Same:
 # --- running -----------------------------------------------------------------------------------------------------
 
 
-def _bind(primitive: Any, params: dict[str, Any], args: Any) -> Any:
+def bind(primitive: Any, params: dict[str, Any], args: Any) -> tuple[Any, ...]:
+    """Applies a primitive, which is traced, differentiated or run like any call in JAX."""
     out = primitive.bind(*args, **primitive.get_bind_params(params))
     return tuple(out) if primitive.multiple_results else (out,)
 
@@ -288,7 +289,7 @@ def evaluate(ops: Iterable[Op], env: dict[int, Any]) -> None:
     """Runs operations in order on the values of variables in ``env``, and adds their results to it."""
     for op in ops:
         args = [env[a] if isinstance(a, int) else a.value for a in op.ins]
-        env.update(zip(op.outs, _bind(op.primitive, op.params, args), strict=True))
+        env.update(zip(op.outs, bind(op.primitive, op.params, args), strict=True))
 
 
 def spread(program: Program, *args: Any, itself: Any = None) -> list[Any]:
@@ -307,7 +308,7 @@ def apply_elementwise(op: Op, args: Sequence[Any], itself: Any = None) -> Sequen
     if op.derivative is not None:
         return itself(*args) if op.derivative is ITSELF else _with_derivative(op.inner, op.derivative)(*args)
     shape = np.broadcast_shapes(*map(np.shape, args))
-    return _bind(op.primitive, op.params, [_broadcast(a, shape) for a in args])
+    return bind(op.primitive, op.params, [_broadcast(a, shape) for a in args])
 
 
 def _broadcast(a: Any, shape: tuple[int, ...]) -> Any:

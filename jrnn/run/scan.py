@@ -14,11 +14,12 @@ from jax import lax
 
 from jrnn._device import is_placed
 from jrnn.cells.traced import TracedCell
-from jrnn.jaxprs import affine
+from jrnn.jaxprs import affine, sites
 from jrnn.jaxprs.blocks import Piece, Refusal
-from jrnn.jaxprs.flat import Op, evaluate, flatten
+from jrnn.jaxprs.flat import Op, Program, evaluate, flatten
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, Recipe, needed, spread
 from jrnn.schedules import SCHEDULES, native
+from jrnn.schedules import sites as schedule
 from jrnn.schedules.steps import Steps, checkpointed, times_in_a_body
 
 __all__ = ["choose_scan_backend", "scan"]
@@ -120,30 +121,12 @@ def choose_scan_backend(
 
 
 @dataclass(frozen=True)
-class Body:
-    """A body that was read: its form, and the tree of its outputs."""
-
-    form: affine.Affine
-    ys: Any
-
-    @functools.cached_property
-    def cell(self) -> TracedCell:
-        hidden = self.form.leaves.index(self.form.hidden)
-        return TracedCell(self.form.gates, self.form.units, hidden, self.product is None)
-
-    @functools.cached_property
-    def product(self) -> Any:
-        """See `Parts.input_product`."""
-        return self.form.parts.input_product(self.form.kinds)
-
-
-@dataclass(frozen=True)
 class _Choice:
     """What runs a body: as ``body``, whose constants are ``consts``, or as it is where this is None."""
 
     name: str
     reason: str
-    body: Body | None = None
+    body: Body | Parts | None = None
     consts: Any = ()
 
 
@@ -158,7 +141,15 @@ def _choose(
     if backend == "reference":
         return _Choice("reference", "it was asked for by name")
     try:
-        body, consts = _read(f, init, xs, length)
+        program, ys, consts = _trace(f, init, xs, length)
+        carry = jax.tree.structure(init).num_leaves
+        try:
+            body = Body(affine.read(program, len(consts), carry), ys)
+        except Refusal as refusal:
+            reason = f"the body is not read as a recurrent cell: {refusal}"
+            if backend == "native":
+                raise
+            return _in_parts(Parts(sites.read(program, len(consts), carry), ys), consts, reason, backend)
     except Refusal as refusal:
         reason = f"the body is not read as a recurrent cell: {refusal}"
         if backend is not None:
@@ -186,12 +177,22 @@ def _choose(
     return _Choice("hoisted", f"{found}; not native: {reason}", body, consts)
 
 
+def _in_parts(body: Parts, consts: Any, reason: str, backend: str | None) -> _Choice:
+    count = len(body.form.sites)
+    if backend is None and body.work < WORK:
+        return _Choice("reference", f"{reason}; its products of the state are too small to be taken apart")
+    products = "one product" if count == 1 else f"{count} products"
+    return _Choice(
+        "hoisted", f"{reason}; {products} of its state stay in the loop, without their gradients", body, consts
+    )
+
+
 def _cannot(backend: str, reason: str) -> str:
     return f"backend: {backend!r} cannot run this body: {reason}; pass backend=None to let jrnn choose"
 
 
-def _read(f: Any, init: Any, xs: Any, length: Any) -> tuple[Body, list[Any]]:
-    """A body as a recurrent cell, and the values of its constants."""
+def _trace(f: Any, init: Any, xs: Any, length: Any) -> tuple[Program, Any, list[Any]]:
+    """A body as a program, the tree of its outputs, and the values of its constants."""
     leaves = jax.tree.leaves(xs)
     if not leaves or not all(getattr(leaf, "shape", ()) for leaf in leaves):
         raise Refusal("its inputs are not arrays with a leading axis")
@@ -214,8 +215,10 @@ def _read(f: Any, init: Any, xs: Any, length: Any) -> tuple[Body, list[Any]]:
     program, consts = flatten(closed)
     if any(map(is_placed, consts)):
         raise Refusal("its constants lie on a mesh")
-    form = affine.read(program, len(consts), jax.tree.structure(init).num_leaves)
-    return Body(form, jax.tree.structure(out[1])), consts
+    carry = jax.tree.structure(init).num_leaves
+    if [program.form(r) for r in program.results[:carry]] != list(program.forms[len(consts) : len(consts) + carry]):
+        raise Refusal("its new carry has other shapes or dtypes than the one it is given")
+    return program, jax.tree.structure(out[1]), consts
 
 
 # --- running -----------------------------------------------------------------------------------------------------
@@ -233,11 +236,14 @@ def _plain(f: Any, init: Any, xs: Any, length: Any, reverse: Any, unroll: Any, r
 # A function of its own, static in the body: a second call in eager mode with an equal body compiles nothing.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _run(
-    body: Body, name: str, reverse: bool, unroll: Any, remat: Any, consts: Any, init: Any, xs: Any
+    body: Body | Parts, name: str, reverse: bool, unroll: Any, remat: Any, consts: Any, init: Any, xs: Any
 ) -> tuple[Any, Any]:
+    time = jax.tree.leaves(xs)[0].shape[0]
+    unroll = times_in_a_body(time if unroll is True else unroll, time)
+    if isinstance(body, Parts):
+        return _run_parts(body, consts, init, xs, Steps(reverse=reverse, remat=remat, unroll=unroll))
     params, inputs, state, resets = _operands(body, consts, init, xs)
-    time = inputs.shape[0]
-    steps = Steps(None, resets, reverse, remat=remat, unroll=times_in_a_body(time if unroll is True else unroll, time))
+    steps = Steps(None, resets, reverse, remat=remat, unroll=unroll)
     last, hs = SCHEDULES[name].run(body.cell, params, inputs, state, steps)
     leaves, tree = jax.tree.flatten(init)
     for leaf, value in zip(body.form.leaves, last, strict=True):
@@ -245,117 +251,3 @@ def _run(
     return tree.unflatten(leaves), _outputs(body, _invariant(body, consts, init), state.h, hs, xs, reverse)
 
 
-def _invariant(body: Body, consts: Any, init: Any) -> dict[int, Any]:
-    """The variables that are the same at each step. What is not used costs nothing once it is compiled."""
-    form, leaves = body.form, jax.tree.leaves(init)
-    env = dict(enumerate(consts))
-    env.update((form.consts + i, leaves[i]) for i in form.fixed)
-    evaluate((op for op in form.program.ops if form.kinds[op.outs[0]] == INVARIANT), env)
-    return env
-
-
-def _at_all_steps(body: Body, env: dict[int, Any], recipes: Sequence[Recipe], xs: Any) -> list[Any]:
-    """``(T, ...)`` of each recipe."""
-    form = body.form
-    ops = needed(form.program, form.kinds, INPUT, recipes)
-
-    def at_one(x: Any) -> list[Any]:
-        inside = env | dict(enumerate(jax.tree.leaves(x), form.consts + form.carry))
-        evaluate(ops, inside)
-        return [recipe.make(inside) for recipe in recipes]
-
-    return jax.vmap(at_one)(xs) if recipes else []
-
-
-def _operands(body: Body, consts: Any, init: Any, xs: Any) -> tuple[Any, jax.Array, Any, Any]:
-    """``(params, xs, state, resets)`` of the cell that the body is."""
-    form, units = body.form, body.form.units
-    env = _invariant(body, consts, init)
-
-    def vector(recipe: Recipe | None) -> jax.Array:
-        return jnp.zeros(units, form.dtype) if recipe is None else spread(recipe.make(env), (units,))
-
-    params: dict[str, Any] = {
-        "w_hh": _columns(form.parts.v, env, (units, units), form.dtype),
-        "theta": {str(i): vector(recipe) for i, recipe in enumerate(form.parts.theta)},
-        "restart": (),
-    }
-    resets = None
-    if form.resets is not None:
-        (flags,) = _at_all_steps(body, env, [form.resets.flags], xs)
-        resets = _over_batch(flags if form.resets.on else ~flags, form.batch)
-        params["restart"] = tuple(spread(value.make(env), (*form.batch, units)) for value in form.resets.values)
-    if body.product is None:
-        parts = form.parts.inputs()
-        made = iter(_at_all_steps(body, env, [p for p in parts if p is not None], xs))
-        time = jax.tree.leaves(xs)[0].shape[0]
-        shape = (*form.batch, units)
-        given = [jnp.zeros((time, *shape), form.dtype) if p is None else _over_batch(next(made), shape) for p in parts]
-        inputs = jnp.concatenate(given, -1)
-    else:
-        vectors, weights, biases = body.product
-        given = _at_all_steps(body, env, vectors, xs)
-        inputs = given[0] if len(given) == 1 else jnp.concatenate(given, -1)
-        rows = [
-            _columns([gate[i] for gate in weights], env, (a.shape[-1], units), form.dtype) for i, a in enumerate(given)
-        ]
-        params["w_ih"] = rows[0] if len(rows) == 1 else jnp.concatenate(rows)
-        params["b"] = jnp.concatenate([vector(bias) for bias in biases])
-    leaves = jax.tree.leaves(init)
-    return params, inputs, body.cell.state_type(*(leaves[i] for i in form.leaves)), resets
-
-
-def _over_batch(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """``(T, ...)`` broadcast to ``(T, *shape)``, axes missing after the first."""
-    missing = len(shape) + 1 - a.ndim
-    return spread(a.reshape(a.shape[0], *(1,) * missing, *a.shape[1:]), (a.shape[0], *shape))
-
-
-def _columns(gates: Sequence[Sequence[Piece]], env: dict[int, Any], shape: tuple[int, int], dtype: Any) -> jax.Array:
-    """Weights of all gates side by side, each the sum of pieces ``shape``. Neighbours are taken in one piece."""
-    parts: list[list[Piece]] = []
-    for pieces in gates:
-        last = parts[-1] if parts else []
-        alone = len(pieces) == 1 and len(last) == 1
-        if alone and last[0].weights == pieces[0].weights and last[0].stop == pieces[0].start:
-            parts[-1] = [last[0]._replace(stop=pieces[0].stop)]
-        else:
-            parts.append(list(pieces))
-
-    def made(pieces: list[Piece]) -> Any:
-        columns = [piece.weights.columns(piece.start, piece.stop).make(env) for piece in pieces]
-        return functools.reduce(lax.add, columns) if columns else jnp.zeros(shape, dtype)
-
-    return jnp.concatenate([made(pieces) for pieces in parts], -1) if len(parts) > 1 else made(parts[0])
-
-
-def _outputs(body: Body, env: dict[int, Any], first: jax.Array, hs: jax.Array, xs: Any, reverse: bool) -> Any:
-    """The outputs of all steps at once, from the hidden state before the first step and after each."""
-    form = body.form
-    given: dict[Any, jax.Array] = {}
-    if form.new_hidden in form.after:
-        given[form.new_hidden] = hs
-    if form.old_hidden in form.after:
-        first = lax.expand_dims(first, (0,))
-        given[form.old_hidden] = jnp.concatenate([hs[1:], first] if reverse else [first, hs[:-1]])
-    rest = [out for out in form.outputs if out not in given]
-    ops = _after(form, rest, given)
-
-    def at_one(given: Any, x: Any) -> list[Any]:
-        inside = env | given | dict(enumerate(jax.tree.leaves(x), form.consts + form.carry))
-        evaluate(ops, inside)
-        return [inside[out] if isinstance(out, int) else jnp.asarray(out.value) for out in rest]
-
-    made = iter(jax.vmap(at_one)(given, xs) if rest else ())
-    return jax.tree.unflatten(body.ys, [given[out] if out in given else next(made) for out in form.outputs])
-
-
-def _after(form: affine.Affine, wanted: Any, given: Any) -> tuple[Op, ...]:
-    """The operations, in order, that outputs need and that are not the same at each step."""
-    names = {out for out in wanted if isinstance(out, int)}
-    ops = []
-    for op in reversed(form.program.ops):
-        if names.intersection(op.outs) - set(given) and form.kinds[op.outs[0]] != INVARIANT:
-            ops.append(op)
-            names.update(a for a in op.ins if isinstance(a, int))
-    return tuple(reversed(ops))
