@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from jrnn._device import is_placed
-from jrnn.cells.traced import TracedCell
 from jrnn.jaxprs import affine, sites
-from jrnn.jaxprs.blocks import Piece, Refusal
-from jrnn.jaxprs.flat import Op, Program, evaluate, flatten
-from jrnn.jaxprs.recipes import INPUT, INVARIANT, Recipe, needed, spread
+from jrnn.jaxprs.blocks import Refusal
+from jrnn.jaxprs.flat import Program, flatten
+from jrnn.run.body import Body, Parts
 from jrnn.schedules import SCHEDULES, native
-from jrnn.schedules import sites as schedule
 from jrnn.schedules.steps import Steps, checkpointed, times_in_a_body
 
 __all__ = ["choose_scan_backend", "scan"]
@@ -88,7 +84,8 @@ def scan(
     chosen = _choose(f, init, xs, length, reverse, backend, remat)
     if chosen.body is None:
         return _plain(f, init, xs, length, reverse, unroll, remat)
-    return _run(chosen.body, chosen.name, bool(reverse), unroll, remat, chosen.consts, init, xs)
+    carry, ys = _run(chosen.body, chosen.name, bool(reverse), unroll, remat, chosen.consts, init, xs)
+    return carry, jax.tree.unflatten(chosen.ys, ys)
 
 
 def choose_scan_backend(
@@ -122,12 +119,13 @@ def choose_scan_backend(
 
 @dataclass(frozen=True)
 class _Choice:
-    """What runs a body: as ``body``, whose constants are ``consts``, or as it is where this is None."""
+    """What runs a body: as ``body``, with its constants and the tree of its outputs, or as it is where this is None."""
 
     name: str
     reason: str
     body: Body | Parts | None = None
     consts: Any = ()
+    ys: Any = None
 
 
 def _choose(
@@ -142,49 +140,47 @@ def _choose(
         return _Choice("reference", "it was asked for by name")
     try:
         program, ys, consts = _trace(f, init, xs, length)
-        carry = jax.tree.structure(init).num_leaves
+        carry = jax.tree.leaves(init)
         try:
-            body = Body(affine.read(program, len(consts), carry), ys)
+            body = Body(affine.read(program, len(consts), len(carry)))
         except Refusal as refusal:
             reason = f"the body is not read as a recurrent cell: {refusal}"
             if backend == "native":
                 raise
-            return _in_parts(Parts(sites.read(program, len(consts), carry), ys), consts, reason, backend)
+            parts = Parts(sites.read(program, len(consts), len(carry)))
+            if backend is None and parts.work < WORK:
+                return _Choice("reference", f"{reason}; {_small(parts.work)}")
+            count = len(parts.form.sites)
+            stays = "one product of its state stays" if count == 1 else f"{count} products of its state stay"
+            reason = f"{reason}; {stays} in the loop, and the gradients of the weights leave it"
+            return _Choice("hoisted", reason, parts, consts, ys)
     except Refusal as refusal:
         reason = f"the body is not read as a recurrent cell: {refusal}"
         if backend is not None:
             raise ValueError(_cannot(backend, reason)) from None
         return _Choice("reference", reason)
-    params, inputs, _, resets = jax.eval_shape(functools.partial(_operands, body), consts, init, xs)
+    params, inputs, _, resets = jax.eval_shape(body.operands, consts, carry, xs)
     steps = Steps(None, resets, bool(reverse), remat=remat)
     if backend is not None:
         served, reason = SCHEDULES[backend].serves(body.cell, params, inputs, steps)
         if not served:
             raise ValueError(_cannot(backend, reason))
-        return _Choice(backend, reason, body, consts)
+        return _Choice(backend, reason, body, consts, ys)
     for decide in (native.pays, native.serves):
         chosen, reason = decide(body.cell, params, inputs, steps)
         if not chosen:
             break
     if chosen:
-        return _Choice("native", f"the body is a recurrent cell: {reason}", body, consts)
-    form = body.form
-    work = 2 * math.prod(form.batch) * form.units**2 * len(form.gates.summed)
-    if work < WORK:
-        small = f"{work:.2g} floating-point operations a step are too few for scans in parts (from {WORK:.2g} on)"
-        return _Choice("reference", f"the body is a recurrent cell; not native: {reason}; not hoisted: {small}")
+        return _Choice("native", f"the body is a recurrent cell: {reason}", body, consts, ys)
+    if body.work < WORK:
+        reason = f"the body is a recurrent cell; not native: {reason}; not hoisted: {_small(body.work)}"
+        return _Choice("reference", reason)
     found = "the body is a recurrent cell, and what needs no state is taken out of the loop"
-    return _Choice("hoisted", f"{found}; not native: {reason}", body, consts)
+    return _Choice("hoisted", f"{found}; not native: {reason}", body, consts, ys)
 
 
-def _in_parts(body: Parts, consts: Any, reason: str, backend: str | None) -> _Choice:
-    count = len(body.form.sites)
-    if backend is None and body.work < WORK:
-        return _Choice("reference", f"{reason}; its products of the state are too small to be taken apart")
-    products = "one product" if count == 1 else f"{count} products"
-    return _Choice(
-        "hoisted", f"{reason}; {products} of its state stay in the loop, without their gradients", body, consts
-    )
+def _small(work: int) -> str:
+    return f"{work:.2g} floating-point operations a step are too few to take it apart for (from {WORK:.2g} on)"
 
 
 def _cannot(backend: str, reason: str) -> str:
@@ -210,12 +206,16 @@ def _trace(f: Any, init: Any, xs: Any, length: Any) -> tuple[Program, Any, list[
         raise Refusal(f"it cannot be traced ({type(error).__name__})") from error
     if closed.effects:
         raise Refusal("it has effects, which stay in order")
-    if not (isinstance(out, tuple) and len(out) == 2) or jax.tree.structure(out[0]) != jax.tree.structure(init):
+    trees: list[Any] = [
+        jax.tree.structure(init),
+        jax.tree.structure(out[0] if isinstance(out, tuple) and out else None),
+    ]
+    if not (isinstance(out, tuple) and len(out) == 2) or trees[0] != trees[1]:
         raise Refusal("it does not return a carry like the one it is given, and an output")
     program, consts = flatten(closed)
     if any(map(is_placed, consts)):
         raise Refusal("its constants lie on a mesh")
-    carry = jax.tree.structure(init).num_leaves
+    carry = len(jax.tree.leaves(init))
     if [program.form(r) for r in program.results[:carry]] != list(program.forms[len(consts) : len(consts) + carry]):
         raise Refusal("its new carry has other shapes or dtypes than the one it is given")
     return program, jax.tree.structure(out[1]), consts
@@ -235,19 +235,13 @@ def _plain(f: Any, init: Any, xs: Any, length: Any, reverse: Any, unroll: Any, r
 
 # A function of its own, static in the body: a second call in eager mode with an equal body compiles nothing.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _run(
-    body: Body | Parts, name: str, reverse: bool, unroll: Any, remat: Any, consts: Any, init: Any, xs: Any
-) -> tuple[Any, Any]:
+def _run(body: Body | Parts, name: str, reverse: bool, unroll: Any, remat: Any, consts: Any, init: Any, xs: Any) -> Any:
     time = jax.tree.leaves(xs)[0].shape[0]
-    unroll = times_in_a_body(time if unroll is True else unroll, time)
-    if isinstance(body, Parts):
-        return _run_parts(body, consts, init, xs, Steps(reverse=reverse, remat=remat, unroll=unroll))
-    params, inputs, state, resets = _operands(body, consts, init, xs)
-    steps = Steps(None, resets, reverse, remat=remat, unroll=unroll)
-    last, hs = SCHEDULES[name].run(body.cell, params, inputs, state, steps)
+    steps = Steps(reverse=reverse, remat=remat, unroll=times_in_a_body(time if unroll is True else unroll, time))
+    tree: Any
     leaves, tree = jax.tree.flatten(init)
-    for leaf, value in zip(body.form.leaves, last, strict=True):
-        leaves[leaf] = value
-    return tree.unflatten(leaves), _outputs(body, _invariant(body, consts, init), state.h, hs, xs, reverse)
-
-
+    if isinstance(body, Parts):
+        last, ys = body.run(consts, leaves, xs, steps)
+    else:
+        last, ys = body.run(name, consts, leaves, xs, steps)
+    return tree.unflatten(last), ys
