@@ -21,6 +21,7 @@ from jrnn.cells.tdnn import TDNNState, tdnn
 from jrnn.compose.combine import bidirectional, highway, residual, stack
 from jrnn.compose.regularise import dropconnect, learned_state, variational, zoneout
 from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
+from jrnn.run.scan import choose_scan_backend, scan
 from jrnn.streaming import stepper
 from jrnn.tuning import Timing, Tuning, tune
 from jrnn.unroll import choose_backend, unroll
@@ -63,6 +64,7 @@ __all__ = [
     "activations",
     "bidirectional",
     "choose_backend",
+    "choose_scan_backend",
     "coupled_lstm",
     "dense",
     "diagnose",
@@ -88,6 +90,7 @@ __all__ = [
     "product",
     "projection_lstm",
     "residual",
+    "scan",
     "sequence",
     "stack",
     "stepper",

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["default_device", "varying_as"]
+__all__ = ["default_device", "is_placed", "varying_as"]
 
 
 def default_device() -> Any:
@@ -24,6 +24,14 @@ def varying_as(tree: Any, *like: Any) -> Any:
     if not wanted:
         return tree
     return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, tuple(wanted - _axes(leaf)), to="varying"), tree)
+
+
+def is_placed(leaf: Any) -> bool:
+    """Whether an array's type says where it lies: on a mesh with explicit axes, or inside `jax.shard_map`."""
+    if not hasattr(leaf, "dtype"):
+        return False
+    mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
+    return bool(getattr(mesh, "axis_types", None)) or bool(_axes(leaf))
 
 
 def _axes(leaf: Any) -> frozenset[str]:

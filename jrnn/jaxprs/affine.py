@@ -1,0 +1,603 @@
+"""Reads the affine form of a recurrent step: products of x, one product of h, and elementwise gates.
+
+The step is a program ``(consts, carry, x) -> (carry, y)``. Its variables are of three kinds: *invariant* ones, which
+depend on constants alone; those that depend on x and not on the state; and those that depend on the state. What the
+new carry needs of the last kind is followed symbolically, as blocks along the axis of features. For example::
+
+    concatenate([h W_1, x V + b])   is   [ columns of h W_1 | columns of x V, plus b ]
+
+Every way to write the same step ends in the same form: four products or one product that is split, ``[x, h]``
+concatenated before a product, features first or last, a bias on either side. What is left are elementwise gates of
+
+- columns of one product ``h W`` (``v``), alone or with something that needs no state (``u``) added to them,
+- the leaves of the state, and vectors that are the same at each step.
+
+A ``select`` by a flag of each sequence is read as a reset where it is the first thing that happens to the state, and as
+a mask where it is the last. Whatever else a step does is refused, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from jrnn.jaxprs.blocks import (
+    EVERY,
+    Elementwise,
+    Gate,
+    Held,
+    Piece,
+    Refusal,
+    Reset,
+    State,
+    Sum,
+    Value,
+    shared_ranges,
+)
+from jrnn.jaxprs.flat import Const, Op, Program
+from jrnn.jaxprs.gates import Gates, Parts, assemble, recipe
+from jrnn.jaxprs.primitives import ELEMENTWISE, UNMAPPABLE
+from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE, Add, Atom, Flat, Negative, PerSequence, Recipe, Take
+
+__all__ = ["Affine", "Resets", "read"]
+
+
+@dataclass(frozen=True)
+class Resets:
+    """Where ``flags`` (a recipe of ``(*B)``) is ``on``, the step begins at ``values``, a recipe for each leaf."""
+
+    flags: Recipe
+    on: bool
+    values: tuple[Recipe, ...]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The affine form of a step.
+
+    ``leaves`` are the leaves of the carry that change, all ``(*batch, units)``, ``hidden`` is the one that is
+    multiplied, and ``fixed`` are those that no step changes. ``kinds`` says of each variable what it depends on.
+    ``after`` are the variables of the loop, the hidden leaf as it was or as it is, that the outputs are computed from.
+
+    Forms are compared by their program, from which everything else follows.
+    """
+
+    program: Program
+    consts: int
+    carry: int
+    leaves: tuple[int, ...] = field(compare=False)
+    fixed: tuple[int, ...] = field(compare=False)
+    hidden: int = field(compare=False)
+    batch: tuple[int, ...] = field(compare=False)
+    units: int = field(compare=False)
+    dtype: Any = field(compare=False)
+    kinds: tuple[int, ...] = field(compare=False)
+    gates: Gates = field(compare=False)
+    parts: Parts = field(compare=False)
+    resets: Resets | None = field(compare=False)
+    after: tuple[int, ...] = field(compare=False)
+
+    @property
+    def outputs(self) -> tuple[int | Const, ...]:
+        return self.program.results[self.carry :]
+
+    @property
+    def old_hidden(self) -> int:
+        """The variable of the hidden leaf as the step meets it."""
+        return self.consts + self.hidden
+
+    @property
+    def new_hidden(self) -> int | Const:
+        """The variable of the hidden leaf as the step leaves it."""
+        return self.program.results[self.hidden]
+
+
+def read(program: Program, consts: int, carry: int) -> Affine:
+    """The affine form of a step ``(consts, carry, x) -> (carry, y)``.
+
+    Args:
+      program: the step.
+      consts, carry: how many of its inputs are constants, and after these, how many leaves the carry has.
+
+    Raises:
+      Refusal: with the reason, where the step has none.
+    """
+    return _Reader(program, consts, carry).read()
+
+
+class _Reader:
+    def __init__(self, program: Program, consts: int, carry: int) -> None:
+        self.program, self.consts, self.carry = program, consts, carry
+        # What no step changes is as good as a constant.
+        self.fixed = tuple(i for i in range(carry) if program.results[i] == consts + i)
+        self.leaves = tuple(i for i in range(carry) if i not in self.fixed)
+        if not self.leaves:
+            raise Refusal("no leaf of its carry changes")
+        self.kinds = self._kinds()
+        self.made_by = {out: op for op in program.ops for out in op.outs}
+        self.values: dict[int, Value] = {}
+        self.resets: list[Reset] = []
+        self.cuts: dict[Any, Any] = {}
+        self._begin()
+
+    def read(self) -> Affine:
+        results = self.program.results
+        needed = self._needed(results[i] for i in self.leaves)
+        for op in self.program.ops:
+            kind = max(map(self.kind, op.ins), default=INVARIANT)
+            if kind == STATE and id(op) in needed:
+                self._follow(op)
+            elif kind == INPUT:
+                self._try(op)
+        new = [self._new_leaf(results[i], i) for i in self.leaves]
+        if any(isinstance(e, Held) for e in new):
+            raise Refusal("a part of its carry is held where a flag says so")
+        resets = self._resets(new)
+        gates, parts, hidden = assemble(new, self.leaves, self.units, self.kinds)
+        self._check_inputs()
+        after = self._after({results[hidden], self.consts + hidden})
+        return Affine(
+            self.program, self.consts, self.carry, self.leaves, self.fixed, hidden, self.batch, self.units, self.dtype,
+            tuple(self.kinds), gates, parts, resets, after,
+        )  # fmt: skip
+
+    # --- variables ---
+
+    def _kinds(self) -> list[int]:
+        program = self.program
+        kinds = [INVARIANT] * self.consts + [STATE] * self.carry
+        kinds += [INPUT] * (program.inputs - len(kinds)) + [INVARIANT] * (len(program.forms) - program.inputs)
+        for i in self.fixed:
+            kinds[self.consts + i] = INVARIANT
+        for op in program.ops:
+            kind = max((kinds[a] for a in op.ins if isinstance(a, int)), default=INVARIANT)
+            for out in op.outs:
+                kinds[out] = kind
+        return kinds
+
+    def kind(self, atom: int | Const) -> int:
+        return self.kinds[atom] if isinstance(atom, int) else INVARIANT
+
+    def shape(self, atom: int | Const) -> tuple[int, ...]:
+        return self.program.form(atom).shape
+
+    def _begin(self) -> None:
+        """Follows the leaves of the carry, which are all ``(*B, H)``, of one float dtype."""
+        forms = [self.program.forms[self.consts + i] for i in self.leaves]
+        if len({form[:2] for form in forms}) != 1:
+            shown = sorted({f"{form.dtype}{list(form.shape)}" for form in forms})
+            raise Refusal(f"the leaves of its carry that change are not of one shape and dtype: {', '.join(shown)}")
+        shape, dtype = forms[0].shape, forms[0].dtype
+        if not shape or not all(shape):
+            raise Refusal(f"its carry has the shape {shape}, where batch axes and units are read")
+        if not isinstance(dtype, np.dtype) or dtype.kind != "f" or dtype.itemsize < 4:
+            raise Refusal(f"its carry is {dtype}, where float32 or float64 is read")
+        self.batch, self.units, self.dtype = shape[:-1], shape[-1], dtype
+        self.batch_axes = tuple(("b", i) for i in range(len(self.batch)))
+        for i in self.leaves:
+            self.values[self.consts + i] = Value((State(i, self.units),), (*self.batch_axes, "f"))
+
+    def _needed(self, atoms: Iterable[int | Const]) -> set[int]:
+        """The operations, by identity, that atoms depend on."""
+        wanted = {a for a in atoms if isinstance(a, int)}
+        needed = set()
+        for op in reversed(self.program.ops):
+            if wanted.intersection(op.outs):
+                wanted.update(a for a in op.ins if isinstance(a, int))
+                needed.add(id(op))
+        return needed
+
+    def _new_leaf(self, atom: int | Const, i: int) -> Any:
+        if self.program.form(atom)[:2] != self.program.forms[self.consts + i][:2]:
+            raise Refusal("a leaf of its new carry is of another shape or dtype")
+        axes = (*self.batch_axes, "f")
+        value = self.values.get(atom) if isinstance(atom, int) else None
+        if value is None:
+            value = self._known(atom, axes, (*self.batch, self.units))
+        if value.axes != axes:
+            raise Refusal("a leaf of its new carry has its axes in another order")
+        if len(value.blocks) > 1:
+            raise Refusal("a leaf of its new carry is put together from parts of its units")
+        return value.blocks[0]
+
+    # --- resets, and what comes before and after the loop ---
+
+    def _resets(self, new: list[Any]) -> Resets | None:
+        """The one reset of all leaves; an error where a leaf is used as it was before too."""
+        if not self.resets:
+            return None
+        raw: list[State] = []
+        seen: set[int] = set()
+
+        def visit(e: Any) -> None:
+            if isinstance(e, State):
+                raw.append(e)
+            elif isinstance(e, Sum):
+                raw.extend(p.vector for p in e.pieces if isinstance(p.vector, State))
+            elif isinstance(e, Gate) and id(e) not in seen:
+                seen.add(id(e))
+                for arg in e.args:
+                    visit(arg)
+
+        for e in new:
+            visit(e)
+        values = {r.leaf: r.value for r in self.resets}
+        first = self.resets[0]
+        same = all((r.flags, r.on, r.value) == (first.flags, first.on, values[r.leaf]) for r in self.resets)
+        if raw or not same or set(values) != set(self.leaves):
+            raise Refusal("flags replace a part of its carry and not another part, or with other values")
+        return Resets(first.flags, first.on, tuple(values[i] for i in self.leaves))
+
+    def _after(self, given: set[int | Const]) -> tuple[int, ...]:
+        """Those of the given variables that the outputs are computed from."""
+        wanted = {a for a in self.program.results[self.carry :] if self.kind(a) == STATE}
+        for op in reversed(self.program.ops):
+            if wanted.intersection(op.outs) - given:
+                if op.name in UNMAPPABLE:
+                    raise Refusal(f"its output depends on {op.name!r} of its state")
+                wanted.update(a for a in op.ins if self.kind(a) == STATE)
+        inside = {a for a in wanted - given if a < self.program.inputs}  # type: ignore[operator]
+        if inside:
+            raise Refusal("its output depends on a leaf of its carry that is not multiplied")
+        return tuple(sorted(wanted & given))  # type: ignore[arg-type]
+
+    def _check_inputs(self) -> None:
+        for op in self.program.ops:
+            if self.kinds[op.outs[0]] == INPUT and op.name in UNMAPPABLE:
+                raise Refusal(f"it computes {op.name!r} of its input, which stays at its step")
+
+    # --- arrays that need no state ---
+
+    def _known(self, atom: int | Const, axes: Any, outer: tuple[int, ...]) -> Value:
+        """An array that needs no state and broadcasts to ``outer``, whose axes are named, as one block."""
+        if self.kind(atom) == STATE:
+            raise Refusal("it uses a result of an operation that was not followed")
+        found = self._recipe(atom, axes, outer)
+        if not found.shape:
+            return Value((Sum((), found, EVERY),), axes)
+        width = int(np.prod([n for n, axis in zip(outer, axes, strict=True) if axis in ("f", "g")]))
+        return Value((Sum((), found, width),), axes)
+
+    def _recipe(self, atom: int | Const, axes: Any, outer: tuple[int, ...]) -> Recipe:
+        """The recipe of ``(*B, F)``, ``(F)`` or ``()`` of an array that broadcasts to ``outer``."""
+        shape = self.shape(atom)
+        if not shape:
+            return Atom.of(self.program, atom)
+        names: list[Any] = ["1" if n == 1 and o != 1 else a for n, o, a in zip(shape, outer, axes, strict=True)]
+        # Through operations that only add axes, so that a bias stays a vector.
+        while isinstance(atom, int) and atom in self.made_by:
+            op = self.made_by[atom]
+            inner = self.shape(op.ins[0]) if op.ins else ()
+            if op.name == "broadcast_in_dim" and len(op.ins) == 1:
+                dims = op.params["broadcast_dimensions"]
+                names = ["1" if n == 1 and shape[d] != 1 else names[d] for n, d in zip(inner, dims, strict=True)]
+            elif op.name in ("reshape", "expand_dims") and (places := _places(inner, shape)) is not None:
+                names = [names[i] for i in places]
+            else:
+                break
+            atom, shape = op.ins[0], inner
+        order = [n for n in (*self.batch_axes, "g", "f") if n in names]
+        batch = tuple(n for n in order if isinstance(n, tuple))
+        if batch and batch != self.batch_axes:
+            raise Refusal("it uses an array that has some of the batch axes and not others")
+        if "g" in order and "f" not in order:
+            raise Refusal("it uses an array with a value for each group of features")
+        ordered = _take(Atom.of(self.program, atom), names, order)
+        if batch and "f" not in order:
+            return PerSequence(ordered)
+        return Flat(ordered) if "g" in order else ordered
+
+    # --- following operations ---
+
+    def _try(self, op: Op) -> None:
+        """Follows an operation that needs no state, as far as that goes: its result is to be had in any case."""
+        if op.name in ELEMENTWISE and op.name not in _LINEAR:
+            return
+        try:
+            self._follow(op)
+        except Refusal:
+            for out in op.outs:
+                self.values.pop(out, None)
+
+    def _follow(self, op: Op) -> None:
+        out = op.outs[0]
+        same = op.name == "convert_element_type" and self.program.form(op.ins[0])[1] == self.program.forms[out][1]
+        if same or op.name in ("copy", "copy_p"):
+            self.values[out] = self._value(op.ins[0])
+        elif op.name == "dot_general":
+            self.values[out] = self._product(op)
+        elif op.name in _REARRANGING:
+            self.values.update(zip(op.outs, getattr(self, f"_{op.name}")(op), strict=True))
+        elif op.name == "select_n" and (flagged := self._flagged(op)) is not None:
+            self.values[out] = flagged
+        elif op.name in ELEMENTWISE or op.derivative is not None:
+            self._elementwise(op)
+        else:
+            raise Refusal(f"what its next state needs has {op.name!r} of its state")
+
+    def _value(self, atom: int | Const) -> Value:
+        if isinstance(atom, int) and atom in self.values:
+            return self.values[atom]
+        raise Refusal("it rearranges an array whose axes are not known")
+
+    def _operand(self, atom: int | Const, axes: Any, outer: tuple[int, ...]) -> Value:
+        """What is known of an operand of something whose result has these axes."""
+        if isinstance(atom, int) and atom in self.values:
+            value = self.values[atom]
+            if value.axes == axes and self.shape(atom) == outer:
+                return value
+            if self.kinds[atom] == STATE:
+                raise Refusal("it combines arrays whose axes are in different orders, or broadcasts its state")
+        return self._known(atom, axes, outer)
+
+    def _elementwise(self, op: Op) -> None:
+        shape = self.shape(op.outs[0])
+        followed = [a for a in op.ins if isinstance(a, int) and a in self.values and self.shape(a) == shape]
+        if not followed:
+            raise Refusal(f"{op.name!r} broadcasts its state")
+        # The order of the axes is that of what depends on the state, where anything does.
+        axes = self.values[max(followed, key=self.kind)].axes
+        operands = [self._operand(a, axes, shape) for a in op.ins]
+        if any(self.program.forms[out].dtype not in (self.dtype, np.dtype(bool)) for out in op.outs):
+            raise Refusal(f"{op.name!r} makes {self.program.forms[op.outs[0]].dtype} of its state")
+        made = Elementwise(op)
+        results: list[list[Any]] = [[] for _ in op.outs]
+        for start, stop in shared_ranges(operands):
+            args = tuple(self._part(value, start, stop) for value in operands)
+            for which, blocks in enumerate(results):
+                blocks.append(_linear(op, args, stop - start) or Gate(made, args, which, stop - start))
+        if any(isinstance(e, Held) for value in operands for e in value.blocks):
+            raise Refusal("it computes with a state that a flag has held")
+        for out, blocks in zip(op.outs, results, strict=True):
+            self.values[out] = Value(tuple(blocks), axes)
+
+    def _part(self, value: Value, start: int, stop: int) -> Any:
+        """The block of a range that falls into one block."""
+        if value.blocks[0].width == EVERY:
+            return value.blocks[0]
+        ((block, low, high),) = value.ranges(start, stop)
+        return self._cut(block, low, high)
+
+    def _cut(self, e: Any, start: int, stop: int) -> Any:
+        """A range of the columns of an expression."""
+        if e.width == EVERY or (start, stop) == (0, e.width):
+            return e
+        if isinstance(e, Sum):
+            pieces = tuple(p._replace(start=p.start + start, stop=p.start + stop) for p in e.pieces)
+            return Sum(pieces, None if e.known is None else _columns(e.known, start, stop), stop - start)
+        if isinstance(e, Gate):
+            key = (id(e), start, stop)  # once each, since expressions share parts
+            if key not in self.cuts:
+                args = tuple(self._cut(arg, start, stop) for arg in e.args)
+                self.cuts[key] = Gate(e.op, args, e.which, stop - start), e
+            return self.cuts[key][0]
+        raise Refusal("it takes a part of the units of its state")
+
+    def _flagged(self, op: Op) -> Value | None:
+        """A select by a flag of each sequence, as a reset or a mask; None where it is an operation of gates."""
+        flags, *cases = op.ins
+        followed = [a for a in cases if isinstance(a, int) and a in self.values and self.kinds[a] == STATE]
+        if self.kind(flags) == STATE or len(cases) != 2 or not followed:
+            return None
+        axes, shape = self.values[followed[0]].axes, self.shape(followed[0])
+        found = self._recipe(flags, axes, shape)
+        if isinstance(found, PerSequence):
+            found = found.source
+        elif found.shape:
+            return None
+        values = [self._operand(a, axes, shape) for a in cases]
+        if any(len(value.blocks) != 1 for value in values):
+            return None
+        (off,), (on,) = values[0].blocks, values[1].blocks
+        for old, new, is_on in ((off, on, True), (on, off, False)):
+            if isinstance(old, State) and isinstance(new, Sum) and not new.pieces:
+                if new.known is None or new.known.kind(self.kinds) != INVARIANT:
+                    raise Refusal("flags replace its state by something that differs from step to step")
+                self.resets.append(Reset(old.leaf, old.width, found, is_on, new.known))
+                return Value((self.resets[-1],), axes)
+        for old, new, is_on in ((off, on, True), (on, off, False)):
+            if isinstance(old, State | Reset):
+                return Value((Held(found, is_on, new, old, old.width),), axes)
+        return None
+
+    # --- rearranging ---
+
+    def _range(self, value: Value, shape: tuple[int, ...], axis: int, start: int, stop: int) -> Value:
+        name = value.axes[axis]
+        if name == "f" and "g" in value.axes:
+            raise Refusal("it takes a part of each group of features")
+        if name not in ("f", "g"):
+            raise Refusal("it takes a part of the batch")
+        if name == "g":
+            width = sum(block.width for block in value.blocks) // shape[axis]
+            start, stop = start * width, stop * width
+        return Value(tuple(self._cut(*part) for part in value.ranges(start, stop)), value.axes)
+
+    def _split(self, op: Op) -> list[Value]:
+        value, shape, axis, at = self._value(op.ins[0]), self.shape(op.ins[0]), op.params["axis"], 0
+        found = []
+        for size in map(int, op.params["sizes"]):
+            found.append(self._range(value, shape, axis, at, at + size))
+            at += size
+        return found
+
+    def _slice(self, op: Op) -> list[Value]:
+        value, shape = self._value(op.ins[0]), self.shape(op.ins[0])
+        starts, stops, strides = (op.params[name] for name in ("start_indices", "limit_indices", "strides"))
+        if strides is not None and any(stride != 1 for stride in strides):
+            raise Refusal("it takes a slice with strides")
+        for axis, (start, stop, size) in enumerate(zip(starts, stops, shape, strict=True)):
+            if (start, stop) != (0, size):
+                value = self._range(value, shape, axis, start, stop)
+        return [value]
+
+    def _concatenate(self, op: Op) -> list[Value]:
+        axis = op.params["dimension"]
+        followed = [a for a in op.ins if isinstance(a, int) and a in self.values]
+        if not followed:
+            raise Refusal("it puts arrays together whose axes are not known")
+        axes = self.values[max(followed, key=self.kind)].axes
+        if axes[axis] not in ("f", "g") or (axes[axis] == "f" and "g" in axes):
+            raise Refusal("it puts arrays together along another axis than that of features")
+        values = [self._operand(a, axes, self.shape(a)) for a in op.ins]
+        return [Value(tuple(block for value in values for block in value.blocks), axes)]
+
+    def _transpose(self, op: Op) -> list[Value]:
+        value = self._value(op.ins[0])
+        return [Value(value.blocks, tuple(value.axes[i] for i in op.params["permutation"]))]
+
+    def _reshape(self, op: Op) -> list[Value]:
+        """Axes of size one come and go; features become groups of features, or groups features."""
+        value = self._value(op.ins[0])
+        mixed = Refusal("it reshapes an array so that axes of batch and features mix")
+        if op.params.get("dimensions") is not None:
+            raise mixed
+        rest = [(n, a) for n, a in zip(self.shape(op.ins[0]), value.axes, strict=True) if a != "1"]
+        axes: list[Any] = []
+        for size in self.shape(op.outs[0]):
+            if rest and rest[0][0] == size:
+                axes.append(rest.pop(0)[1])
+            elif size == 1:
+                axes.append("1")
+            elif rest and rest[0][1] == "f" and "g" not in value.axes and rest[0][0] % size == 0:
+                axes.append("g")
+                rest[0] = (rest[0][0] // size, "f")
+            elif [a for _, a in rest[:2]] == ["g", "f"] and rest[0][0] * rest[1][0] == size:
+                axes.append("f")
+                del rest[:2]
+            else:
+                raise mixed
+        if rest or axes.count("f") != 1:
+            raise mixed
+        return [Value(value.blocks, tuple(axes))]
+
+    def _squeeze(self, op: Op) -> list[Value]:
+        value, ndim = self._value(op.ins[0]), len(self.shape(op.ins[0]))
+        dropped = {d % ndim for d in op.params["dimensions"]}
+        if any(value.axes[d] not in ("1", "g") for d in dropped):
+            raise Refusal("it drops an axis of the batch or of features")
+        return [Value(value.blocks, tuple(a for i, a in enumerate(value.axes) if i not in dropped))]
+
+    def _expand_dims(self, op: Op) -> list[Value]:
+        value, ndim = self._value(op.ins[0]), len(self.shape(op.outs[0]))
+        added, rest = {d % ndim for d in op.params["dimensions"]}, iter(value.axes)
+        return [Value(value.blocks, tuple("1" if i in added else next(rest) for i in range(ndim)))]
+
+    def _broadcast_in_dim(self, op: Op) -> list[Value]:
+        value, inner = self._value(op.ins[0]), self.shape(op.ins[0])
+        shape, dims = op.params["shape"], op.params["broadcast_dimensions"]
+        names = dict(zip(dims, value.axes, strict=True))
+        if any(n != (inner[dims.index(d)] if d in names else 1) for d, n in enumerate(shape)):
+            raise Refusal("it broadcasts an array that depends on its state")
+        return [Value(value.blocks, tuple(names.get(d, "1") for d in range(len(shape))))]
+
+    # --- products ---
+
+    def _product(self, op: Op) -> Value:
+        contracted, batched = op.params["dimension_numbers"]
+        if any(batched) or any(len(axes) != 1 for axes in contracted):
+            raise Refusal("it has a product of its state with batch axes, or over several axes")
+        if not _default_precision(op.params.get("precision")):
+            raise Refusal("it has a product that asks for a precision")
+        if any(self.program.form(a).dtype != self.dtype for a in (*op.ins, *op.outs)):
+            raise Refusal(f"it has a product in another dtype than that of its state, {self.dtype}")
+        kinds = [self.kind(a) for a in op.ins]
+        if min(kinds) != INVARIANT:
+            raise Refusal("it has a product of two arrays that both change from step to step")
+        side = kinds.index(max(kinds))  # that of the vector; the other is that of the weights
+        (v_axis,), (w_axis,) = contracted[side], contracted[1 - side]
+        value = self._vector(op.ins[side], v_axis)
+        w_shape = self.shape(op.ins[1 - side])
+        if value.axes[v_axis] != "f" or "g" in value.axes or not 2 <= len(w_shape) <= 3:
+            raise Refusal("it has a product of its state over another axis than that of features")
+        free = [i for i in range(len(w_shape)) if i != w_axis]
+        weights = _take(Atom.of(self.program, op.ins[1 - side]), list(range(len(w_shape))), [w_axis, *free])
+        weights = Flat(weights) if len(free) == 2 else weights
+        depth, width = weights.shape
+        pieces, row = [], 0
+        for block in value.blocks:
+            size = depth if len(value.blocks) == 1 else block.width
+            rows = weights if size == depth else Take(weights, ((row, row + size), (0, width)), (0, 1))
+            pieces.append(Piece(_factor(block), rows, 0, width))
+            row += size
+        own = [a for i, a in enumerate(value.axes) if i != v_axis]
+        made = ["f"] if len(free) == 1 else ["g", "f"]
+        axes = [*own, *made] if side == 0 else [*made, *own]
+        return Value((Sum(tuple(pieces), None, width),), tuple(axes))
+
+    def _vector(self, atom: Any, axis: int) -> Value:
+        """What is multiplied by weights. What needs no state is taken as it is: its own products stay outside."""
+        if self.kinds[atom] == STATE:
+            return self._value(atom)
+        shape = self.shape(atom)
+        if (*shape[:axis], *shape[axis + 1 :]) != self.batch:
+            raise Refusal("it has a product of an array without the batch axes of its state")
+        rest = iter(self.batch_axes)
+        names = ["f" if i == axis else next(rest) for i in range(len(shape))]
+        found = _take(Atom.of(self.program, atom), names, [*self.batch_axes, "f"])
+        return Value((Sum((), found, shape[axis]),), tuple(names))
+
+
+_LINEAR = ("add", "add_any", "sub")
+_REARRANGING = ("broadcast_in_dim", "concatenate", "expand_dims", "reshape", "slice", "split", "squeeze", "transpose")
+
+
+def _linear(op: Op, args: tuple[Any, ...], width: int) -> Sum | None:
+    """A sum of sums, or a difference whose second term has no product, as one sum."""
+    if op.name not in _LINEAR or not all(isinstance(arg, Sum) for arg in args):
+        return None
+    a, b = args
+    if op.name == "sub":
+        if b.pieces:
+            return None
+        b = b._replace(known=Negative(b.known))
+    known = a.known if b.known is None else b.known if a.known is None else Add(a.known, b.known)
+    return Sum((*a.pieces, *b.pieces), known, width)
+
+
+def _columns(known: Recipe, start: int, stop: int) -> Recipe:
+    """A range of the features of a recipe, whose last axis may be one that is broadcast."""
+    return known if known.shape[-1:] == (1,) else known.columns(start, stop)
+
+
+def _factor(e: Any) -> State | Reset | Recipe:
+    """What is multiplied by weights: a leaf of the carry, or a recipe."""
+    if isinstance(e, State | Reset):
+        return e
+    if isinstance(e, Sum) and not any(piece.recurrent for piece in e.pieces):
+        return recipe(e)
+    raise Refusal("it has a product of something computed from its state, and not of its state itself")
+
+
+def _take(source: Recipe, names: list[Any], order: list[Any]) -> Recipe:
+    """The named axes of an array in another order; those that are left out have size one."""
+    shape = source.shape
+    if any(name not in order and size != 1 for name, size in zip(names, shape, strict=True)):
+        raise Refusal("it broadcasts an array along an axis that has a size already")
+    if names == order:
+        return source
+    kept = [name for name in names if name in order]
+    ranges = tuple((0, size) if name in order else None for name, size in zip(names, shape, strict=True))
+    return Take(source, ranges, tuple(kept.index(name) for name in order))
+
+
+def _places(inner: tuple[int, ...], outer: tuple[int, ...]) -> list[int] | None:
+    """Where the axes of ``inner`` are in ``outer``, which has more axes of size one; None where that is not all."""
+    places, at = [], 0
+    for size in inner:
+        while at < len(outer) and outer[at] == 1 and size != 1:
+            at += 1
+        if at == len(outer) or outer[at] != size:
+            return None
+        places.append(at)
+        at += 1
+    return places if all(size == 1 for size in outer[at:]) else None
+
+
+def _default_precision(precision: Any) -> bool:
+    each = precision if isinstance(precision, tuple) else (precision,)
+    return all(p is None or p == jax.lax.Precision.DEFAULT for p in each)

@@ -1,0 +1,335 @@
+"""The walker: a traced function as one list of operations, a value that is hashed and compared by what it does.
+
+A jaxpr nests: `jit`, `checkpoint` and their like call other jaxprs. Here such calls are opened, so that a reader sees
+products and gates side by side, and variables are numbered, so that two traces of the same function are equal. A
+function with a derivative of its own (``jax.custom_jvp``) stays one operation, and that derivative is a part of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Literal
+
+from jrnn.jaxprs.primitives import CALLS, ELEMENTWISE, INLINED
+
+__all__ = ["Const", "Op", "Program", "bind", "evaluate", "flatten", "spread"]
+
+
+class Shaped(tuple):
+    """``(shape, dtype, weak_type)`` of a value."""
+
+    __slots__ = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self[0]
+
+    @property
+    def dtype(self) -> Any:
+        return self[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Const:
+    """A literal operand: a scalar that is written into the program."""
+
+    value: Any
+    form: Shaped
+
+    @functools.cached_property
+    def key(self) -> Any:
+        return (str(self.form.dtype), self.form.shape, np.asarray(self.value).tobytes())
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Const) and self.key == other.key
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation: operands are numbers of variables, or constants.
+
+    Of a function with a derivative of its own that acts on each element by itself, ``inner`` is its program, and
+    ``derivative`` that of its tangents: ``(primals, tangents) -> (results, their tangents)``. Where the latter calls
+    the function itself, the derivative of this call is `ITSELF`.
+    """
+
+    primitive: Any
+    params: dict[str, Any]
+    ins: tuple[int | Const, ...]
+    outs: tuple[int, ...]
+    inner: Program | None = None
+    derivative: Any = None
+
+    @property
+    def name(self) -> str:
+        return self.primitive.name
+
+    @functools.cached_property
+    def signature(self) -> Any:
+        """What the operation does, apart from what it is applied to: equal for equal operations."""
+        if self.derivative is not None:
+            return (self.name, self.inner, self.derivative)
+        return (self.name, *_frozen(self.params))
+
+    @property
+    def key(self) -> Any:
+        return (self.signature, tuple(i if isinstance(i, int) else i.key for i in self.ins), self.outs)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Operations on numbered variables, of which the first ``inputs`` are given.
+
+    ``forms`` has the shape and dtype of each variable; ``results`` are variables or constants.
+    """
+
+    inputs: int
+    ops: tuple[Op, ...]
+    results: tuple[int | Const, ...]
+    forms: tuple[Shaped, ...] = field(repr=False)
+
+    @functools.cached_property
+    def key(self) -> Any:
+        results = tuple(r if isinstance(r, int) else r.key for r in self.results)
+        return (self.inputs, tuple(op.key for op in self.ops), results, self.forms)
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: Any) -> bool:
+        return self is other or (isinstance(other, Program) and hash(self) == hash(other) and self.key == other.key)
+
+    @functools.cached_property
+    def elementwise(self) -> bool:
+        """Whether each element of the results depends on the elements at the same place alone, shapes aside."""
+        return all(is_elementwise(op) for op in self.ops)
+
+    def form(self, atom: int | Const) -> Shaped:
+        return self.forms[atom] if isinstance(atom, int) else atom.form
+
+
+def is_elementwise(op: Op) -> bool:
+    if op.name == "custom_jvp_call":
+        return op.derivative is not None
+    # Of scalars only: anything else that is spread over an axis depends on which axis that is.
+    if op.name == "broadcast_in_dim":
+        return not op.params["broadcast_dimensions"]
+    return op.name in ELEMENTWISE
+
+
+# --- from a jaxpr ------------------------------------------------------------------------------------------------
+
+
+ITSELF = "itself"
+
+
+def flatten(closed: Any) -> tuple[Program, list[Any]]:
+    """The program of a closed jaxpr, and the values of the constants that are the first of its inputs."""
+    consts = list(closed.consts)
+    return _flatten(closed.jaxpr, consts), consts
+
+
+def _flatten(jaxpr: Any, consts: list[Any], within: Any = None) -> Program:
+    """``consts`` are the values of the jaxpr's own constants; those of the jaxprs that it calls are added to them.
+
+    ``within`` is the program of the function whose derivative the jaxpr is, if it is one.
+    """
+    forms: list[Shaped] = []
+    ops: list[Op] = []
+    env: dict[Any, int | Const] = {}
+    more: list[tuple[Any, int]] = []  # constants of jaxprs that are called, and their variables
+
+    def number(aval: Any) -> int:
+        forms.append(_form(aval))
+        return len(forms) - 1
+
+    def read(atom: Any) -> int | Const:
+        return _const(atom) if isinstance(atom, Literal) else env[atom]
+
+    def walk(jaxpr: Any) -> None:
+        for eqn in jaxpr.eqns:
+            ins = tuple(map(read, eqn.invars))
+            name = eqn.primitive.name
+            if name in INLINED:
+                inner = eqn.params[CALLS[name]]
+                opened, own = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+                for var, value in zip(opened.constvars, own, strict=True):
+                    env[var] = number(var.aval)
+                    more.append((value, env[var]))  # type: ignore[arg-type]
+                env.update(zip(opened.invars, ins, strict=True))
+                walk(opened)
+                found = [read(atom) for atom in opened.outvars]
+                env.update(zip(eqn.outvars, found, strict=True))
+                continue
+            outs = tuple(number(var.aval) for var in eqn.outvars)
+            env.update(zip(eqn.outvars, outs, strict=True))
+            ops.append(Op(eqn.primitive, dict(eqn.params), ins, outs, *_own_derivative(eqn, within)))
+
+    for var in [*jaxpr.constvars, *jaxpr.invars]:
+        env[var] = number(var.aval)
+    inputs = len(forms)
+    walk(jaxpr)
+    results = tuple(map(read, jaxpr.outvars))
+    if not more:
+        return Program(inputs, tuple(ops), results, tuple(forms))
+    # Constants of the inside are inputs too, in front of the others.
+    first = len(jaxpr.constvars)
+    consts.extend(value for value, _ in more)
+    order = [*range(first), *(at for _, at in more), *range(first, inputs)]
+    inside = {at for _, at in more}
+    order += [at for at in range(inputs, len(forms)) if at not in inside]
+    place = {old: new for new, old in enumerate(order)}
+
+    def moved(atoms: Iterable[int | Const]) -> tuple[int | Const, ...]:
+        return tuple(place[a] if isinstance(a, int) else a for a in atoms)
+
+    renamed = tuple(
+        Op(op.primitive, op.params, moved(op.ins), moved(op.outs), op.inner, op.derivative)  # type: ignore[arg-type]
+        for op in ops
+    )
+    return Program(inputs + len(more), renamed, moved(results), tuple(forms[i] for i in order))
+
+
+def _own_derivative(eqn: Any, within: Any) -> tuple[Program | None, Any]:
+    """Of a ``jax.custom_jvp`` function that is elementwise, with its derivative: both as programs."""
+    if eqn.primitive.name != "custom_jvp_call" or eqn.params["call_jaxpr"].consts:
+        return None, None
+    if not all(np.issubdtype(var.aval.dtype, np.floating) for var in eqn.invars):
+        return None, None
+    inner = _flatten(eqn.params["call_jaxpr"].jaxpr, [])
+    if inner == within:
+        return inner, ITSELF
+    derivative = _derivative(eqn, inner)
+    return (inner, derivative) if inner.elementwise and derivative is not None else (None, None)
+
+
+def _derivative(eqn: Any, inner: Program) -> Program | None:
+    forms = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars]
+
+    def tangents(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
+        return jax.jvp(lambda *args: bind(eqn.primitive, eqn.params, args), primals, tangents)
+
+    traced = jax.make_jaxpr(tangents)(forms, forms)
+    consts: list[Any] = list(traced.consts)
+    derivative = _flatten(traced.jaxpr, consts, inner)
+    return derivative if derivative.elementwise and not consts else None
+
+
+def _const(atom: Any) -> Const:
+    form = _form(atom.aval)
+    try:
+        return Const(np.asarray(atom.val, form.dtype), form)
+    except TypeError:  # of a dtype that is JAX's own
+        return Const(atom.val, form)
+
+
+def _form(aval: Any) -> Shaped:
+    if not hasattr(aval, "shape"):
+        return Shaped(((), aval, False))
+    return Shaped((tuple(aval.shape), aval.dtype, bool(getattr(aval, "weak_type", False))))
+
+
+def _frozen(value: Any) -> Any:
+    """Parameters as something to hash and compare. What cannot be compared by value is equal to itself alone."""
+    if isinstance(value, dict):
+        return tuple((name, _frozen(value[name])) for name in sorted(value))
+    if isinstance(value, list | tuple):
+        return (type(value).__name__, *map(_frozen, value))
+    if hasattr(value, "jaxpr") and hasattr(value, "consts"):
+        return (_flatten(value.jaxpr, list(value.consts)), tuple(_Same(c) for c in value.consts))
+    if hasattr(value, "eqns") and hasattr(value, "invars"):
+        return _flatten(value, [])
+    if isinstance(value, np.ndarray):
+        return (str(value.dtype), value.shape, value.tobytes())
+    if callable(value) and not isinstance(value, type):
+        return _Same(value)
+    try:
+        hash(value)
+    except TypeError:
+        return _Same(value)
+    return value
+
+
+class _Same:
+    """Something that is equal to itself alone, and kept, so that its place in memory is not used again."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+# --- running -----------------------------------------------------------------------------------------------------
+
+
+def bind(primitive: Any, params: dict[str, Any], args: Any) -> tuple[Any, ...]:
+    """Applies a primitive, which is traced, differentiated or run like any call in JAX."""
+    out = primitive.bind(*args, **primitive.get_bind_params(params))
+    return tuple(out) if primitive.multiple_results else (out,)
+
+
+def evaluate(ops: Iterable[Op], env: dict[int, Any]) -> None:
+    """Runs operations in order on the values of variables in ``env``, and adds their results to it."""
+    for op in ops:
+        args = [env[a] if isinstance(a, int) else a.value for a in op.ins]
+        env.update(zip(op.outs, bind(op.primitive, op.params, args), strict=True))
+
+
+def spread(program: Program, *args: Any, itself: Any = None) -> list[Any]:
+    """Runs an elementwise program on arrays of any shapes that broadcast against each other."""
+    env: dict[int, Any] = dict(enumerate(args))
+    for op in program.ops:
+        operands = [env[a] if isinstance(a, int) else a.value for a in op.ins]
+        env.update(zip(op.outs, apply_elementwise(op, operands, itself), strict=True))
+    return [env[r] if isinstance(r, int) else r.value for r in program.results]
+
+
+def apply_elementwise(op: Op, args: Sequence[Any], itself: Any = None) -> Sequence[Any]:
+    """One elementwise operation on arrays of any shapes that broadcast against each other."""
+    if op.name == "broadcast_in_dim":
+        return (args[0],)
+    if op.derivative is not None:
+        return itself(*args) if op.derivative is ITSELF else _with_derivative(op.inner, op.derivative)(*args)
+    shape = np.broadcast_shapes(*map(np.shape, args))
+    return bind(op.primitive, op.params, [_broadcast(a, shape) for a in args])
+
+
+def _broadcast(a: Any, shape: tuple[int, ...]) -> Any:
+    own = np.shape(a)
+    if own == shape:
+        return a
+    return jax.lax.broadcast_in_dim(a, shape, tuple(range(len(shape) - len(own), len(shape))))
+
+
+def _with_derivative(inner: Any, derivative: Program) -> Any:
+    """The function of a program whose derivative is given by another."""
+
+    @jax.custom_jvp
+    def function(*args: Any) -> Any:
+        return tuple(spread(inner, *args))
+
+    @function.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        outs = spread(derivative, *primals, *tangents, itself=function)
+        half = len(outs) // 2
+        shapes = [np.shape(o) for o in outs[:half]]
+        return tuple(outs[:half]), tuple(_broadcast(t, s) for t, s in zip(outs[half:], shapes, strict=True))
+
+    return function

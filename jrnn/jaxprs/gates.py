@@ -1,0 +1,214 @@
+"""The gates of an affine step as a function of arrays, and which parts of products they are given."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jrnn.jaxprs.blocks import Elementwise, Gate, Piece, Refusal, Reset, State, Sum
+from jrnn.jaxprs.flat import apply_elementwise, flatten
+from jrnn.jaxprs.recipes import INPUT, INVARIANT, Atom, Dot, Recipe, spread, total
+
+__all__ = ["Gates", "Parts", "assemble"]
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What happens in the loop beside the product: each new leaf of the state, from arrays that broadcast to its shape.
+
+    ``ops`` are elementwise operations and their operands: ``("u", i)``, ``("v", i)``, ``("sum", i)`` for ``u + v``,
+    ``("theta", i)``, ``("state", i)``, ``("const", Const)`` or ``("op", j, which)``, a result of an earlier operation.
+    ``leaves`` are references of the same kind. ``summed`` says of each gate whether ``u + v`` is all that is used.
+    """
+
+    ops: tuple[tuple[Any, tuple[Any, ...]], ...]
+    leaves: tuple[Any, ...]
+    summed: tuple[bool, ...]
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.ops, self.leaves, self.summed))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __call__(self, theta: Any, u: Any, v: Any, state: Any) -> list[Any]:
+        """The new leaves. Arrays may lie in any layout, since every operation is elementwise."""
+        given = {"u": u, "v": v, "theta": theta, "state": state}
+        results: list[Any] = []
+
+        def read(reference: Any) -> Any:
+            kind, at, *rest = reference
+            if kind == "op":
+                return results[at][rest[0]]
+            if kind == "const":
+                return at.value
+            return u[at] + v[at] if kind == "sum" else given[kind][at]
+
+        for made, operands in self.ops:
+            results.append(apply_elementwise(made.op, [read(r) for r in operands]))
+        shape = np.shape(state[0])
+        return [spread(read(r), shape) for r in self.leaves]
+
+
+class Parts(NamedTuple):
+    """What the gates are given, one entry a gate.
+
+    ``u``: a `Sum` that needs no state, or None for zeros. ``v``: pieces of products of the state that are added up,
+    none for zeros. ``theta``: recipes of vectors ``(H)`` or of scalars.
+    """
+
+    u: tuple[Sum | None, ...]
+    v: tuple[tuple[Piece, ...], ...]
+    theta: tuple[Recipe, ...]
+
+    def input_product(self, kinds: Any) -> tuple[tuple[Recipe, ...], Any, tuple[Recipe | None, ...]] | None:
+        """``(xs, weights, biases)`` where the input parts are products with one bias each; else None.
+
+        ``xs`` are the recipes of what is multiplied, and ``weights[g][i]`` the pieces of ``xs[i]`` that gate g adds up.
+        """
+        sums = [Sum((), None, 0) if u is None else u for u in self.u]
+        xs = tuple(dict.fromkeys(piece.vector for u in sums for piece in u.pieces))
+        vectors = all(u.known is None or (u.known.kind(kinds) == INVARIANT and len(u.known.shape) <= 1) for u in sums)
+        if not xs or not vectors:
+            return None
+        weights = tuple(tuple(tuple(p for p in u.pieces if p.vector == x) for x in xs) for u in sums)
+        return xs, weights, tuple(u.known for u in sums)  # type: ignore[return-value]
+
+    def inputs(self) -> tuple[Recipe | None, ...]:
+        """The input part of each gate, as a recipe."""
+        return tuple(None if u is None else recipe(u) for u in self.u)
+
+
+def recipe(e: Sum) -> Recipe:
+    """A sum that needs no state."""
+    terms: list[Recipe] = [Dot(p.vector, p.weights.columns(p.start, p.stop)) for p in e.pieces]  # type: ignore[arg-type]
+    return total(terms if e.known is None else [*terms, e.known])
+
+
+def assemble(new: Sequence[Any], leaves: Sequence[int], units: int, kinds: Any) -> tuple[Gates, Parts, int]:
+    """The gates that compute expressions, what they are given, and the leaf of the carry that is multiplied.
+
+    Each distinct sum of products is a gate. Where the columns of ``h W`` are used in one sum alone, with something that
+    changes from step to step, the gate is given ``u + v``; otherwise u and v are given apart.
+
+    Raises:
+      Refusal: where there is no recurrent product, or more than one.
+    """
+    sums = _sums(new)
+    split = [_split(e) for e in sums]
+    multiplied = {piece.vector.leaf for pieces, _ in split for piece in pieces}  # type: ignore[union-attr]
+    if not multiplied:
+        raise Refusal("it has no product of its state with weights")
+    if len(multiplied) > 1:
+        raise Refusal("it has products of several leaves of its state")
+    for e, (pieces, _) in zip(sums, split, strict=True):
+        if pieces and e.width != units:
+            raise Refusal(f"it uses {e.width} columns of a product at once, where its state has {units} units")
+
+    used = [pieces for pieces, _ in split if pieces]
+    together: list[tuple[Sum, tuple[Piece, ...]]] = []
+    alone_u: list[Sum] = []
+    alone_v: list[tuple[Piece, ...]] = []
+    theta: list[Recipe] = []
+    roles: list[Any] = []
+    for pieces, rest in split:
+        if pieces and rest is not None and _changes(rest, kinds) and used.count(pieces) == 1:
+            together.append((rest, pieces))
+            roles.append(("sum", len(together) - 1))
+        else:
+            v = ("v", _index(alone_v, pieces)) if pieces else None
+            roles.append((_place(rest, alone_u, theta, kinds), v))
+    first = len(together)
+    count = first + max(len(alone_u), len(alone_v))
+
+    def shifted(reference: Any) -> Any:
+        return (reference[0], first + reference[1]) if reference and reference[0] in "uv" else reference
+
+    ops: list[Any] = []
+    done: dict[Any, Any] = {}
+
+    def operation(made: Any, operands: tuple[Any, ...], which: int = 0) -> Any:
+        return ("op", _index(ops, (made, operands)), which)
+
+    def write(e: Any) -> Any:
+        if e not in done:
+            done[e] = written(e)
+        return done[e]
+
+    def written(e: Any) -> Any:
+        if isinstance(e, State | Reset):
+            return ("state", leaves.index(e.leaf))
+        if isinstance(e, Gate):
+            return operation(e.op, tuple(map(write, e.args)), e.which)
+        role = roles[sums.index(e)]
+        if role[0] == "sum":
+            return role
+        place, v = map(shifted, role)
+        return operation(_addition(), (v, place)) if place and v else place or v
+
+    gates = tuple(map(write, new))
+    parts = Parts(
+        (*(u for u, _ in together), *alone_u, *(None,) * (count - first - len(alone_u))),
+        (*(v for _, v in together), *alone_v, *((),) * (count - first - len(alone_v))),
+        tuple(theta),
+    )
+    return Gates(tuple(ops), gates, (True,) * first + (False,) * (count - first)), parts, multiplied.pop()
+
+
+def _sums(expressions: Sequence[Any]) -> list[Sum]:
+    """The distinct sums in expressions, in the order in which they are met."""
+    found: dict[Sum, None] = {}
+    seen: set[int] = set()
+
+    def visit(e: Any) -> None:
+        if isinstance(e, Sum):
+            found.setdefault(e)
+        elif isinstance(e, Gate) and id(e) not in seen:
+            seen.add(id(e))
+            for arg in e.args:
+                visit(arg)
+
+    for e in expressions:
+        visit(e)
+    return list(found)
+
+
+def _split(e: Sum) -> tuple[tuple[Piece, ...], Sum | None]:
+    """The pieces of products of the state, in an order of their own, and the rest of a sum."""
+    pieces = tuple(sorted((p for p in e.pieces if p.recurrent), key=repr))
+    rest = tuple(p for p in e.pieces if not p.recurrent)
+    return pieces, Sum(rest, e.known, e.width) if rest or e.known is not None else None
+
+
+def _changes(e: Sum, kinds: Any) -> bool:
+    """Whether a sum is something else than a vector that is the same at each step."""
+    return bool(e.pieces) or (e.known is not None and (e.known.kind(kinds) == INPUT or len(e.known.shape) > 1))
+
+
+def _place(e: Sum | None, alone: list[Sum], theta: list[Recipe], kinds: Any) -> Any:
+    """Where gates find a sum that needs no state and is not added to a product."""
+    if e is None:
+        return None
+    if _changes(e, kinds):
+        return ("u", _index(alone, e))
+    if isinstance(e.known, Atom) and not isinstance(e.known.value, int):
+        return ("const", e.known.value)
+    return ("theta", _index(theta, e.known))
+
+
+def _index(items: list[Any], item: Any) -> int:
+    if item not in items:
+        items.append(item)
+    return items.index(item)
+
+
+@functools.lru_cache(maxsize=1)
+def _addition() -> Elementwise:
+    form = jax.ShapeDtypeStruct((), np.float32)
+    return Elementwise(flatten(jax.make_jaxpr(jax.lax.add)(form, form))[0].ops[0])

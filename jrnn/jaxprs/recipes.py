@@ -1,0 +1,241 @@
+"""Recipes: how to make the arrays that a loop needs from outside, out of the variables of a program.
+
+A recipe is a value. It describes an array that needs no state: a variable of the program, a part of one, a sum, a
+product. What a reader finds is put together from recipes before anything is computed, and only what is used is made.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrnn.jaxprs.flat import Const, Op, Program
+
+__all__ = ["INPUT", "INVARIANT", "STATE", "Add", "Atom", "Dot", "Flat", "Negative", "PerSequence", "Recipe", "Take"]
+__all__ += ["spread", "total"]
+
+# What a variable depends on: on constants alone, on the input of the step, or on the state.
+INVARIANT, INPUT, STATE = range(3)
+
+
+class Recipe:
+    """How to make an array; see the subclasses."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> tuple[Recipe, ...]:
+        """The recipes that this one is made of."""
+        return ()
+
+    def make(self, env: dict[int, Any]) -> Any:
+        """The array, given the values of the program's variables."""
+        raise NotImplementedError
+
+    def columns(self, start: int, stop: int) -> Recipe:
+        """A range of the last axis; a scalar, or an axis that is broadcast, stays as it is."""
+        if not self.shape or (start, stop) == (0, self.shape[-1]):
+            return self
+        ranges = (*((0, n) for n in self.shape[:-1]), (start, stop))
+        return Take(self, ranges, tuple(range(len(ranges))))
+
+    def atoms(self) -> Iterator[int]:
+        """The variables that it needs."""
+        for part in self.parts:
+            yield from part.atoms()
+
+    def kind(self, kinds: Any) -> int:
+        """What it depends on, given what each variable does."""
+        return max((kinds[atom] for atom in self.atoms()), default=INVARIANT)
+
+
+@dataclass(frozen=True)
+class Atom(Recipe):
+    """A variable of the program, or a literal."""
+
+    value: int | Const
+    form: tuple[int, ...]
+
+    @classmethod
+    def of(cls, program: Program, atom: int | Const) -> Atom:
+        return cls(atom, program.form(atom).shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.form
+
+    def make(self, env: dict[int, Any]) -> Any:
+        return env[self.value] if isinstance(self.value, int) else self.value.value
+
+    def atoms(self) -> Iterator[int]:
+        if isinstance(self.value, int):
+            yield self.value
+
+
+@dataclass(frozen=True)
+class Take(Recipe):
+    """Ranges of the axes of an array, None for an axis of size one that is dropped; then the axes in another order."""
+
+    source: Recipe
+    ranges: tuple[tuple[int, int] | None, ...]
+    order: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        sizes = [r[1] - r[0] for r in self.ranges if r is not None]
+        return tuple(sizes[i] for i in self.order)
+
+    @property
+    def parts(self) -> tuple[Recipe, ...]:
+        return (self.source,)
+
+    def make(self, env: dict[int, Any]) -> Any:
+        a = self.source.make(env)
+        bounds = [(0, 1) if r is None else r for r in self.ranges]
+        if bounds != [(0, n) for n in a.shape]:
+            a = jax.lax.slice(a, [low for low, _ in bounds], [high for _, high in bounds])
+        a = jax.lax.squeeze(a, [i for i, r in enumerate(self.ranges) if r is None])
+        return a if self.order == tuple(range(a.ndim)) else jnp.transpose(a, self.order)
+
+
+@dataclass(frozen=True)
+class Add(Recipe):
+    """A sum; axes of size one, or missing in front, are broadcast."""
+
+    first: Recipe
+    second: Recipe
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(np.broadcast_shapes(self.first.shape, self.second.shape))
+
+    @property
+    def parts(self) -> tuple[Recipe, ...]:
+        return (self.first, self.second)
+
+    def make(self, env: dict[int, Any]) -> Any:
+        a, b = self.first.make(env), self.second.make(env)
+        shape = np.broadcast_shapes(np.shape(a), np.shape(b))
+        return jax.lax.add(spread(a, shape), spread(b, shape))
+
+    def columns(self, start: int, stop: int) -> Recipe:
+        return Add(self.first.columns(start, stop), self.second.columns(start, stop))
+
+
+@dataclass(frozen=True)
+class Negative(Recipe):
+    """An array with the other sign."""
+
+    source: Recipe
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def parts(self) -> tuple[Recipe, ...]:
+        return (self.source,)
+
+    def make(self, env: dict[int, Any]) -> Any:
+        return jax.lax.neg(self.source.make(env))
+
+    def columns(self, start: int, stop: int) -> Recipe:
+        return Negative(self.source.columns(start, stop))
+
+
+@dataclass(frozen=True)
+class PerSequence(Recipe):
+    """``(*B)``, with an axis of size one for features."""
+
+    source: Recipe
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.source.shape, 1)
+
+    @property
+    def parts(self) -> tuple[Recipe, ...]:
+        return (self.source,)
+
+    def make(self, env: dict[int, Any]) -> Any:
+        return jax.lax.expand_dims(self.source.make(env), (len(self.source.shape),))
+
+    def columns(self, start: int, stop: int) -> Recipe:
+        return self
+
+
+@dataclass(frozen=True)
+class Flat(Recipe):
+    """The last two axes as one."""
+
+    source: Recipe
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *rest, groups, width = self.source.shape
+        return (*rest, groups * width)
+
+    @property
+    def parts(self) -> tuple[Recipe, ...]:
+        return (self.source,)
+
+    def make(self, env: dict[int, Any]) -> Any:
+        return jnp.reshape(self.source.make(env), self.shape)
+
+
+@dataclass(frozen=True)
+class Dot(Recipe):
+    """``x (*B, K)`` by ``w (K, N)``."""
+
+    x: Recipe
+    w: Recipe
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.x.shape[:-1], self.w.shape[-1])
+
+    @property
+    def parts(self) -> tuple[Recipe, ...]:
+        return (self.x, self.w)
+
+    def make(self, env: dict[int, Any]) -> Any:
+        x, w = self.x.make(env), self.w.make(env)
+        return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+
+    def columns(self, start: int, stop: int) -> Recipe:
+        return Dot(self.x, self.w.columns(start, stop))
+
+
+def total(terms: Iterable[Recipe]) -> Recipe:
+    """The sum of one or more recipes."""
+    return functools.reduce(Add, terms)
+
+
+def spread(a: Any, shape: tuple[int, ...]) -> Any:
+    """An array broadcast to a shape, axes missing in front; explicit, so that no promotion of ranks is asked for."""
+    own = np.shape(a)
+    if own == shape:
+        return a
+    return jax.lax.broadcast_in_dim(a, shape, tuple(range(len(shape) - len(own), len(shape))))
+
+
+def needed(program: Program, kinds: Any, kind: int, wanted: Iterable[Recipe | int]) -> tuple[Op, ...]:
+    """The operations of a kind that recipes and variables depend on, in order."""
+    names: set[int] = set()
+    for item in wanted:
+        names.update(item.atoms() if isinstance(item, Recipe) else (item,))
+    ops = []
+    for op in reversed(program.ops):
+        if names.intersection(op.outs):
+            names.update(a for a in op.ins if isinstance(a, int))
+            if kinds[op.outs[0]] == kind:
+                ops.append(op)
+    return tuple(reversed(ops))

@@ -1,0 +1,137 @@
+"""Reads the parts of any step: what leaves the loop, and which products of the state stay in it.
+
+The step is a program ``(consts, carry, x) -> (carry, y)``. It is cut into
+
+- what is *invariant*, computed once,
+- what depends on x and not on the state, computed for all steps at once before the loop,
+- the *loop*: what the next carry needs of the state, and
+- what nothing feeds back, computed for all steps at once after the loop.
+
+A *site* is a product in the loop of something that depends on the state with invariant weights. Operations that are
+not the same for all steps at once (see `primitives.UNMAPPABLE`) stay in the loop, whatever they depend on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+
+from jrnn.jaxprs.blocks import Refusal
+from jrnn.jaxprs.flat import Const, Op, Program
+from jrnn.jaxprs.primitives import UNMAPPABLE
+from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE
+
+__all__ = ["Site", "Sites", "read"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A product: the place of its operation in the loop, and which of its operands is the weights."""
+
+    place: int
+    weights: int
+
+    def operands(self, op: Op) -> tuple[Any, Any]:
+        """The vector and the weights, as variables."""
+        return op.ins[1 - self.weights], op.ins[self.weights]
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The parts of a step; all follow from the program.
+
+    ``before``, ``loop`` and ``after`` are operations, in order. ``invariant`` and ``inputs`` are the variables that the
+    loop takes from outside: those that are the same at each step, and those of each step. ``emitted`` are the variables
+    of the loop that the outputs need.
+    """
+
+    program: Program
+    consts: int
+    carry: int
+    kinds: tuple[int, ...] = field(compare=False)
+    before: tuple[Op, ...] = field(compare=False)
+    loop: tuple[Op, ...] = field(compare=False)
+    after: tuple[Op, ...] = field(compare=False)
+    invariant: tuple[int, ...] = field(compare=False)
+    inputs: tuple[int, ...] = field(compare=False)
+    emitted: tuple[int, ...] = field(compare=False)
+    sites: tuple[Site, ...] = field(compare=False)
+
+    @property
+    def outputs(self) -> tuple[int | Const, ...]:
+        return self.program.results[self.carry :]
+
+    @property
+    def new_carry(self) -> tuple[int | Const, ...]:
+        return self.program.results[: self.carry]
+
+    def shared(self) -> frozenset[int]:
+        """The invariant variables that the loop uses otherwise than as weights of sites."""
+        weights = {(site.place, site.operands(self.loop[site.place])[1]) for site in self.sites}
+        used = {a for i, op in enumerate(self.loop) for a in op.ins if isinstance(a, int) and (i, a) not in weights}
+        return frozenset(used | {a for a in self.new_carry if isinstance(a, int)})
+
+
+def read(program: Program, consts: int, carry: int) -> Sites:
+    """The parts of a step ``(consts, carry, x) -> (carry, y)``.
+
+    Raises:
+      Refusal: where there is no site.
+    """
+    kinds = [INVARIANT] * consts + [STATE] * carry
+    kinds += [INPUT] * (program.inputs - len(kinds)) + [INVARIANT] * (len(program.forms) - program.inputs)
+    for op in program.ops:
+        kind = max((kinds[a] for a in op.ins if isinstance(a, int)), default=INVARIANT)
+        kind = STATE if kind == INPUT and op.name in UNMAPPABLE else kind
+        for out in op.outs:
+            kinds[out] = kind
+
+    def variables(atoms: Any) -> set[int]:
+        return {a for a in atoms if isinstance(a, int)}
+
+    # What the next carry needs, and what is left for the outputs.
+    wanted = variables(program.results[:carry])
+    outputs = variables(program.results[carry:])
+    in_loop: set[int] = set()
+    for op in reversed(program.ops):
+        if kinds[op.outs[0]] == STATE and wanted.intersection(op.outs):
+            in_loop.add(id(op))
+            wanted |= variables(op.ins)
+    for op in reversed(program.ops):
+        if kinds[op.outs[0]] == STATE and id(op) not in in_loop and outputs.intersection(op.outs):
+            outputs |= variables(op.ins)
+            if op.name in UNMAPPABLE:  # with all that it needs
+                in_loop |= _with_ancestors(program, kinds, op)
+    loop = [op for op in program.ops if id(op) in in_loop]
+    made = {out for op in loop for out in op.outs} | set(range(consts, consts + carry))
+    after = [
+        op for op in program.ops
+        if kinds[op.outs[0]] == STATE and id(op) not in in_loop and outputs.intersection(op.outs)
+    ]  # fmt: skip
+    used = variables(a for op in loop for a in op.ins) | variables(program.results[:carry])
+    seen = variables(a for op in after for a in op.ins) | variables(program.results[carry:])
+    sites = []
+    for place, op in enumerate(loop):
+        if op.name == "dot_general" and jnp.issubdtype(program.forms[op.outs[0]].dtype, jnp.floating):
+            operands = [kinds[a] if isinstance(a, int) else INVARIANT for a in op.ins]
+            if sorted(operands) == [INVARIANT, STATE]:
+                sites.append(Site(place, operands.index(INVARIANT)))
+    if not sites:
+        raise Refusal("it has no product of its state with weights")
+    before = [op for op in program.ops if kinds[op.outs[0]] == INPUT]
+    return Sites(
+        program, consts, carry, tuple(kinds), tuple(before), tuple(loop), tuple(after),
+        tuple(sorted(a for a in used if kinds[a] == INVARIANT)), tuple(sorted(a for a in used if kinds[a] == INPUT)),
+        tuple(sorted(seen & made)), tuple(sites),
+    )  # fmt: skip
+
+
+def _with_ancestors(program: Program, kinds: list[int], op: Op) -> set[int]:
+    wanted, found = set(op.outs), set()
+    for other in reversed(program.ops):
+        if kinds[other.outs[0]] == STATE and wanted.intersection(other.outs):
+            wanted.update(a for a in other.ins if isinstance(a, int))
+            found.add(id(other))
+    return found

@@ -1,0 +1,220 @@
+"""A step that was read, as something to run over all steps.
+
+A step is a function ``(consts, carry, x) -> (carry, y)`` on lists of arrays. Read whole, it is a recurrent cell
+(`Body`), which every schedule of cells can run. Otherwise it is cut into parts (`Parts`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jrnn.cells.traced import TracedCell
+from jrnn.jaxprs.affine import Affine
+from jrnn.jaxprs.blocks import Piece
+from jrnn.jaxprs.flat import Op, evaluate
+from jrnn.jaxprs.recipes import INPUT, INVARIANT, Recipe, needed, spread
+from jrnn.jaxprs.sites import Sites
+from jrnn.schedules import SCHEDULES
+from jrnn.schedules import sites as schedule
+from jrnn.schedules.steps import Steps, checkpointed
+
+__all__ = ["Body", "Parts"]
+
+
+@dataclass(frozen=True)
+class Body:
+    """A step that is a recurrent cell."""
+
+    form: Affine
+
+    @functools.cached_property
+    def cell(self) -> TracedCell:
+        hidden = self.form.leaves.index(self.form.hidden)
+        return TracedCell(self.form.gates, self.form.units, hidden, self.product is None)
+
+    @functools.cached_property
+    def product(self) -> Any:
+        """See `gates.Parts.input_product`."""
+        return self.form.parts.input_product(self.form.kinds)
+
+    @property
+    def work(self) -> int:
+        """Floating-point operations of the product of the state, a step."""
+        return 2 * math.prod(self.form.batch) * self.form.units**2 * len(self.form.gates.summed)
+
+    def operands(self, consts: Sequence[Any], carry: Sequence[Any], xs: Any) -> tuple[Any, jax.Array, Any, Any]:
+        """``(params, xs, state, resets)`` of the cell."""
+        form, units = self.form, self.form.units
+        env = self._invariant(consts, carry)
+
+        def vector(recipe: Recipe | None) -> jax.Array:
+            return jnp.zeros(units, form.dtype) if recipe is None else spread(recipe.make(env), (units,))
+
+        params: dict[str, Any] = {
+            "w_hh": columns(form.parts.v, env, (units, units), form.dtype),
+            "theta": {str(i): vector(recipe) for i, recipe in enumerate(form.parts.theta)},
+            "restart": (),
+        }
+        resets = None
+        if form.resets is not None:
+            (flags,) = self._at_all_steps(env, [form.resets.flags], xs)
+            resets = over_batch(flags if form.resets.on else ~flags, form.batch)
+            params["restart"] = tuple(spread(value.make(env), (*form.batch, units)) for value in form.resets.values)
+        if self.product is None:
+            parts = form.parts.inputs()
+            made = iter(self._at_all_steps(env, [p for p in parts if p is not None], xs))
+            time, shape = jax.tree.leaves(xs)[0].shape[0], (*form.batch, units)
+            given = [
+                jnp.zeros((time, *shape), form.dtype) if p is None else over_batch(next(made), shape) for p in parts
+            ]
+            inputs = jnp.concatenate(given, -1)
+        else:
+            vectors, weights, biases = self.product
+            given = self._at_all_steps(env, vectors, xs)
+            inputs = given[0] if len(given) == 1 else jnp.concatenate(given, -1)
+            rows = [
+                columns([gate[i] for gate in weights], env, (a.shape[-1], units), form.dtype)
+                for i, a in enumerate(given)
+            ]
+            params["w_ih"] = rows[0] if len(rows) == 1 else jnp.concatenate(rows)
+            params["b"] = jnp.concatenate([vector(bias) for bias in biases])
+        return params, inputs, self.cell.state_type(*(carry[i] for i in form.leaves)), resets
+
+    def run(self, name: str, consts: Any, carry: Any, xs: Any, steps: Steps) -> tuple[list[Any], list[Any]]:
+        """The carry after the last step, and the outputs of all steps."""
+        params, inputs, state, resets = self.operands(consts, carry, xs)
+        last, hs = SCHEDULES[name].run(self.cell, params, inputs, state, replace(steps, resets=resets))
+        leaves = list(carry)
+        for leaf, value in zip(self.form.leaves, last, strict=True):
+            leaves[leaf] = value
+        return leaves, self._outputs(self._invariant(consts, carry), state.h, hs, xs, steps.reverse)
+
+    def _invariant(self, consts: Sequence[Any], carry: Sequence[Any]) -> dict[int, Any]:
+        """The variables that are the same at each step. What is not used costs nothing once it is compiled."""
+        form = self.form
+        env = dict(enumerate(consts)) | {form.consts + i: carry[i] for i in form.fixed}
+        evaluate((op for op in form.program.ops if form.kinds[op.outs[0]] == INVARIANT), env)
+        return env
+
+    def _at_all_steps(self, env: dict[int, Any], recipes: Sequence[Recipe], xs: Any) -> list[Any]:
+        """``(T, ...)`` of each recipe."""
+        form = self.form
+        ops = needed(form.program, form.kinds, INPUT, recipes)
+
+        def at_one(x: Any) -> list[Any]:
+            inside = env | dict(enumerate(jax.tree.leaves(x), form.consts + form.carry))
+            evaluate(ops, inside)
+            return [recipe.make(inside) for recipe in recipes]
+
+        return jax.vmap(at_one)(xs) if recipes else []
+
+    def _outputs(self, env: dict[int, Any], first: jax.Array, hs: jax.Array, xs: Any, reverse: bool) -> list[Any]:
+        """The outputs of all steps at once, from the hidden state before the first step and after each."""
+        form = self.form
+        given: dict[Any, jax.Array] = {}
+        if form.new_hidden in form.after:
+            given[form.new_hidden] = hs
+        if form.old_hidden in form.after:
+            first = lax.expand_dims(first, (0,))
+            given[form.old_hidden] = jnp.concatenate([hs[1:], first] if reverse else [first, hs[:-1]])
+        rest = [out for out in form.outputs if out not in given]
+        ops = _after(form, rest, given)
+
+        def at_one(given: Any, x: Any) -> list[Any]:
+            inside = env | given | dict(enumerate(jax.tree.leaves(x), form.consts + form.carry))
+            evaluate(ops, inside)
+            return [inside[out] if isinstance(out, int) else jnp.asarray(out.value) for out in rest]
+
+        made = iter(jax.vmap(at_one)(given, xs) if rest else ())
+        return [given[out] if out in given else next(made) for out in form.outputs]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A step that is no cell, cut into what leaves the loop and what stays in it."""
+
+    form: Sites
+
+    @property
+    def work(self) -> int:
+        """Floating-point operations of the products of the state, a step."""
+        forms, found = self.form.program.forms, 0
+        for site in self.form.sites:
+            op = self.form.loop[site.place]
+            vector, _ = site.operands(op)
+            axes = op.params["dimension_numbers"][0][1 - site.weights]
+            found += 2 * math.prod(forms[op.outs[0]].shape) * math.prod(forms[vector].shape[axis] for axis in axes)
+        return found
+
+    def run(self, consts: Any, carry: Any, xs: Any, steps: Steps) -> tuple[list[Any], list[Any]]:
+        """The carry after the last step, and the outputs of all steps."""
+        form = self.form
+        env = dict(enumerate(consts))
+        evaluate((op for op in form.program.ops if form.kinds[op.outs[0]] == INVARIANT), env)
+        invariant = tuple(env[name] for name in form.invariant)
+        plan = schedule.Plan(form, steps.reverse, steps.unroll)
+
+        def at(x: Any) -> dict[int, Any]:
+            inside = env | dict(enumerate(jax.tree.leaves(x), form.consts + form.carry))
+            evaluate(form.before, inside)
+            return inside
+
+        def before(x: Any) -> Any:
+            inside = at(x)
+            return tuple(inside[name] for name in form.inputs)
+
+        def after(x: Any, emitted: Any) -> Any:
+            inside = at(x) | dict(zip(form.emitted, emitted, strict=True))
+            evaluate(form.after, inside)
+            return [inside[out] if isinstance(out, int) else jnp.asarray(out.value) for out in form.outputs]
+
+        def segment(state: Any, xs: Any) -> tuple[Any, Any]:
+            last, emitted = schedule.run(plan, invariant, jax.vmap(before)(xs), state)
+            return last, jax.vmap(after)(xs, emitted)
+
+        time = jax.tree.leaves(xs)[0].shape[0]
+        last, ys = checkpointed(segment, tuple(carry), xs, time, steps)
+        return list(last), ys
+
+
+def over_batch(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """``(T, ...)`` broadcast to ``(T, *shape)``, axes missing after the first."""
+    missing = len(shape) + 1 - a.ndim
+    return spread(a.reshape(a.shape[0], *(1,) * missing, *a.shape[1:]), (a.shape[0], *shape))
+
+
+def columns(gates: Sequence[Sequence[Piece]], env: dict[int, Any], shape: tuple[int, int], dtype: Any) -> jax.Array:
+    """Weights of all gates side by side, each the sum of pieces ``shape``. Neighbours are taken in one piece."""
+    parts: list[list[Piece]] = []
+    for pieces in gates:
+        last = parts[-1] if parts else []
+        alone = len(pieces) == 1 and len(last) == 1
+        if alone and last[0].weights == pieces[0].weights and last[0].stop == pieces[0].start:
+            parts[-1] = [last[0]._replace(stop=pieces[0].stop)]
+        else:
+            parts.append(list(pieces))
+
+    def made(pieces: list[Piece]) -> Any:
+        found = [piece.weights.columns(piece.start, piece.stop).make(env) for piece in pieces]
+        return functools.reduce(lax.add, found) if found else jnp.zeros(shape, dtype)
+
+    return jnp.concatenate([made(pieces) for pieces in parts], -1) if len(parts) > 1 else made(parts[0])
+
+
+def _after(form: Affine, wanted: Any, given: Any) -> tuple[Op, ...]:
+    """The operations, in order, that outputs need and that are not the same at each step."""
+    names = {out for out in wanted if isinstance(out, int)}
+    ops = []
+    for op in reversed(form.program.ops):
+        if names.intersection(op.outs) - set(given) and form.kinds[op.outs[0]] != INVARIANT:
+            ops.append(op)
+            names.update(a for a in op.ins if isinstance(a, int))
+    return tuple(reversed(ops))

@@ -1,0 +1,247 @@
+"""`jax.lax.scan` for recurrent steps: the same function, run by whatever schedule its body turns out to allow."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import lax
+
+from jrnn._device import is_placed
+from jrnn.jaxprs import affine, sites
+from jrnn.jaxprs.blocks import Refusal
+from jrnn.jaxprs.flat import Program, flatten
+from jrnn.run.body import Body, Parts
+from jrnn.schedules import SCHEDULES, native
+from jrnn.schedules.steps import Steps, checkpointed, times_in_a_body
+
+__all__ = ["choose_scan_backend", "scan"]
+
+BACKENDS = ("hoisted", "native", "reference")
+# From how many floating-point operations of a step's recurrent product on the hoisted schedule is chosen.
+WORK = 2**18
+
+
+def scan(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: Any,
+    xs: Any = None,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    *,
+    backend: str | None = None,
+    remat: int | str | None = None,
+) -> tuple[Any, Any]:
+    """`jax.lax.scan`, faster where the body is a recurrent step.
+
+    The body is traced and read. Where it is a recurrent cell, however it is written, the loop is run as `jrnn.unroll`
+    runs its own cells: what needs no state is computed for all steps at once, before the loop or after it, the products
+    of the state are made one, and the gradients of the weights are products after the loop. Every other body is run by
+    ``jax.lax.scan`` itself. `choose_scan_backend` says which of the two it is, and why.
+
+    A body is read as a cell where
+
+    - its carry is one or more float32 or float64 arrays of one shape ``(*B, H)``, and possibly arrays that no step
+      changes,
+    - one of these arrays, unchanged, is multiplied by weights,
+    - all else that the next carry needs of the carry is elementwise, and
+    - its outputs are computed from the inputs and from the array that is multiplied, before or after the step.
+
+    So are the LSTM, GRU (reset after the product), MGU and Elman cells of Flax, Haiku and Equinox, and cells written by
+    hand. Arrays of the carry may be replaced by constants where a flag among the inputs says so:
+    ``jnp.where(reset[:, None], initial, h)``.
+
+    Args:
+      f: ``(carry, x) -> (carry, y)``, as for ``jax.lax.scan``.
+      init: the carry before the first step.
+      xs: a pytree of arrays with a leading axis of T steps, or None.
+      length: T, needed where ``xs`` has no arrays.
+      reverse: run from the last step to the first; outputs stay in the order of the inputs.
+      unroll: how many steps to compile into one body, where the loop is a scan.
+      backend: None chooses. "reference" is ``jax.lax.scan``, "hoisted" a scan of what cannot leave the loop, and
+        "native" the loop as compiled code for a CPU. A backend that cannot serve raises an error that says why.
+      remat: a number of steps n: keep the carry only before every n-th step, and recompute the rest in the backward
+        pass, n steps at a time. "sqrt" takes sqrt(T) of them.
+
+    Returns:
+      ``(carry, ys)``, as ``jax.lax.scan`` does.
+
+    Raises:
+      Whatever ``jax.lax.scan`` raises for these arguments; ``ValueError`` for a ``backend`` that cannot serve.
+
+    >>> w = jnp.eye(4) / 2
+    >>> def step(h, x):
+    ...     h = jnp.tanh(x + h @ w)
+    ...     return h, h
+    >>> h, ys = jrnn.scan(step, jnp.zeros((2, 4)), jnp.ones((5, 2, 4)))
+    >>> ys.shape
+    (5, 2, 4)
+    """
+    chosen = _choose(f, init, xs, length, reverse, backend, remat)
+    if chosen.body is None:
+        return _plain(f, init, xs, length, reverse, unroll, remat)
+    carry, ys = _run(chosen.body, chosen.name, bool(reverse), unroll, remat, chosen.consts, init, xs)
+    return carry, jax.tree.unflatten(chosen.ys, ys)
+
+
+def choose_scan_backend(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: Any,
+    xs: Any = None,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    *,
+    backend: str | None = None,
+    remat: int | str | None = None,
+) -> tuple[str, str]:
+    """What `scan` would run for these arguments, and why.
+
+    Args:
+      f, init, xs, length, reverse, unroll, backend, remat: as for `scan`.
+
+    Returns:
+      ``(name, reason)``: "native", "hoisted" or "reference". The reason says what in the body keeps it from more.
+
+    >>> jrnn.choose_scan_backend(lambda c, x: (c + x, c), jnp.zeros(3), jnp.ones((5, 3)))
+    ('reference', 'the body is not read as a recurrent cell: it has no product of its state with weights')
+    """
+    chosen = _choose(f, init, xs, length, reverse, backend, remat)
+    return chosen.name, chosen.reason
+
+
+# --- choosing ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What runs a body: as ``body``, with its constants and the tree of its outputs, or as it is where this is None."""
+
+    name: str
+    reason: str
+    body: Body | Parts | None = None
+    consts: Any = ()
+    ys: Any = None
+
+
+def _choose(
+    f: Any, init: Any, xs: Any, length: Any, reverse: Any, backend: str | None, remat: int | str | None
+) -> _Choice:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: expected None or one of {list(BACKENDS)}, got {backend!r}")
+    is_count = isinstance(remat, int) and not isinstance(remat, bool) and remat >= 1
+    if not (remat is None or is_count or (isinstance(remat, str) and remat == "sqrt")):
+        raise ValueError(f'remat: expected None, a positive number of steps or "sqrt", got {remat!r}')
+    if backend == "reference":
+        return _Choice("reference", "it was asked for by name")
+    try:
+        program, ys, consts = _trace(f, init, xs, length)
+        carry = jax.tree.leaves(init)
+        try:
+            body = Body(affine.read(program, len(consts), len(carry)))
+        except Refusal as refusal:
+            reason = f"the body is not read as a recurrent cell: {refusal}"
+            if backend == "native":
+                raise
+            parts = Parts(sites.read(program, len(consts), len(carry)))
+            if backend is None and parts.work < WORK:
+                return _Choice("reference", f"{reason}; {_small(parts.work)}")
+            count = len(parts.form.sites)
+            stays = "one product of its state stays" if count == 1 else f"{count} products of its state stay"
+            reason = f"{reason}; {stays} in the loop, and the gradients of the weights leave it"
+            return _Choice("hoisted", reason, parts, consts, ys)
+    except Refusal as refusal:
+        reason = f"the body is not read as a recurrent cell: {refusal}"
+        if backend is not None:
+            raise ValueError(_cannot(backend, reason)) from None
+        return _Choice("reference", reason)
+    params, inputs, _, resets = jax.eval_shape(body.operands, consts, carry, xs)
+    steps = Steps(None, resets, bool(reverse), remat=remat)
+    if backend is not None:
+        served, reason = SCHEDULES[backend].serves(body.cell, params, inputs, steps)
+        if not served:
+            raise ValueError(_cannot(backend, reason))
+        return _Choice(backend, reason, body, consts, ys)
+    for decide in (native.pays, native.serves):
+        chosen, reason = decide(body.cell, params, inputs, steps)
+        if not chosen:
+            break
+    if chosen:
+        return _Choice("native", f"the body is a recurrent cell: {reason}", body, consts, ys)
+    if body.work < WORK:
+        reason = f"the body is a recurrent cell; not native: {reason}; not hoisted: {_small(body.work)}"
+        return _Choice("reference", reason)
+    found = "the body is a recurrent cell, and what needs no state is taken out of the loop"
+    return _Choice("hoisted", f"{found}; not native: {reason}", body, consts, ys)
+
+
+def _small(work: int) -> str:
+    return f"{work:.2g} floating-point operations a step are too few to take it apart for (from {WORK:.2g} on)"
+
+
+def _cannot(backend: str, reason: str) -> str:
+    return f"backend: {backend!r} cannot run this body: {reason}; pass backend=None to let jrnn choose"
+
+
+def _trace(f: Any, init: Any, xs: Any, length: Any) -> tuple[Program, Any, list[Any]]:
+    """A body as a program, the tree of its outputs, and the values of its constants."""
+    leaves = jax.tree.leaves(xs)
+    if not leaves or not all(getattr(leaf, "shape", ()) for leaf in leaves):
+        raise Refusal("its inputs are not arrays with a leading axis")
+    lengths = {leaf.shape[0] for leaf in leaves} | ({length} if length is not None else set())
+    if len(lengths) != 1 or not all(isinstance(n, int) and n > 0 for n in lengths):
+        raise Refusal("its steps are not one known number, or there is none")
+    if not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(init)):
+        raise Refusal("its carry has leaves that are not arrays")
+    if any(map(is_placed, jax.tree.leaves((init, xs)))):
+        raise Refusal("its operands lie on a mesh")
+    x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), xs)
+    try:
+        closed, out = jax.make_jaxpr(f, return_shape=True)(init, x)
+    except Exception as error:  # jax.lax.scan raises it again, in its own words
+        raise Refusal(f"it cannot be traced ({type(error).__name__})") from error
+    if closed.effects:
+        raise Refusal("it has effects, which stay in order")
+    trees: list[Any] = [
+        jax.tree.structure(init),
+        jax.tree.structure(out[0] if isinstance(out, tuple) and out else None),
+    ]
+    if not (isinstance(out, tuple) and len(out) == 2) or trees[0] != trees[1]:
+        raise Refusal("it does not return a carry like the one it is given, and an output")
+    program, consts = flatten(closed)
+    if any(map(is_placed, consts)):
+        raise Refusal("its constants lie on a mesh")
+    carry = len(jax.tree.leaves(init))
+    if [program.form(r) for r in program.results[:carry]] != list(program.forms[len(consts) : len(consts) + carry]):
+        raise Refusal("its new carry has other shapes or dtypes than the one it is given")
+    return program, jax.tree.structure(out[1]), consts
+
+
+# --- running -----------------------------------------------------------------------------------------------------
+
+
+def _plain(f: Any, init: Any, xs: Any, length: Any, reverse: Any, unroll: Any, remat: Any) -> tuple[Any, Any]:
+    leaves = jax.tree.leaves(xs)
+    if remat is None or not leaves or not isinstance(leaves[0].shape[0], int):
+        return lax.scan(f, init, xs, length, reverse, unroll)
+    steps = Steps(reverse=bool(reverse), remat=remat)
+    segment = lambda carry, xs: lax.scan(f, carry, xs, None, reverse)
+    return checkpointed(segment, init, xs, leaves[0].shape[0], steps)
+
+
+# A function of its own, static in the body: a second call in eager mode with an equal body compiles nothing.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _run(body: Body | Parts, name: str, reverse: bool, unroll: Any, remat: Any, consts: Any, init: Any, xs: Any) -> Any:
+    time = jax.tree.leaves(xs)[0].shape[0]
+    steps = Steps(reverse=reverse, remat=remat, unroll=times_in_a_body(time if unroll is True else unroll, time))
+    tree: Any
+    leaves, tree = jax.tree.flatten(init)
+    if isinstance(body, Parts):
+        last, ys = body.run(consts, leaves, xs, steps)
+    else:
+        last, ys = body.run(name, consts, leaves, xs, steps)
+    return tree.unflatten(last), ys

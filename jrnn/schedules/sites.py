@@ -1,0 +1,230 @@
+"""The loop of any step, with the gradients of the weights of its products taken out of it.
+
+The step is given by its parts (see `jrnn.jaxprs.sites`): the loop computes, from the state ``s`` and what it is given
+from outside ``p``, products ``z_k = a_k(s, p, z_1, ..., z_{k-1}) W_k`` at its sites, and the new state from these.
+
+The derivative of the loop in a direction is a loop too. A site contributes::
+
+    dz_k = da_k W_k + [a_k dW_k]
+
+where the bracket is one product for all steps, before the loop, since every ``a_k`` is known from the run. JAX
+transposes that into a backward loop with the products ``dz_k W_k^T``, and the gradient of the weights as one product
+for all steps after it, ``sum_t a_k^T dz_k``: nothing is accumulated inside. Both modes and all higher derivatives
+follow, since the rule is made of ordinary JAX.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jrnn.jaxprs.flat import bind, evaluate
+from jrnn.jaxprs.sites import Sites
+
+__all__ = ["Plan", "run"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is static about a run; ``keep`` says whether a derivative needs what the run computes."""
+
+    form: Sites
+    reverse: bool
+    unroll: int
+    keep: bool = False
+
+
+class Inputs(NamedTuple):
+    """What the loop is differentiated by: invariant values, inputs ``(T, ...)`` and the state, each a tuple."""
+
+    invariant: Any
+    inputs: Any
+    state: Any
+
+
+class Kept(NamedTuple):
+    """Of each step, the state before it, and of each site what was multiplied and what came out."""
+
+    state: Any
+    vectors: Any
+    products: Any
+
+
+def run(plan: Plan, invariant: Any, inputs: Any, state: Any) -> tuple[Any, Any]:
+    """The state after the last step, and the emitted variables of all steps ``(T, ...)``."""
+    last, emitted, _ = loop(plan, Inputs(invariant, inputs, state))
+    return last, emitted
+
+
+def step(plan: Plan, invariant: Any, inputs: Any, state: Any, site: Any) -> tuple[Any, Any]:
+    """One step: the new state and what is emitted. ``site(k, vector, weights, op)`` is the product at site k."""
+    form = plan.form
+    env = dict(zip(form.invariant, invariant, strict=True)) | dict(zip(form.inputs, inputs, strict=True))
+    env.update(enumerate(state, form.consts))
+    sites = {s.place: (k, s) for k, s in enumerate(form.sites)}
+    for place, op in enumerate(form.loop):
+        if place in sites:
+            k, s = sites[place]
+            vector, weights = s.operands(op)
+            env[op.outs[0]] = site(k, env[vector], env[weights] if isinstance(weights, int) else weights.value, op)
+        else:
+            evaluate((op,), env)
+    new = tuple(
+        env[r] if isinstance(r, int) else jnp.asarray(r.value, old.dtype)
+        for r, old in zip(form.new_carry, state, strict=True)
+    )
+    return new, tuple(env[name] for name in form.emitted)
+
+
+def product(form: Sites, k: int, vector: Any, weights: Any, op: Any) -> Any:
+    pair = (vector, weights) if form.sites[k].weights == 1 else (weights, vector)
+    return bind(op.primitive, op.params, pair)[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def loop(plan: Plan, given: Inputs) -> tuple[Any, Any, Any]:
+    """The last state, what is emitted, and what a derivative needs if it is to be kept."""
+    count = len(plan.form.sites)
+
+    def body(state: Any, inputs: Any) -> tuple[Any, Any]:
+        vectors: list[Any] = [None] * count
+        products: list[Any] = [None] * count
+
+        def site(k: int, vector: Any, weights: Any, op: Any) -> Any:
+            vectors[k], products[k] = vector, product(plan.form, k, vector, weights, op)
+            return products[k]
+
+        new, emitted = step(plan, given.invariant, inputs, state, site)
+        return new, (emitted, Kept(state, tuple(vectors), tuple(products)) if plan.keep else None)
+
+    last, (emitted, kept) = lax.scan(body, given.state, given.inputs, _length(given), plan.reverse, plan.unroll)
+    return last, emitted, kept
+
+
+@functools.partial(loop.defjvp, symbolic_zeros=True)
+def _loop_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (given,) = primals
+    last, emitted, kept = loop(replace(plan, keep=True), given)
+    d = jax.tree.map(lambda t: None if _still(t) else t, tangents[0], is_leaf=_still)
+    out = (last, emitted, kept if plan.keep else None)
+    moved = tangent(plan, given, kept, d)
+    return out, jax.tree.map(_whole, out, (*moved[:2], moved[2] if plan.keep else None))
+
+
+def tangent(plan: Plan, given: Inputs, kept: Kept, d: Inputs) -> tuple[Any, Any, Kept]:
+    """The derivative of `loop` in the direction ``d``, whose leaves are None where nothing moves.
+
+    Of results that are no floats it is an empty array.
+    """
+    form = plan.form
+    # Of the weights of a site all that happens at the site is in its bracket.
+    elsewhere = form.shared()
+    dinvariant = [t if name in elsewhere else None for name, t in zip(form.invariant, d.invariant, strict=True)]
+    moves = dict(zip(form.invariant, d.invariant, strict=True))
+    brackets = []
+    for k, site in enumerate(form.sites):
+        op = form.loop[site.place]
+        dw = moves.get(site.operands(op)[1])
+        along = functools.partial(product, form, k, weights=dw, op=op)
+        brackets.append(None if dw is None else jax.vmap(along)(kept.vectors[k]))
+    dstate = tuple(_dense(s, t) for s, t in zip(given.state, d.state, strict=True))
+
+    def body(dstate: Any, inputs: Any) -> tuple[Any, Any]:
+        # Checkpointed, so that the transposed loop makes the gates again instead of reading them from memory.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def moved(dstate: Any, inputs: Any) -> Any:
+            p, dp, before, products, brackets = inputs
+
+            def at(invariant: Any, p: Any, state: Any, brackets: Any) -> Any:
+                vectors: list[Any] = [None] * len(products)
+                made: list[Any] = [None] * len(products)
+
+                def site(k: int, vector: Any, weights: Any, op: Any) -> Any:
+                    vectors[k] = vector
+                    made[k] = _site(functools.partial(product, form, k, op=op))(
+                        vector, weights, products[k], brackets[k]
+                    )
+                    return made[k]
+
+                new, emitted = step(plan, invariant, p, state, site)
+                return _floats((new, emitted, tuple(vectors), tuple(made)))
+
+            zeros = jax.tree.map(jnp.zeros_like, brackets)
+            primals = (tuple(given.invariant), p, before, zeros)
+            return jvp_of_tree(at, primals, (tuple(dinvariant), dp, _floats(dstate), brackets))
+
+        dnew, demitted, dvectors, dmade = moved(dstate, inputs)
+        return dnew, (demitted, Kept(dstate, dvectors, dmade))
+
+    steps = (given.inputs, tuple(d.inputs), kept.state, kept.products, tuple(brackets))
+    last, (emitted, dkept) = lax.scan(body, dstate, steps, _length(given), plan.reverse, plan.unroll)
+    return last, emitted, dkept
+
+
+def _site(multiply: Any) -> Any:
+    """A site whose product is known: its derivative is that of the vector, and the bracket's."""
+
+    @jax.custom_jvp
+    def site(vector: Any, weights: Any, made: Any, bracket: Any) -> Any:
+        return made
+
+    @site.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        dz = multiply(tangents[0], weights=primals[1])
+        return primals[2], dz if primals[3] is None else dz + tangents[3]
+
+    return site
+
+
+# --- leaves that do not move -------------------------------------------------------------------------------------
+
+
+def _is_float(a: Any) -> bool:
+    return jnp.issubdtype(a.dtype, jnp.inexact)
+
+
+def _still(t: Any) -> bool:
+    return isinstance(t, SymbolicZero) or (hasattr(t, "dtype") and t.dtype == jax.dtypes.float0)
+
+
+def _floats(tree: Any) -> Any:
+    """None in the place of leaves that are no floats."""
+    return jax.tree.map(lambda a: a if _is_float(a) else None, tree)
+
+
+def _dense(primal: Any, t: Any) -> Any:
+    """A tangent with zeros where nothing moves; None of what is no float."""
+    return None if not _is_float(primal) else jnp.zeros_like(primal) if t is None else t
+
+
+def _whole(out: Any, t: Any) -> Any:
+    """A tangent as JAX wants it, of a result that may be no float."""
+    return np.zeros(jnp.shape(out), jax.dtypes.float0) if not _is_float(out) else t
+
+
+def jvp_of_tree(function: Any, primals: Any, tangents: Any) -> Any:
+    """The tangents of a function by the leaves whose own is not None."""
+    tree: Any
+    leaves, tree = jax.tree.flatten(primals)
+    d = tree.flatten_up_to(tangents)
+    moving = [i for i, t in enumerate(d) if t is not None]
+
+    def of(*values: Any) -> Any:
+        filled = list(leaves)
+        for i, value in zip(moving, values, strict=True):
+            filled[i] = value
+        return function(*tree.unflatten(filled))
+
+    return jax.jvp(of, [leaves[i] for i in moving], [d[i] for i in moving])[1]
+
+
+def _length(given: Inputs) -> int | None:
+    leaves = jax.tree.leaves(given.inputs)
+    return leaves[0].shape[0] if leaves else None

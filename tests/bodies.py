@@ -1,0 +1,406 @@
+"""The table of bodies that `jrnn.scan` is held to `jax.lax.scan` on: a new row is tested by every law there.
+
+A body is made by ``make(key, F, H, batch_shape)``, which gives its weights, the carry that it starts from, and
+``step(weights, carry, x) -> (carry, y)``.
+"""
+
+import functools
+import importlib.util
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+
+class Body(NamedTuple):
+    """``products``: in a step of the loop, once it is read; None where it runs as ``jax.lax.scan``.
+
+    ``reason``: why it is not read as a cell, if it is not. ``native``: why the compiled loop does not serve, if it
+    does not.
+    """
+
+    name: str
+    make: Any
+    products: int | None = 1
+    reason: str = ""
+    batches: tuple[tuple[int, ...], ...] = ((4,),)
+    peer: str = ""
+    native: str = ""
+
+    @property
+    def missing(self) -> bool:
+        return bool(self.peer) and importlib.util.find_spec(self.peer) is None
+
+
+def weights(key, **shapes):
+    keys = jax.random.split(key, len(shapes))
+    return {n: 0.5 * jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+
+
+def start(batch, hidden, count=1):
+    states = tuple(0.3 * jnp.cos(jnp.arange(hidden) + i) + jnp.zeros((*batch, hidden)) for i in range(count))
+    return states[0] if count == 1 else states
+
+
+def lstm_gates(i, f, g, o, c):
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    h = jax.nn.sigmoid(o) * jnp.tanh(c)
+    return (h, c), h
+
+
+def elman(key, F, H, batch):
+    def step(w, h, x):
+        h = jnp.tanh(x @ w["x"] + h @ w["h"] + w["b"][(None,) * len(batch)])
+        return h, h
+
+    return weights(key, x=(F, H), h=(H, H), b=(H,)), start(batch, H), step
+
+
+def concatenated_lstm(key, F, H, batch):
+    """``[x, h]`` before one product, which is split."""
+
+    def step(w, state, x):
+        h, c = state
+        z = jnp.concatenate([x, h], -1) @ w["w"] + jnp.broadcast_to(w["b"], (*batch, 4 * H))
+        return lstm_gates(*jnp.split(z, 4, -1), c)
+
+    return weights(key, w=(F + H, 4 * H), b=(4 * H,)), start(batch, H, 2), step
+
+
+def sliced_lstm(key, F, H, batch):
+    """Gates taken by ranges, in an order of their own; the carry has c in front."""
+
+    def step(w, state, x):
+        c, h = state
+        z = jax.lax.dot_general(x, w["x"], (((x.ndim - 1,), (0,)), ((), ()))) + h @ w["h"]
+        f, o, i, g = (z[..., k * H : (k + 1) * H] for k in range(4))
+        (h, c), y = lstm_gates(i, f + 1.0, g, o, c)
+        return (c, h), y
+
+    return weights(key, x=(F, 4 * H), h=(H, 4 * H)), start(batch, H, 2), step
+
+
+def four_products_lstm(key, F, H, batch):
+    def step(w, state, x):
+        h, c = state
+        return lstm_gates(
+            *(x @ w[f"x{n}"] + (h @ w[f"h{n}"] + jnp.reshape(w[f"b{n}"], (1,) * len(batch) + (H,))) for n in "ifgo"), c
+        )
+
+    shapes = {f"{p}{n}": {"x": (F, H), "h": (H, H), "b": (H,)}[p] for n in "ifgo" for p in "xhb"}
+    return weights(key, **shapes), start(batch, H, 2), step
+
+
+def einsum_lstm(key, F, H, batch):
+    """Gates as an axis of the weights."""
+
+    def step(w, state, x):
+        h, c = state
+        z = jnp.einsum("bf,fgk->bgk", x, w["x"]) + jnp.einsum("bh,hgk->bgk", h, w["h"])
+        return lstm_gates(*(z[:, k] for k in range(4)), c)
+
+    return weights(key, x=(F, 4, H), h=(H, 4, H)), start(batch, H, 2), step
+
+
+def reshaped_lstm(key, F, H, batch):
+    """One product, whose columns are made an axis of gates; gates first by a transpose."""
+
+    def step(w, state, x):
+        h, c = state
+        z = (x @ w["x"] + h @ w["h"]).reshape(*batch, 4, H)
+        return lstm_gates(*jnp.moveaxis(z, -2, 0), c)
+
+    return weights(key, x=(F, 4 * H), h=(H, 4 * H)), start(batch, H, 2), step
+
+
+def transposed_gru(key, F, H, batch):
+    """Weights first, as a vmapped layer has them."""
+
+    def one(w, h, x):
+        r, z, n = jnp.split(w["x"] @ x + w["b"], 3)
+        v_r, v_z, v_n = jnp.split(w["h"] @ h, 3)
+        r, z = jax.nn.sigmoid(r + v_r), jax.nn.sigmoid(z + v_z)
+        n = jnp.tanh(n + r * (v_n + w["b_hn"]))
+        return n + z * (h - n)
+
+    def step(w, h, x):
+        h = jax.vmap(functools.partial(one, w))(h, x)
+        return h, h
+
+    return weights(key, x=(3 * H, F), h=(3 * H, H), b=(3 * H,), b_hn=(H,)), start(batch, H), step
+
+
+def reset_gru(key, F, H, batch):
+    """The pattern of reinforcement learning: the state is replaced where a flag among the inputs says so."""
+    w, h, plain = transposed_gru(key, F, H, batch)
+
+    def step(w, h, x):
+        flag = x[:, 0] > 0.3
+        h = jnp.where(flag[:, None], jnp.full_like(h, 0.25), h)
+        return plain(w, h, x)
+
+    return w, h, step
+
+
+def reset_lstm(key, F, H, batch):
+    w, state, plain = concatenated_lstm(key, F, H, batch)
+
+    def step(w, state, x):
+        keep = x[..., 1] > -0.3
+        state = jax.tree.map(
+            lambda s, r: jnp.where(keep[..., None], s, jnp.broadcast_to(r, s.shape)), state, (w["h0"], w["c0"])
+        )
+        return plain(w, state, x)
+
+    return {**w, **weights(key, h0=(H,), c0=(H,))}, state, step
+
+
+def relu_readout(key, F, H, batch):
+    """A derivative of its own among the gates, and a readout of old and new state in the step."""
+
+    def step(w, h, x):
+        new = jax.nn.relu(x @ w["x"] + h @ w["h"])
+        return new, {"y": jnp.sin(new) @ w["out"] + x[..., :1], "before": h * 2, "input": x}
+
+    return weights(key, x=(F, H), h=(H, H), out=(H, 2)), start(batch, H), step
+
+
+def checkpointed(key, F, H, batch):
+    w, h, plain = elman(key, F, H, batch)
+    return w, h, jax.checkpoint(jax.jit(plain))
+
+
+def projected_input(key, F, H, batch):
+    """The input is added as it comes: nothing is left of a product of it."""
+
+    def step(w, h, x):
+        h = jax.nn.gelu(h @ w["h"] + x.sum(-1, keepdims=True) * w["s"][(None,) * len(batch)])
+        return h, h
+
+    return weights(key, h=(H, H), s=(H,)), start(batch, H), step
+
+
+def scaled(key, F, H, batch):
+    """A negative sum, a scaled sum, and the same product in two places."""
+
+    def step(w, h, x):
+        v = h @ w["h"]
+        h = jnp.tanh(x @ w["x"] - 0.5 * v) * jax.nn.sigmoid(v) + 0.1 * h
+        return h, h
+
+    return weights(key, x=(F, H), h=(H, H)), start(batch, H), step
+
+
+def fixed_carry(key, F, H, batch):
+    """Weights in the carry, which no step changes."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(_, carry, x):
+        h, y = plain(carry["w"], carry["h"], x)
+        return {"w": carry["w"], "h": h}, (y, carry["w"]["b"])
+
+    return {}, {"w": w, "h": h}, step
+
+
+def random_mask(key, F, H, batch):
+    """Randomness of the step, keyed by its input."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, h, x):
+        kept = jax.random.bernoulli(jax.random.key(3), 0.7, (*batch, F))
+        return plain(w, h, jnp.where(kept, x, 0))
+
+    return w, h, step
+
+
+def random_steps(key, F, H, batch):
+    """A key in the carry, which is split at each step, and a step that is skipped where a flag of its own says so."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, carry, x):
+        h, key, done = carry
+        key, now = jax.random.split(key)
+        x = jnp.where(jax.random.bernoulli(now, 0.7, x.shape), x, 0)
+        new, y = plain(w, h, x)
+        new = jax.lax.cond(x.sum() > 0, lambda h: h * 0.5, lambda h: h, new)
+        new = jnp.where(done, h, new)
+        return (new, key, (new.sum() > 1) & ~done), (y, key, new @ w["h"])
+
+    return w, (h, jax.random.key(4), jnp.array(False)), step
+
+
+def memory_readout(key, F, H, batch):
+    """An output of the leaf of the carry that is not multiplied."""
+    w, state, plain = concatenated_lstm(key, F, H, batch)
+
+    def step(w, state, x):
+        (h, c), y = plain(w, state, x)
+        return (h, c), (y, jnp.sin(c) + state[1])
+
+    return w, state, step
+
+
+def reset_before(key, F, H, batch):
+    def step(w, h, x):
+        r, z = jnp.split(jax.nn.sigmoid(x @ w["x"] + h @ w["h"]), 2, -1)
+        n = jnp.tanh(x @ w["xn"] + (r * h) @ w["hn"])
+        h = (1 - z) * n + z * h
+        return h, h
+
+    return weights(key, x=(F, 2 * H), h=(H, 2 * H), xn=(F, H), hn=(H, H)), start(batch, H), step
+
+
+def no_product(key, F, H, batch):
+    def step(w, h, x):
+        h = jnp.tanh(0.5 * h + (x @ w["x"]))
+        return h, h
+
+    return weights(key, x=(F, H)), start(batch, H), step
+
+
+def counter(key, F, H, batch):
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, carry, x):
+        h, y = plain(w, carry[0], x)
+        return (h, carry[1] + 1), y
+
+    return w, (h, jnp.array(0)), step
+
+
+def control_flow(key, F, H, batch):
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, h, x):
+        return jax.lax.cond(x.sum() > 0, plain, lambda w, h, x: (h, h), w, h, x)
+
+    return w, h, step
+
+
+def normalised(key, F, H, batch):
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, h, x):
+        h, y = plain(w, h, x)
+        return h - h.mean(-1, keepdims=True), y
+
+    return w, h, step
+
+
+def held(key, F, H, batch):
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, h, x):
+        new, y = plain(w, h, x)
+        return jnp.where(x[..., :1] > 0, new, h), y
+
+    return w, h, step
+
+
+def effect(key, F, H, batch):
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, h, x):
+        jax.debug.callback(lambda: None)
+        return plain(w, h, x)
+
+    return w, h, step
+
+
+def linen(name, **options):
+    def make(key, F, H, batch):
+        import flax.linen as nn
+
+        cell = getattr(nn, name)(H, **options)
+        carry = cell.initialize_carry(key, (*batch, F))
+        params = cell.init(key, carry, jnp.ones((*batch, F)))
+        params = jax.tree.map(lambda a: a + 0.1, params)
+        return params, carry, cell.apply
+
+    return make
+
+
+def haiku(name):
+    def make(key, F, H, batch):
+        import haiku as hk
+
+        build = getattr(hk, name)
+        carry = hk.transform(lambda: build(H).initial_state(*batch)).apply({}, None)
+        apply = hk.without_apply_rng(hk.transform(lambda state, x: build(H)(x, state)))
+        params = apply.init(key, carry, jnp.ones((*batch, F)))
+
+        def step(params, carry, x):
+            y, carry = apply.apply(params, carry, x)
+            return carry, y
+
+        return jax.tree.map(lambda a: a + 0.1, params), carry, step
+
+    return make
+
+
+def equinox(name):
+    def make(key, F, H, batch):
+        import equinox as eqx
+
+        cell = getattr(eqx.nn, name)(F, H, key=key)
+        params, static = eqx.partition(cell, eqx.is_array)
+        count = 2 if name == "LSTMCell" else 1
+
+        def step(params, carry, x):
+            carry = jax.vmap(eqx.combine(params, static))(x, carry)
+            return carry, carry[0] if count == 2 else carry
+
+        return params, start(batch, H, count), step
+
+    return make
+
+
+NO_BATCH = ((4,), (), (2, 3))
+TWO = "it has a product of something computed from the state"
+BODIES = (
+    Body("elman", elman, batches=NO_BATCH),
+    Body("concatenated_lstm", concatenated_lstm, batches=NO_BATCH),
+    Body("sliced_lstm", sliced_lstm, batches=((4,), ())),
+    Body("four_products_lstm", four_products_lstm, batches=NO_BATCH),
+    Body("einsum_lstm", einsum_lstm),
+    Body("reshaped_lstm", reshaped_lstm, batches=NO_BATCH),
+    Body("transposed_gru", transposed_gru),
+    Body("reset_gru", reset_gru),
+    Body("reset_lstm", reset_lstm, batches=NO_BATCH),
+    Body("relu_readout", relu_readout, batches=NO_BATCH),
+    Body("checkpointed", checkpointed),
+    Body("projected_input", projected_input, batches=NO_BATCH, native="input projection itself"),
+    Body("scaled", scaled),
+    Body("fixed_carry", fixed_carry),
+    Body("random_mask", random_mask),
+    Body("linen_lstm", linen("LSTMCell"), batches=NO_BATCH, peer="flax"),
+    Body("linen_optimized_lstm", linen("OptimizedLSTMCell"), batches=NO_BATCH, peer="flax"),
+    Body("linen_gru", linen("GRUCell"), batches=NO_BATCH, peer="flax"),
+    Body("linen_mgu", linen("MGUCell"), peer="flax"),
+    Body("linen_simple", linen("SimpleCell"), peer="flax"),
+    Body("haiku_lstm", haiku("LSTM"), peer="haiku"),
+    Body("haiku_rnn", haiku("VanillaRNN"), peer="haiku"),
+    Body("equinox_lstm", equinox("LSTMCell"), peer="equinox"),
+    Body("equinox_gru", equinox("GRUCell"), peer="equinox"),
+    # What is not read: these run as jax.lax.scan, and say why.
+    # What is no cell: products of the state stay in the loop, and the gradients of their weights leave it.
+    Body("reset_before", reset_before, 2, TWO),
+    Body("haiku_gru", haiku("GRU"), 2, TWO, peer="haiku"),
+    Body("counter", counter, 1, "not of one shape and dtype"),
+    Body("normalised", normalised, 1, "'reduce_sum'"),
+    Body("held", held, 1, "held where a flag says so"),
+    Body("random_steps", random_steps, 2, "not of one shape and dtype"),
+    Body("memory_readout", memory_readout, 1, "a leaf of its carry that is not multiplied"),
+    # What is not read: these run as jax.lax.scan, and say why.
+    Body("no_product", no_product, None, "it has no product of its state with weights"),
+    Body("control_flow", control_flow, None, "it has no product of its state with weights"),
+    Body("effect", effect, None, "it has effects"),
+)
+
+
+def params(bodies):
+    return [
+        pytest.param(body, id=body.name, marks=pytest.mark.skipif(body.missing, reason=f"{body.peer} is not installed"))
+        for body in bodies
+    ]

@@ -1,0 +1,267 @@
+"""`jrnn.scan` against `jax.lax.scan`, on every body of the table: values, every gradient, and what transforms them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jrnn
+from jrnn.jaxprs.flat import flatten
+from tests.bodies import BODIES, elman, params, relu_readout, reset_lstm
+from tests.conftest import count_compilations
+
+T, F, H = 5, 3, 4
+READ = params([body for body in BODIES if body.products is not None])
+REFUSED = params([body for body in BODIES if body.products is None])
+ALL = params(BODIES)
+interpreted = pytest.mark.usefixtures("quick_compilation")
+
+
+def built(body, batch=None, time=T):
+    weights, carry, step = body.make(jax.random.key(1), F, H, batch if batch is not None else body.batches[0])
+    xs = jax.random.normal(jax.random.key(2), (time, *(batch if batch is not None else body.batches[0]), F))
+    return weights, carry, step, xs
+
+
+def run(scan, step, **options):
+    return lambda weights, carry, xs: scan(lambda c, x: step(weights, c, x), carry, xs, **options)
+
+
+def is_float(leaf):
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def of_floats(function, *args):
+    """A function of the float leaves of its arguments, to the float leaves of its results; and those leaves."""
+    leaves, tree = jax.tree.flatten(args)
+    places = [i for i, leaf in enumerate(leaves) if is_float(leaf)]
+
+    def of(*floats):
+        filled = list(leaves)
+        for i, value in zip(places, floats, strict=True):
+            filled[i] = value
+        return [leaf for leaf in jax.tree.leaves(function(*tree.unflatten(filled))) if is_float(leaf)]
+
+    return of, [leaves[i] for i in places]
+
+
+def gradient_of(function):
+    """The gradients of a sum of everything that comes out."""
+    return lambda *args: jax.grad(lambda args: sum(jnp.sum(jnp.sin(leaf)) for leaf in function(*args)), allow_int=True)(
+        args
+    )
+
+
+def gradients(function, *args):
+    """The same, by every float that goes in."""
+    of, leaves = of_floats(function, *args)
+    return gradient_of(of)(*leaves)
+
+
+def close(got, expected, tolerance=3e-5):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        if a.dtype != jax.dtypes.float0:
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@interpreted
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("body", READ)
+def test_values_and_gradients(body, reverse):
+    for batch in body.batches:
+        weights, carry, step, xs = built(body, batch)
+        got, expected = (
+            run(jrnn.scan, step, reverse=reverse, backend="hoisted"), run(jax.lax.scan, step, reverse=reverse)
+        )  # fmt: skip
+        close(got(weights, carry, xs), expected(weights, carry, xs))
+        close(gradients(got, weights, carry, xs), gradients(expected, weights, carry, xs))
+
+
+@pytest.mark.parametrize("body", READ)
+def test_native(body):
+    weights, carry, step, xs = built(body)
+    got = run(jrnn.scan, step, backend="native")
+    expected = run(jax.lax.scan, step)
+    if body.native or body.reason:
+        with pytest.raises(ValueError, match=body.native or body.reason):
+            got(weights, carry, xs)
+        return
+    close(got(weights, carry, xs), expected(weights, carry, xs))
+    close(gradients(got, weights, carry, xs), gradients(expected, weights, carry, xs))
+
+
+@interpreted
+@pytest.mark.parametrize("body", REFUSED)
+def test_what_is_not_read_runs_as_it_is(body):
+    weights, carry, step, xs = built(body)
+    name, reason = jrnn.choose_scan_backend(lambda c, x: step(weights, c, x), carry, xs)
+    assert name == "reference"
+    assert body.reason in reason
+    with pytest.raises(ValueError, match="backend: 'hoisted' cannot run this body"):
+        jrnn.scan(lambda c, x: step(weights, c, x), carry, xs, backend="hoisted")
+    got, expected = run(jrnn.scan, step), run(jax.lax.scan, step)
+    close(got(weights, carry, xs), expected(weights, carry, xs), 0)
+
+
+@interpreted
+@pytest.mark.parametrize("body", READ)
+def test_transformations(body):
+    """Forward mode, both orders of second derivatives, and batches over everything."""
+    weights, carry, step, xs = built(body, time=3)
+    got, expected = run(jrnn.scan, step, backend="hoisted"), run(jax.lax.scan, step)
+    args = (weights, carry, xs)
+    (got_of, leaves), (expected_of, _) = of_floats(got, *args), of_floats(expected, *args)
+    moving = [jnp.cos(leaf) for leaf in leaves]
+    close(jax.jvp(got_of, leaves, moving)[1], jax.jvp(expected_of, leaves, moving)[1])
+
+    def direction(function):
+        return jax.jvp(gradient_of(function), leaves, moving)[1]
+
+    close(direction(got_of), direction(expected_of), 2e-4)
+    several = jax.tree.map(lambda a: jnp.stack([a, a * 0.5 if is_float(a) else a]), args)
+    close(jax.vmap(got)(*several), jax.vmap(expected)(*several))
+    close(jax.vmap(got, (None, 0, 0))(weights, *several[1:]), jax.vmap(expected, (None, 0, 0))(weights, *several[1:]))
+
+
+def products_in_loops(closed):
+    """How many products stand in the bodies of loops."""
+
+    def count(jaxpr, inside):
+        total = 0
+        for eqn in jaxpr.eqns:
+            total += inside and eqn.primitive.name in ("dot_general", "weigh")
+            for value in eqn.params.values():
+                for inner in value if isinstance(value, tuple) else (value,):
+                    inner = getattr(inner, "jaxpr", inner)
+                    if hasattr(inner, "eqns"):
+                        total += count(inner, inside or eqn.primitive.name == "scan")
+        return total
+
+    return count(closed.jaxpr, False)
+
+
+@pytest.mark.parametrize("body", READ)
+def test_one_product_in_the_loop(body):
+    weights, carry, step, xs = built(body)
+    got = run(jrnn.scan, step, backend="hoisted")
+    assert products_in_loops(jax.make_jaxpr(got)(weights, carry, xs)) == body.products
+    backward = jax.make_jaxpr(lambda *args: gradients(got, *args))(weights, carry, xs)
+    assert products_in_loops(backward) <= 2 * body.products
+
+
+@interpreted
+@pytest.mark.parametrize("body", READ)
+def test_equal_bodies_are_equal(body):
+    """Two traces of the same step are one program: a call in eager mode compiles once."""
+    weights, carry, step, xs = built(body)
+    programs = [flatten(jax.make_jaxpr(lambda c, x: step(weights, c, x))(carry, xs[0]))[0] for _ in range(2)]
+    assert programs[0] == programs[1]
+    assert hash(programs[0]) == hash(programs[1])
+    jrnn.scan(lambda c, x: step(weights, c, x), carry, xs, backend="hoisted")
+    with count_compilations() as counter:
+        jrnn.scan(lambda c, x: step(weights, c, x), carry, xs, backend="hoisted")
+    assert counter["compilations"] == 0
+
+
+def test_other_gates_are_another_program():
+    weights, carry, _step, xs = built(BODIES[0])
+
+    def program(function):
+        return flatten(jax.make_jaxpr(lambda h, x: function(x @ weights["x"] + h @ weights["h"]))(carry, xs[0]))[0]
+
+    @jax.custom_jvp
+    def other_relu(x):
+        return jax.nn.relu(x)
+
+    other_relu.defjvp(lambda primals, tangents: (other_relu(*primals), 2.0 * tangents[0]))
+    found = [program(f) for f in (jnp.tanh, jnp.sin, jax.nn.relu, other_relu, lambda z: z * 2.0, lambda z: z * 3.0)]
+    assert len(set(found)) == len(found)
+
+
+@interpreted
+def test_float64(x64):
+    for body in (row for row in BODIES if row.products is not None and not row.missing):
+        weights, carry, step, xs = jax.tree.map(
+            lambda a: a.astype(jnp.float64) if hasattr(a, "dtype") and is_float(a) else a, built(body)
+        )
+        got, expected = run(jrnn.scan, step, backend="hoisted"), run(jax.lax.scan, step)
+        close(got(weights, carry, xs), expected(weights, carry, xs), 1e-12)
+        close(gradients(got, weights, carry, xs), gradients(expected, weights, carry, xs), 1e-11)
+
+
+@interpreted
+@pytest.mark.parametrize("remat", [2, "sqrt", 9])
+def test_remat(remat):
+    for make in (elman, reset_lstm, relu_readout):
+        weights, carry, step = make(jax.random.key(1), F, H, (4,))
+        xs = jax.random.normal(jax.random.key(2), (7, 4, F))
+        expected = run(jax.lax.scan, step)
+        for backend in ("hoisted", "reference"):
+            got = run(jrnn.scan, step, remat=remat, backend=backend)
+            close(got(weights, carry, xs), expected(weights, carry, xs))
+            close(gradients(got, weights, carry, xs), gradients(expected, weights, carry, xs))
+
+
+def test_a_reset_lets_no_nan_pass():
+    weights, carry, step = reset_lstm(jax.random.key(1), F, H, (4,))
+    xs = jax.random.normal(jax.random.key(2), (T, 4, F)).at[0, :, 1].set(-1.0)  # every sequence starts anew
+    got = run(jrnn.scan, step, backend="hoisted")
+    bad = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), carry)
+    close(got(weights, bad, xs), got(weights, carry, xs), 0)
+
+
+def test_arguments_and_errors_are_those_of_lax_scan():
+    def count(carry, _):
+        return carry + 1, carry
+
+    for options in ({"xs": None, "length": 4}, {"xs": jnp.arange(4)}, {"xs": {"a": jnp.ones((4, 2)), "b": None}}):
+        close(jrnn.scan(count, 0.0, **options), jax.lax.scan(count, 0.0, **options), 0)
+    close(jrnn.scan(count, jnp.float32(0), jnp.ones((0, 2))), jax.lax.scan(count, jnp.float32(0), jnp.ones((0, 2))), 0)
+    for arguments in (
+        (lambda c, x: (c, x, x), 0.0, jnp.ones(3)),
+        (lambda c, x: (c.astype(jnp.int32), x), jnp.float32(0), jnp.ones(3)),
+        (count, 0.0, {"a": jnp.ones(3), "b": jnp.ones(4)}),
+        (count, 0.0, None),
+        (lambda c, x: undefined, 0.0, jnp.ones(3)),  # noqa: F821
+    ):
+        with pytest.raises(Exception, match="") as expected:
+            jax.lax.scan(*arguments)
+        with pytest.raises(type(expected.value)) as got:
+            jrnn.scan(*arguments)
+        assert str(got.value).splitlines()[0] == str(expected.value).splitlines()[0]
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="backend: expected None or one of"):
+        jrnn.scan(lambda c, x: (c, x), 0.0, jnp.ones(3), backend="fast")
+    with pytest.raises(ValueError, match="remat: expected None, a positive number"):
+        jrnn.scan(lambda c, x: (c, x), 0.0, jnp.ones(3), remat=0)
+
+
+@interpreted
+def test_inside_other_loops():
+    weights, carry, step = elman(jax.random.key(1), F, H, (4,))
+    xs = jax.random.normal(jax.random.key(2), (3, T, 4, F))
+
+    def outer(scan):
+        def body(carry, xs):
+            return scan(lambda c, x: step(weights, c, x), carry, xs)
+
+        return jax.jit(lambda carry, xs: jax.lax.scan(body, carry, xs))
+
+    got = outer(lambda *args: jrnn.scan(*args, backend="hoisted"))(carry, xs)
+    close(got, outer(jax.lax.scan)(carry, xs))
+
+
+def test_choice_follows_the_size():
+    weights, carry, step = elman(jax.random.key(1), 64, 64, (16,))
+    name, reason = jrnn.choose_scan_backend(lambda c, x: step(weights, c, x), carry, jnp.ones((128, 16, 64)))
+    assert name in ("native", "hoisted")  # native where there is a compiler
+    assert "recurrent cell" in reason
+    weights, carry, step, xs = built(BODIES[0])
+    assert jrnn.choose_scan_backend(lambda c, x: step(weights, c, x), carry, xs)[0] == "reference"
