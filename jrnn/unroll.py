@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrnn import sequence
-from jrnn._check import describe, is_traced, same_form
+from jrnn._check import describe, readable, same_form
 from jrnn._device import varying_as
 from jrnn.cells.base import Layer
 from jrnn.schedules import SCHEDULES, choose
@@ -52,7 +52,10 @@ def unroll(
         rounded to it (in the native loop, inputs and weights alone), and sums and states stay float32. For models
         that begin with `jrnn.embed`, ``(T, *B)`` integers.
       state: where to start; None for ``cell.initial_state(params, batch_shape)``.
-      lengths: ``(*B,)`` integers in [0, T]: how many of each sequence's first steps are valid.
+      lengths: ``(*B,)`` integers in [0, T]: how many of each sequence's first steps are valid. Their range is checked
+        where the host can read them at once: NumPy arrays, lists, and arrays on a CPU, outside of a transformation
+        or closed over by it. Elsewhere (traced, or on an accelerator, whose work the check would have to wait for) a
+        negative length is a length of 0, and a length above T is T.
       mask: ``(T, *B)`` booleans, true at valid steps.
       resets: ``(T, *B)`` booleans (see `jrnn.sequence.resets_from_done`).
       reverse: run from the last valid step to the first; outputs stay in input order.
@@ -99,13 +102,14 @@ def unroll(
             f"cell: expected a hashable layer, a frozen dataclass of numbers, strings, tuples and functions, "
             f"got {cell!r} ({error}); keep arrays in params and lists as tuples"
         ) from error
+    given = xs, mask  # inside jit, what NumPy arrays are converted to is traced
     xs, batch_shape = _check_xs(cell, xs)
     lengths = _check_lengths(lengths, xs.shape[0], batch_shape)
     mask = _check_flags(mask, "mask", (xs.shape[0], *batch_shape))
     resets = _check_flags(resets, "resets", (xs.shape[0], *batch_shape))
     _check_key(cell, key)
     _check_options(reverse, backend, remat, unroll, start)
-    cell.check_values(xs, lengths, mask)
+    cell.check_values(given[0], lengths, given[1])
     return _unroll(
         cell, params, xs, state, lengths, mask, resets, key, start,
         reverse=bool(reverse), backend=backend, remat=remat, unroll=unroll,
@@ -267,16 +271,20 @@ def _check_xs(cell: Layer, xs: Any) -> tuple[jax.Array, tuple[int, ...]]:
 def _check_lengths(lengths: Any, time: int, batch_shape: tuple[int, ...]) -> Any:
     if lengths is None:
         return None
-    lengths = lengths if is_traced(lengths) else np.asarray(lengths)
+    known = readable(lengths)
+    if not isinstance(lengths, jax.Array):
+        lengths = np.asarray(lengths) if known else jnp.asarray(lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}; convert them with .astype(int)")
     if lengths.shape != batch_shape:
         raise ValueError(f"lengths: expected the batch shape {batch_shape} of xs, got shape {lengths.shape}")
-    if not is_traced(lengths) and lengths.size and not (lengths.min() >= 0 and lengths.max() <= time):
-        raise ValueError(
-            f"lengths: expected values in [0, {time}], the time axis of xs, got values from {lengths.min()} to "
-            f"{lengths.max()}"
-        )
+    if known and lengths.size:
+        values = np.asarray(lengths)
+        if values.min() < 0 or values.max() > time:
+            raise ValueError(
+                f"lengths: expected values in [0, {time}], the time axis of xs, got values from {values.min()} to "
+                f"{values.max()}"
+            )
     return lengths.astype(np.int32)
 
 
@@ -317,7 +325,7 @@ def _check_options(reverse: Any, backend: Any, remat: Any, unroll: Any, start: A
         raise ValueError(f"unroll: expected a positive int, got {unroll!r}")
     if jnp.shape(start) != () or not jnp.issubdtype(jnp.result_type(start), jnp.integer):
         raise TypeError(f"start: expected an integer, the absolute time of xs[0], got {start!r}")
-    if not is_traced(start) and not 0 <= int(start) < SEQUENCE:
+    if readable(start) and not 0 <= int(start) < SEQUENCE:
         raise ValueError(f"start: expected a time in [0, {SEQUENCE}), got {start}")
 
 

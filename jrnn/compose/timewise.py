@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrnn import _check, activations, initializers
-from jrnn._check import is_traced, positive_int, rate
+from jrnn._check import positive_int, rate, readable
 from jrnn.cells import norm
 from jrnn.cells.base import Layer, check_features, check_named, compute_params, emitted, product, stable
-from jrnn.sequence import valid_steps
+from jrnn.sequence import _known_steps
 
 __all__ = ["Timewise", "activation", "dense", "dropout", "embed", "layer_norm"]
 
@@ -147,12 +147,10 @@ class Embed(Timewise):
         return jnp.where(known[..., None], rows, jnp.nan)
 
     def check_values(self, xs: Any, lengths: Any, mask: Any) -> None:
-        if any(map(is_traced, (xs, lengths, mask))):
+        if not readable(xs, lengths, mask):
             return
         ids = np.asarray(xs)
-        valid = valid_steps(lengths, mask, ids.shape[0], ids.shape[1:])
-        if valid is not None:
-            ids = ids[np.asarray(valid)]
+        ids = ids[_known_steps(lengths, mask, ids.shape[0], ids.shape[1:])]
         if ids.size and not (ids.min() >= 0 and ids.max() < self.vocab):
             raise ValueError(
                 f"xs: expected ids in [0, {self.vocab}) for {self!r}, got ids from {ids.min()} to {ids.max()}; "
@@ -163,8 +161,8 @@ class Embed(Timewise):
 def embed(vocab: int, features: int, *, table_init: initializers.Initializer = "standard_normal") -> Embed:
     """A row of a table for each integer id: ids ``(T, *B)`` give ``ys (T, *B, features)``.
 
-    An id outside ``[0, vocab)`` raises where its value is known; in compiled code its row is NaN. Padding may hold
-    any id.
+    An id outside ``[0, vocab)`` raises where the host can read it at once: from a NumPy array, a list, or an array on a
+    CPU. Where ids are traced, or lie on an accelerator, its row is NaN. Padding may hold any id.
 
     Args:
       vocab: number of ids.

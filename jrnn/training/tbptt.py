@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from jrnn import sequence
-from jrnn._check import positive_int
+from jrnn._check import is_traced, positive_int
 from jrnn.cells.base import Layer
 from jrnn.compose.combine import Bidirectional
 from jrnn.training.step import Metrics, Step, TrainState, check_optimizer, split_loss
@@ -83,6 +83,12 @@ def chunks(
         if _time(leaf, "ys") != time:
             where = jax.tree_util.keystr(path)
             raise ValueError(f"ys{where}: expected {time} steps, the time axis of xs, got shape {np.shape(leaf)}")
+    for name, value in (("lengths", lengths), ("mask", mask)):
+        if is_traced(value):
+            raise TypeError(
+                f"{name}: expected known values, got a traced array; which chunks there are depends on them. Call chunks "
+                "outside jit, or take truncated_unroll inside it."
+            )
     valid = np.ones(time, bool)
     if lengths is not None:
         lengths = np.asarray(lengths)
