@@ -86,8 +86,8 @@ def chunks(
     for name, value in (("lengths", lengths), ("mask", mask)):
         if is_traced(value):
             raise TypeError(
-                f"{name}: expected known values, got a traced array; which chunks there are depends on them. Call chunks "
-                "outside jit, or take truncated_unroll inside it."
+                f"{name}: expected known values, got a traced array; which chunks there are depends on them. Call "
+                "chunks outside jit, or take truncated_unroll inside it."
             )
     valid = np.ones(time, bool)
     if lengths is not None:
