@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -68,6 +68,11 @@ def module_level(function: Any, argument: str, names: list[str]) -> Callable[...
             "it at the top of a module, or as a frozen dataclass with __call__"
         )
     return function
+
+
+def as_tree(params: Any) -> Any:
+    """Parameters as a pytree: a mapping that JAX does not know as a node, such as a `MappingProxyType`, as a dict."""
+    return jax.tree.map(lambda leaf: as_tree(dict(leaf)) if isinstance(leaf, Mapping) else leaf, params)
 
 
 def describe(tree: Any) -> str:

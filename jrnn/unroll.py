@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrnn import sequence
-from jrnn._check import describe, readable, same_form
+from jrnn._check import as_tree, describe, readable, same_form
 from jrnn._device import varying_as
 from jrnn.cells.base import Layer
 from jrnn.schedules import SCHEDULES, choose
-from jrnn.schedules.steps import SEQUENCE, Steps, check_step, expand, select
+from jrnn.schedules.steps import SEQUENCE, Steps, check_step, select, zeroed
 
 __all__ = ["choose_backend", "unroll"]
 
@@ -47,7 +47,8 @@ def unroll(
 
     Args:
       cell: a layer: a cell, `jrnn.dense`, `jrnn.stack`, … or one of your own.
-      params: its parameters, from ``cell.init``.
+      params: its parameters, from ``cell.init``; any other mapping (a Flax ``FrozenDict`` or ``nnx.State``) does where
+        ``cell.init`` gives a dict.
       xs: ``(T, *B, F)`` floats in the parameters' dtype, or in a 16-bit float: then factors of products are
         rounded to it (in the native loop, inputs and weights alone), and sums and states stay float32. For models
         that begin with `jrnn.embed`, ``(T, *B)`` integers.
@@ -77,7 +78,8 @@ def unroll(
         whole would: pass the number of steps already run.
 
     Returns:
-      ``(state, ys)``: the state after the last valid step of each sequence, and ``ys (T, *B, H)``.
+      ``(state, ys)``: the state after the last valid step of each sequence, and ``ys (T, *B, H)``. Where the step of a
+      cell of your own returns a pytree, so is ``ys``, each leaf with a time axis before its batch axes.
 
     Raises:
       ValueError, TypeError: where an argument does not fit, by name, before the loop is traced.
@@ -111,7 +113,7 @@ def unroll(
     _check_options(reverse, backend, remat, unroll, start)
     cell.check_values(given[0], lengths, given[1])
     return _unroll(
-        cell, params, xs, state, lengths, mask, resets, key, start,
+        cell, as_tree(params), xs, state, lengths, mask, resets, key, start,
         reverse=bool(reverse), backend=backend, remat=remat, unroll=unroll,
     )  # fmt: skip
 
@@ -138,7 +140,7 @@ def choose_backend(model: Layer, params: Any, xs: Any, *, key: jax.Array | None 
         state = model.initial_state(params, batch_shape)
         return run(model, _drawn(model, params, xs, key, batch_shape), xs, state)
 
-    jax.eval_shape(walk, params, xs)
+    jax.eval_shape(walk, as_tree(params), xs)
     if not chosen:
         return "reference", "no layer is recurrent: each is applied to all steps at once"
     if len(chosen) == 1:
@@ -175,7 +177,7 @@ def _unroll(
     valid = sequence.valid_steps(lengths, mask, xs.shape[0], batch_shape)
     if valid is not None:
         # Zero before the cell sees it: a NaN that is only hidden afterwards still has a NaN gradient.
-        xs = jnp.where(expand(valid, xs), xs, jnp.zeros((), xs.dtype))
+        xs = zeroed(valid, xs)
         resets = None if resets is None else resets & valid
     params = _drawn(cell, params, xs, key, batch_shape)
     run = Run(Steps(valid, resets, reverse, key, start, (), remat, unroll), batch_shape, backend)
@@ -244,10 +246,10 @@ class Run:
         times = self.steps.times(length)
         return None if times is None else jax.vmap(self.steps.key_at)(times)
 
-    def zero_invalid(self, ys: jax.Array) -> jax.Array:
+    def zero_invalid(self, ys: Any) -> Any:
         """Outputs with zeros at invalid steps."""
         valid = self.steps.valid
-        return ys if valid is None else jnp.where(expand(valid, ys), ys, jnp.zeros((), ys.dtype))
+        return ys if valid is None else zeroed(valid, ys)
 
 
 # --- checks ------------------------------------------------------------------------------------------------------

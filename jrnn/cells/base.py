@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn import initializers
-from jrnn._check import positive_int
+from jrnn._check import describe, positive_int
 from jrnn._weigh import weigh
 
 __all__ = ["AffineCell", "Cell", "Drawn", "HiddenState", "Layer"]
@@ -171,7 +172,7 @@ class Layer:
 
     def check(self, params: Any, x: Any) -> None:
         """Raises where an input of one or more steps does not fit the parameters."""
-        w = params.get("w_ih") if isinstance(params, dict) else None
+        w = params.get("w_ih") if isinstance(params, Mapping) else None
         if w is not None and jnp.ndim(w) == 2:
             check_features(x, w, "xs", self)
 
@@ -242,9 +243,11 @@ class Cell(Layer):
         return type(self).update is not Cell.update
 
 
-def emitted(y: jax.Array, x: jax.Array) -> jax.Array:
+def emitted(y: Any, x: jax.Array) -> Any:
     """Outputs leave in the dtype in which 16-bit inputs came, so that the next layer computes in it too."""
-    return y.astype(x.dtype) if is_low(x.dtype) else y
+    if not is_low(x.dtype):
+        return y
+    return jax.tree.map(lambda a: a.astype(x.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, y)
 
 
 @dataclass(frozen=True, repr=False)
@@ -404,8 +407,12 @@ class AffineCell(Cell):
 
 
 def check_named(cell: Any, params: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises where parameters lack one of the given names, or have it in another shape."""
-    got = {name: jnp.shape(params[name]) for name in shapes if name in params} if isinstance(params, dict) else params
+    """Raises where parameters are no mapping, lack one of the given names, or have it in another shape."""
+    got = (
+        {name: jnp.shape(params[name]) for name in shapes if name in params}
+        if isinstance(params, Mapping)
+        else describe(params)
+    )
     if got != shapes:
         raise ValueError(
             f"params: expected {shapes} among the parameters of {cell!r}, got {got}; "
@@ -421,7 +428,9 @@ def _theta_shapes(cell: Any) -> dict[str, tuple[int, ...]]:
 def check_affine(cell: Any, params: Any, recurrent_shape: tuple[int, ...]) -> None:
     """Raises where parameters are not those of a cell with ``w_ih``, ``w_hh`` of the given shape, and ``b``."""
     remedy = f"make them with {cell!r}.init(key, in_features)"
-    missing = {"w_ih", "w_hh", "b"} - set(params) if isinstance(params, dict) else {"a dict"}
+    if not isinstance(params, Mapping):
+        raise ValueError(f"params: expected a dict with w_ih, w_hh and b, got {describe(params)}; {remedy}")
+    missing = {"w_ih", "w_hh", "b"} - set(params)
     if missing:
         raise ValueError(f"params: expected a dict with w_ih, w_hh and b, got one without {sorted(missing)}; {remedy}")
     shapes = {name: jnp.shape(params[name]) for name in ("w_ih", "w_hh", "b")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ class TDNN(Cell):
         return self.features
 
     def check(self, params: Any, x: Any) -> None:
-        taps = jnp.shape(params["w"])[1:2] if isinstance(params, dict) and "w" in params else (x.shape[-1],)
+        taps = jnp.shape(params["w"])[1:2] if isinstance(params, Mapping) and "w" in params else (x.shape[-1],)
         check_named(self, params, {"w": (self.window, *taps, self.features), "b": (self.features,)})
         check_features(x, params["w"], "xs", self, axis=1)
 

@@ -29,7 +29,7 @@ from jrnn.cells.base import product
 from jrnn.schedules import promises
 from jrnn.schedules.layout import Rows, Units
 from jrnn.schedules.read import pack, parts, slots, unpack
-from jrnn.schedules.steps import Steps, checkpointed, chunked, expand, times_in_a_body
+from jrnn.schedules.steps import Steps, checkpointed, chunked, times_in_a_body, zeroed
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
         inputs = Inputs(params, xs, *weights, state, restart)
         schedule = Schedule(steps.key, () if steps.key is None else steps.path, times, valid, resets)
         last, ys, _ = loop(make_plan(cell, inputs, steps), inputs, schedule)
-        return last, ys if valid is None else jnp.where(expand(valid, ys), ys, jnp.zeros((), ys.dtype))
+        return last, ys if valid is None else zeroed(valid, ys)
 
     inputs = (xs, steps.valid, steps.resets, steps.times(xs.shape[0]))
     return checkpointed(segment, state, inputs, xs.shape[0], steps)

@@ -282,11 +282,11 @@ def truncated_unroll(
         parts = jax.tree.map(lambda x: x.reshape(whole - 1, length, *x.shape[1:]), cut(length, whole * length))
         times = length * jnp.arange(1, whole, dtype=jnp.int32)
         state, middle = jax.lax.scan(lambda s, part: run(jax.lax.stop_gradient(s), *part), state, (parts, times))
-        outputs.append(middle.reshape((whole - 1) * length, *middle.shape[2:]))
+        outputs.append(jax.tree.map(lambda y: y.reshape((whole - 1) * length, *y.shape[2:]), middle))
     if whole * length < time:
         state, last = run(jax.lax.stop_gradient(state), cut(whole * length, time), whole * length)
         outputs.append(last)
-    return state, jnp.concatenate(outputs)
+    return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 
 
 def _carry_into(chunk: Any, carry: Any) -> Any:
