@@ -124,6 +124,9 @@ def choose_backend(model: Layer, params: Any, xs: Any, *, key: jax.Array | None 
     For a model of several cells the reason has a part for each, and the name joins different names with "+". Lengths,
     masks, resets and ``remat`` change no choice. To ask can mean to compile the native loop.
 
+    Only shapes and dtypes matter: ``params``, ``xs`` and ``key`` may be ``jax.ShapeDtypeStruct``, as `jax.eval_shape`
+    gives them.
+
     >>> cell = jrnn.gru(4)
     >>> name, reason = jrnn.choose_backend(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))
     >>> name
@@ -131,16 +134,16 @@ def choose_backend(model: Layer, params: Any, xs: Any, *, key: jax.Array | None 
     """
     if not isinstance(model, Layer):
         raise TypeError(f"model: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {model!r}")
-    xs, batch_shape = _check_xs(model, xs)
+    xs, batch_shape = _check_xs(model, xs, structs=True)
     _check_key(model, key)
     chosen: list[tuple[Any, str, str]] = []
 
-    def walk(params: Any, xs: Any) -> Any:
+    def walk(params: Any, xs: Any, key: Any) -> Any:
         run = Run(Steps(key=key), batch_shape, chosen=chosen)
         state = model.initial_state(params, batch_shape)
         return run(model, _drawn(model, params, xs, key, batch_shape), xs, state)
 
-    jax.eval_shape(walk, as_tree(params), xs)
+    jax.eval_shape(walk, as_tree(params), xs, key)
     if not chosen:
         return "reference", "no layer is recurrent: each is applied to all steps at once"
     if len(chosen) == 1:
@@ -255,13 +258,18 @@ class Run:
 # --- checks ------------------------------------------------------------------------------------------------------
 
 
-def _check_xs(cell: Layer, xs: Any) -> tuple[jax.Array, tuple[int, ...]]:
-    try:
-        xs = jnp.asarray(xs)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"xs: expected an array (T, *B, F), got {type(xs).__name__}; pad ragged sequences with jrnn.sequence.pad"
-        ) from error
+def _check_xs(cell: Layer, xs: Any, structs: bool = False) -> tuple[Any, tuple[int, ...]]:
+    """Inputs as an array, or where ``structs`` are allowed as a ``jax.ShapeDtypeStruct``, and their batch shape."""
+    if not (structs and isinstance(xs, jax.ShapeDtypeStruct)):
+        try:
+            xs = jnp.asarray(xs)
+        except (TypeError, ValueError) as error:
+            remedy = "give numbers, in an array"
+            if isinstance(xs, list | tuple):
+                remedy = "pad ragged sequences with jrnn.sequence.pad"
+            elif isinstance(xs, jax.ShapeDtypeStruct):
+                remedy = "to evaluate shapes alone, call it through jax.eval_shape"
+            raise TypeError(f"xs: expected an array (T, *B, F), got {type(xs).__name__}; {remedy}") from error
     if xs.ndim < 1 + cell.event_ndim:
         shape = "(T, *B, F)" if cell.event_ndim else "(T, *B)"
         raise ValueError(

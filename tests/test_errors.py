@@ -80,6 +80,10 @@ ERRORS = {
     "xs_integers": (lambda: run(xs=XS.astype(int)), TypeError, "xs: expected floats", "int", "jrnn.embed"),
     "xs_booleans": (lambda: run(xs=XS > 0), TypeError, "xs: expected floats", "bool"),
     "xs_ragged": (lambda: run(xs=[[[1.0] * 3], [[1.0] * 2]]), TypeError, "xs: expected an array", "jrnn.sequence.pad"),
+    "xs_struct": (
+        lambda: run(xs=jax.ShapeDtypeStruct(XS.shape, XS.dtype)), TypeError, "xs: expected an array",
+        "got ShapeDtypeStruct", "jax.eval_shape",
+    ),
     "xs_none": (lambda: run(xs=None), TypeError, "xs: expected an array"),
     "xs_strings": (lambda: run(xs=np.array([["a"]])), TypeError, "xs: expected"),
     "xs_stack_features": (lambda: run(MODEL, MODEL_PARAMS, XS[..., :1]), ValueError, "xs: expected 3 features"),

@@ -21,7 +21,7 @@ from jrnn import sequence
 from jrnn._check import is_traced, positive_int
 from jrnn.cells.base import Layer
 from jrnn.compose.combine import Bidirectional
-from jrnn.training.step import Metrics, Step, TrainState, check_optimizer, split_loss
+from jrnn.training.step import Metrics, Step, TrainState, check_function, check_optimizer, split_loss
 from jrnn.unroll import unroll
 
 
@@ -222,8 +222,12 @@ def tbptt_step(model: Layer, loss: Callable[..., Any], optimizer: optax.Gradient
             f"model: expected one that runs forward in time, got {model!r}; a bidirectional layer needs the end of the "
             "sequence first, so train it on whole sequences with make_step"
         )
-    if not callable(loss):
-        raise TypeError(f"loss: expected a function (predictions, targets, mask), got {type(loss).__name__}")
+    check_function(
+        loss,
+        "loss",
+        ("predictions", "targets", "mask"),
+        "it must take all three, mask too, which is None where every step is valid",
+    )
     check_optimizer(optimizer)
     return TBPTTStep(optimizer, model, loss)
 
