@@ -84,6 +84,8 @@ def unroll(
     Raises:
       ValueError, TypeError: where an argument does not fit, by name, before the loop is traced.
 
+    What is exported by `jax.export` can be serialised, states included; whoever deserialises it imports jrnn first.
+
     >>> cell = jrnn.lstm(4)
     >>> params = cell.init(jax.random.key(0), 3)
     >>> xs = jax.random.normal(jax.random.key(1), (6, 2, 3))

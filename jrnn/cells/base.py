@@ -11,9 +11,10 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 
@@ -23,7 +24,18 @@ from jrnn._weigh import weigh
 
 __all__ = ["AffineCell", "Cell", "Drawn", "HiddenState", "Layer"]
 
+_State = TypeVar("_State")
 
+
+def exported(state: type[_State]) -> type[_State]:
+    """Makes a state known to `jax.export`, so that a program that takes or returns it can be serialised.
+
+    The name under which files know it is the public one: it stays where a module is moved.
+    """
+    return jax.export.register_namedtuple_serialization(state, serialized_name=f"jrnn.{state.__name__}")
+
+
+@exported
 class HiddenState(NamedTuple):
     """State of a cell that carries its hidden state alone: ``h`` is ``(*B, H)``.
 
@@ -199,6 +211,9 @@ class Cell(Layer):
     At steps that are not valid the cell is still called, with zeros for ``x`` and whatever state is held, and what it
     returns is thrown away: its step must have finite values and derivatives there, or gradients turn NaN. (For the
     same reason inputs that are NaN at *valid* steps make the gradients of parameters NaN, resets or not.)
+
+    States may be any pytree. To serialise a program that takes or returns one of your own (`jax.export`), make its type
+    known to JAX, by ``jax.export.register_namedtuple_serialization``; those of jrnn's cells are.
 
     Promises: ``emits = "h"`` says that ``y`` is the field ``h`` of the new state, which zoneout needs.
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 from jrnn import activations, initializers
 from jrnn._check import positive_int
-from jrnn.cells.base import Cell, check_features, check_named, product, stable
+from jrnn.cells.base import Cell, check_features, check_named, exported, product, stable
 
 __all__ = ["TDNNState", "tdnn"]
 
 
+@exported
 class TDNNState(NamedTuple):
     """``pending (*B, (window - 1) * dilation, H)``: what past steps have already added to the next outputs.
 
