@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,8 +12,25 @@ Tracer = jax.core.Tracer
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value is not known yet (inside jit, grad or vmap), so that only its shape can be checked."""
-    return isinstance(value, Tracer)
+    """Whether any array of a value, a tree or a list of arrays, is not known yet (inside jit, grad or vmap)."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
+
+
+def readable(*values: Any) -> bool:
+    """Whether the host can read values at once, to check them.
+
+    It cannot read a traced array. It could read one that lies on an accelerator, but it would have to wait for all
+    that the accelerator still computes before it; and it does not hold all of an array that lies on several hosts.
+    """
+    return all(map(_readable, jax.tree.leaves(values)))
+
+
+def _readable(leaf: Any) -> bool:
+    if is_traced(leaf):
+        return False
+    if not isinstance(leaf, jax.Array):
+        return True
+    return leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices())
 
 
 def positive_int(value: Any, argument: str) -> None:
@@ -58,6 +75,11 @@ def module_level(function: Any, argument: str, names: list[str]) -> Callable[...
             "it at the top of a module, or as a frozen dataclass with __call__"
         )
     return function
+
+
+def as_tree(params: Any) -> Any:
+    """Parameters as a pytree: a mapping that JAX does not know as a node, such as a `MappingProxyType`, as a dict."""
+    return jax.tree.map(lambda leaf: as_tree(dict(leaf)) if isinstance(leaf, Mapping) else leaf, params)
 
 
 def describe(tree: Any) -> str:

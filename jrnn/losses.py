@@ -9,6 +9,8 @@ time-major, `(T, *B, ...)`. These conventions hold throughout:
 - The mean is over elements: long sequences weigh more than short ones. If nothing is valid it is 0, with zero
   gradients, so that an empty batch changes nothing.
 - What stands where the mask is false changes neither the value nor any gradient, NaN and infinity included.
+- Shapes and dtypes are always checked. Values (class ids, lengths) are checked where the host can read them at once: in
+  NumPy arrays, lists, and arrays on a CPU; not where they are traced, or lie on an accelerator.
 - Arithmetic and the result are float32 for inputs of float32 and below, float64 for float64.
 """
 
@@ -23,7 +25,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jrnn.sequence import _booleans, _check_lengths, _integers, _trailing, valid_steps
+from jrnn._check import readable
+from jrnn.sequence import _booleans, _check_lengths, _integers, _known_steps, _trailing, valid_steps
 
 __all__ = [
     "accuracy",
@@ -104,12 +107,12 @@ def cross_entropy(
       label_smoothing: s, from 0 to 1.
 
     Returns:
-      A scalar; 0 if no element is valid. A class id out of range that cannot be seen while tracing gives NaN.
+      A scalar; 0 if no element is valid. A class id out of range that is not checked gives NaN.
 
     Raises:
       TypeError: `logits` are not floats, `labels` neither integers nor floats, or `mask` is not boolean.
-      ValueError: shapes that do not agree, a known class id out of range at a valid element, or
-        `label_smoothing` out of range.
+      ValueError: shapes that do not agree, a class id out of range at a valid element, or `label_smoothing` out of
+        range.
 
     >>> logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
     >>> print(jnp.round(cross_entropy(logits, np.array([0, 2])), 4), -(np.log(0.5) + np.log(0.8)) / 2)
@@ -183,7 +186,7 @@ def ctc(
 
     Raises:
       TypeError: `logits` are not floats, `lengths`, `labels` or `label_lengths` not integers, `mask` not boolean.
-      ValueError: shapes that do not agree, or known lengths or labels out of range.
+      ValueError: shapes that do not agree, or lengths or labels out of range.
 
     >>> logits = np.zeros((2, 1, 3), np.float32)  # two steps, three classes, all equally likely
     >>> loss = ctc(logits, np.array([2]), np.array([[1]]), np.array([1]))
@@ -204,9 +207,8 @@ def ctc(
         raise ValueError(f"mask: expected shape {batch}, (*B,), one for each sequence, got {counted.shape}.")
     if isinstance(blank, bool) or not isinstance(blank, int | np.integer) or not 0 <= blank < classes:
         raise ValueError(f"blank: expected a class id from 0 to C - 1 = {classes - 1}, got {blank!r}.")
-    if _known(labels, label_lengths, mask):
-        steps = np.arange(most).reshape((most,) + (1,) * len(batch))
-        used = (steps < np.asarray(label_lengths)) & (True if mask is None else np.asarray(mask))
+    if readable(labels, label_lengths, mask):
+        used = _known_steps(label_lengths, None if mask is None else np.asarray(mask)[None], most, batch)
         _check_class_ids(labels, used, classes)
         if (used & (np.asarray(labels) == blank)).any():
             raise ValueError(f"labels: expected none to be the blank, {blank}; shift them, or choose another blank.")
@@ -377,7 +379,7 @@ def _classification(
                 f"labels: expected shape {leading}, one class id for each row of logits {scores.shape}, got "
                 f"{wanted.shape}; probabilities of the classes must be floats."
             )
-        if _known(labels, mask):
+        if readable(labels, mask):
             used = np.array(True) if mask is None else np.asarray(mask)
             _check_class_ids(labels, used.reshape(used.shape + (1,) * (wanted.ndim - used.ndim)), classes)
         (scores,) = _widen(scores)
@@ -412,10 +414,6 @@ def _masked(mask: jax.Array | None, *arrays: jax.Array) -> tuple[jax.Array, ...]
     if mask is None:
         return arrays
     return tuple(jnp.where(_trailing(mask, a.ndim), a, jnp.zeros((), a.dtype)) for a in arrays)
-
-
-def _known(*values: Any) -> bool:
-    return not any(isinstance(value, jax.core.Tracer) for value in values)
 
 
 def _check_class_ids(labels: ArrayLike, used: np.ndarray, classes: int) -> None:

@@ -6,6 +6,9 @@ Legend: T time, B batch (any number of leading batch axes, or none), F features.
 
 Everything takes NumPy arrays too, and gives JAX arrays of the same dtype (64-bit data becomes 32-bit, as everywhere
 in JAX, unless `jax_enable_x64` is on).
+
+Shapes and dtypes are always checked. Values, such as lengths longer than T, are checked where the host can read them at
+once: in NumPy arrays, lists, and arrays on a CPU. They are not checked where they are traced, or lie on an accelerator.
 """
 
 from collections.abc import Sequence
@@ -15,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+
+from jrnn._check import is_traced, readable
 
 __all__ = [
     "Bucket",
@@ -95,7 +100,7 @@ def pad(sequences: Sequence[ArrayLike], length: int | None = None) -> tuple[jax.
     """
     if len(sequences) == 0:
         raise ValueError("sequences: expected at least one array, got none; without one the features are unknown.")
-    traced = any(isinstance(s, jax.core.Tracer) for s in sequences)
+    traced = is_traced(sequences)
     # Concrete data is laid out by NumPy: a JAX operation for each new T_i would compile for each new T_i.
     arrays: list[Any] = [jnp.asarray(s) if traced else np.asarray(s) for s in sequences]
     first = arrays[0]
@@ -148,7 +153,7 @@ def unpad(xs: ArrayLike, lengths: ArrayLike) -> list[jax.Array]:
     >>> [x.tolist() for x in unpad(*pad([np.array([1, 2, 3]), np.array([4])]))]
     [[1, 2, 3], [4]]
     """
-    if isinstance(lengths, jax.core.Tracer):
+    if is_traced(lengths):
         raise TypeError(
             "lengths: expected known values, got a traced array; the shapes unpad returns depend on them. Call it "
             "outside jit."
@@ -156,12 +161,12 @@ def unpad(xs: ArrayLike, lengths: ArrayLike) -> list[jax.Array]:
     shape = np.shape(xs)
     if len(shape) < 2:
         raise ValueError(f"xs: expected shape (T, B, ...), got {shape}.")
-    _check_lengths(lengths, shape[0], shape[1:2])
-    counts = np.asarray(lengths).tolist()
+    counts = np.asarray(lengths)
+    _check_lengths(counts, shape[0], shape[1:2])
     if isinstance(xs, jax.core.Tracer):
-        return [xs[:n, i] for i, n in enumerate(counts)]
+        return [xs[:n, i] for i, n in enumerate(counts.tolist())]
     array = np.asarray(xs)
-    return [jnp.asarray(array[:n, i]) for i, n in enumerate(counts)]
+    return [jnp.asarray(array[:n, i]) for i, n in enumerate(counts.tolist())]
 
 
 def windows(series: ArrayLike, length: int, horizon: int = 1, stride: int = 1) -> tuple[jax.Array, jax.Array]:
@@ -316,7 +321,7 @@ def last_valid(ys: ArrayLike, lengths: ArrayLike | None = None, mask: ArrayLike 
 
     Raises:
       TypeError: `lengths` are not integers or `mask` is not boolean.
-      ValueError: wrong shapes, or known lengths that are negative or longer than T.
+      ValueError: wrong shapes, or lengths that are negative or longer than T.
 
     >>> last_valid(np.array([[1, 4], [2, 5], [3, 6]]), np.array([2, 0])).tolist()
     [2, 0]
@@ -346,7 +351,7 @@ def mean_valid(ys: ArrayLike, lengths: ArrayLike | None = None, mask: ArrayLike 
 
     Raises:
       TypeError: `lengths` are not integers or `mask` is not boolean.
-      ValueError: wrong shapes, or known lengths that are negative or longer than T.
+      ValueError: wrong shapes, or lengths that are negative or longer than T.
 
     >>> mean_valid(np.array([[1.0, 4.0], [2.0, np.nan]]), np.array([2, 1])).tolist()
     [1.5, 4.0]
@@ -375,7 +380,7 @@ def max_valid(ys: ArrayLike, lengths: ArrayLike | None = None, mask: ArrayLike |
 
     Raises:
       TypeError: `lengths` are not integers or `mask` is not boolean.
-      ValueError: wrong shapes, or known lengths that are negative or longer than T.
+      ValueError: wrong shapes, or lengths that are negative or longer than T.
 
     >>> max_valid(np.array([[-1, 4], [-2, 5], [3, 6]]), np.array([2, 0])).tolist()
     [-1, 0]
@@ -453,7 +458,7 @@ def reverse(xs: ArrayLike, lengths: ArrayLike | None = None) -> jax.Array:
 
     Raises:
       TypeError: `lengths` are not integers.
-      ValueError: wrong shapes, or known lengths that are negative or longer than T.
+      ValueError: wrong shapes, or lengths that are negative or longer than T.
 
     >>> reverse(np.array([[1, 4], [2, 5], [3, 6]]), np.array([2, 3])).tolist()
     [[2, 6], [1, 5], [3, 4]]
@@ -464,7 +469,7 @@ def reverse(xs: ArrayLike, lengths: ArrayLike | None = None) -> jax.Array:
     if lengths is None:
         return xs[::-1]
     time = xs.shape[0]
-    _check_lengths(lengths, time, xs.shape[1 : 1 + np.ndim(lengths)])
+    _check_lengths(lengths, time, xs.shape[1 : 1 + _ndim(lengths)])
     count = jnp.asarray(lengths).astype(jnp.int32)
     steps = jnp.arange(time, dtype=jnp.int32).reshape((time,) + (1,) * count.ndim)
     source = jnp.where(steps < count, count - 1 - steps, steps)
@@ -479,29 +484,45 @@ def _with_validity(
         raise ValueError("ys: expected shape (T, *B, ...), got a scalar.")
     batch_axes = 0
     if lengths is not None:
-        batch_axes = np.ndim(lengths)
+        batch_axes = _ndim(lengths)
     elif mask is not None:
-        batch_axes = np.ndim(mask) - 1
+        batch_axes = _ndim(mask) - 1
     batch_shape = ys.shape[1 : 1 + max(batch_axes, 0)]
     if lengths is not None:
         _check_lengths(lengths, ys.shape[0], batch_shape)
     return ys, valid_steps(lengths, mask, ys.shape[0], batch_shape)
 
 
+def _known_steps(
+    lengths: ArrayLike | None, mask: ArrayLike | None, time: int, batch_shape: tuple[int, ...]
+) -> np.ndarray:
+    """`valid_steps` of values that are known, by NumPy: inside `jit` the result of any JAX operation is traced."""
+    valid = np.ones((time, *batch_shape), bool)
+    if lengths is not None:
+        valid &= np.arange(time).reshape((time,) + (1,) * len(batch_shape)) < np.asarray(lengths)
+    if mask is not None:
+        valid &= np.asarray(mask)
+    return valid
+
+
 def _check_lengths(
     lengths: ArrayLike, time: int, batch_shape: tuple[int, ...], name: str = "lengths", limit: str = "T"
 ) -> None:
-    """Shape and dtype always; values too where they are known, that is, outside of a transformation."""
+    """Shape and dtype always; values too where the host can read them at once."""
     array = _integers(name, lengths)
     if array.shape != batch_shape:
         raise ValueError(f"{name}: expected shape {batch_shape}, one for each batch element, got {array.shape}.")
-    if isinstance(lengths, jax.core.Tracer) or array.size == 0:
+    if not readable(lengths) or array.size == 0:
         return
     values = np.asarray(lengths)
     if values.min() < 0 or values.max() > time:
         raise ValueError(
             f"{name}: expected values from 0 to {limit} = {time}, got values from {values.min()} to {values.max()}."
         )
+
+
+def _ndim(value: ArrayLike) -> int:
+    return value.ndim if isinstance(value, jax.Array) else jnp.asarray(value).ndim
 
 
 def _integers(name: str, value: ArrayLike) -> jax.Array:
@@ -545,8 +566,14 @@ def _geometric(growth: float, longest: int) -> list[int]:
 
 def _generator(key: jax.Array) -> np.random.Generator:
     """A host generator from a JAX key: a permutation on the device would compile for each bucket's size."""
-    data = jax.random.key_data(key) if jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key) else key
-    entropy = np.asarray(data).ravel()
+    if is_traced(key):
+        raise TypeError(
+            "key: expected a known key, got a traced one; which sequences are in a batch depends on it. Call buckets "
+            "outside jit."
+        )
+    with jax.ensure_compile_time_eval():
+        data = jax.random.key_data(key) if jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key) else key
+        entropy = np.asarray(data).ravel()
     if entropy.dtype != np.uint32:
         raise TypeError(f"key: expected a JAX key, as from jax.random.key(0), got {key!r}.")
     return np.random.default_rng([int(word) for word in entropy])

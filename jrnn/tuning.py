@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jrnn._check import as_tree
 from jrnn._device import default_device
 from jrnn.cells.base import Layer
 from jrnn.schedules import SCHEDULES
@@ -133,12 +134,12 @@ def tune(
     default, _ = choose_backend(model, params, xs, key=key)
     flags = {"lengths": lengths, "mask": mask, "resets": resets, "key": key}
     options = {"reverse": reverse, "remat": remat, "unroll": unroll}
-    args = (params, jnp.asarray(xs), state, flags)
+    args = (as_tree(params), jnp.asarray(xs), state, flags)
     run = functools.partial(_forward, model, tuple(options.items()))
     # Raises what is wrong with the arguments: those of known values are not traced here.
     check = lambda params, xs, state: run("reference", params, xs, state, flags)
     out = jax.eval_shape(check, *args[:3])
-    weights = jax.random.normal(jax.random.key(0), out[1].shape).astype(out[1].dtype)
+    weights = jax.tree.map(lambda y: jax.random.normal(jax.random.key(0), y.shape).astype(y.dtype), out[1])
 
     calls: dict[tuple[str, str], Any] = {}
     reasons: dict[str, str] = {}
@@ -174,7 +175,9 @@ def _gradients(function: Any, weights: Any, params: Any, xs: Any, state: Any, fl
 
     def loss(params: Any, xs: Any) -> Any:
         ys = function(params, xs, state, flags)[1]
-        return jnp.sum(ys * weights, dtype=jnp.promote_types(ys.dtype, jnp.float32))
+        pairs = zip(jax.tree.leaves(ys), jax.tree.leaves(weights), strict=True)
+        floating = [(y, w) for y, w in pairs if jnp.issubdtype(y.dtype, jnp.floating)]
+        return sum(jnp.sum(y * w, dtype=jnp.result_type(float)) for y, w in floating)
 
     return jax.grad(loss, (0, 1) if floats else 0, allow_int=not floats)(params, xs)
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrnn import sequence
-from jrnn._check import describe, is_traced, same_form
+from jrnn._check import as_tree, describe, readable, same_form
 from jrnn._device import varying_as
 from jrnn.cells.base import Layer
 from jrnn.schedules import SCHEDULES, choose
-from jrnn.schedules.steps import SEQUENCE, Steps, check_step, expand, select
+from jrnn.schedules.steps import SEQUENCE, Steps, check_step, select, zeroed
 
 __all__ = ["choose_backend", "unroll"]
 
@@ -47,12 +47,16 @@ def unroll(
 
     Args:
       cell: a layer: a cell, `jrnn.dense`, `jrnn.stack`, … or one of your own.
-      params: its parameters, from ``cell.init``.
+      params: its parameters, from ``cell.init``; any other mapping (a Flax ``FrozenDict`` or ``nnx.State``) does where
+        ``cell.init`` gives a dict.
       xs: ``(T, *B, F)`` floats in the parameters' dtype, or in a 16-bit float: then factors of products are
         rounded to it (in the native loop, inputs and weights alone), and sums and states stay float32. For models
         that begin with `jrnn.embed`, ``(T, *B)`` integers.
       state: where to start; None for ``cell.initial_state(params, batch_shape)``.
-      lengths: ``(*B,)`` integers in [0, T]: how many of each sequence's first steps are valid.
+      lengths: ``(*B,)`` integers in [0, T]: how many of each sequence's first steps are valid. Their range is checked
+        where the host can read them at once: NumPy arrays, lists, and arrays on a CPU, outside of a transformation
+        or closed over by it. Elsewhere (traced, or on an accelerator, whose work the check would have to wait for) a
+        negative length is a length of 0, and a length above T is T.
       mask: ``(T, *B)`` booleans, true at valid steps.
       resets: ``(T, *B)`` booleans (see `jrnn.sequence.resets_from_done`).
       reverse: run from the last valid step to the first; outputs stay in input order.
@@ -74,10 +78,13 @@ def unroll(
         whole would: pass the number of steps already run.
 
     Returns:
-      ``(state, ys)``: the state after the last valid step of each sequence, and ``ys (T, *B, H)``.
+      ``(state, ys)``: the state after the last valid step of each sequence, and ``ys (T, *B, H)``. Where the step of a
+      cell of your own returns a pytree, so is ``ys``, each leaf with a time axis before its batch axes.
 
     Raises:
       ValueError, TypeError: where an argument does not fit, by name, before the loop is traced.
+
+    What is exported by `jax.export` can be serialised, states included; whoever deserialises it imports jrnn first.
 
     >>> cell = jrnn.lstm(4)
     >>> params = cell.init(jax.random.key(0), 3)
@@ -99,15 +106,16 @@ def unroll(
             f"cell: expected a hashable layer, a frozen dataclass of numbers, strings, tuples and functions, "
             f"got {cell!r} ({error}); keep arrays in params and lists as tuples"
         ) from error
+    given = xs, mask  # inside jit, what NumPy arrays are converted to is traced
     xs, batch_shape = _check_xs(cell, xs)
     lengths = _check_lengths(lengths, xs.shape[0], batch_shape)
     mask = _check_flags(mask, "mask", (xs.shape[0], *batch_shape))
     resets = _check_flags(resets, "resets", (xs.shape[0], *batch_shape))
     _check_key(cell, key)
     _check_options(reverse, backend, remat, unroll, start)
-    cell.check_values(xs, lengths, mask)
+    cell.check_values(given[0], lengths, given[1])
     return _unroll(
-        cell, params, xs, state, lengths, mask, resets, key, start,
+        cell, as_tree(params), xs, state, lengths, mask, resets, key, start,
         reverse=bool(reverse), backend=backend, remat=remat, unroll=unroll,
     )  # fmt: skip
 
@@ -118,6 +126,9 @@ def choose_backend(model: Layer, params: Any, xs: Any, *, key: jax.Array | None 
     For a model of several cells the reason has a part for each, and the name joins different names with "+". Lengths,
     masks, resets and ``remat`` change no choice. To ask can mean to compile the native loop.
 
+    Only shapes and dtypes matter: ``params``, ``xs`` and ``key`` may be ``jax.ShapeDtypeStruct``, as `jax.eval_shape`
+    gives them.
+
     >>> cell = jrnn.gru(4)
     >>> name, reason = jrnn.choose_backend(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))
     >>> name
@@ -125,16 +136,16 @@ def choose_backend(model: Layer, params: Any, xs: Any, *, key: jax.Array | None 
     """
     if not isinstance(model, Layer):
         raise TypeError(f"model: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {model!r}")
-    xs, batch_shape = _check_xs(model, xs)
+    xs, batch_shape = _check_xs(model, xs, structs=True)
     _check_key(model, key)
     chosen: list[tuple[Any, str, str]] = []
 
-    def walk(params: Any, xs: Any) -> Any:
+    def walk(params: Any, xs: Any, key: Any) -> Any:
         run = Run(Steps(key=key), batch_shape, chosen=chosen)
         state = model.initial_state(params, batch_shape)
         return run(model, _drawn(model, params, xs, key, batch_shape), xs, state)
 
-    jax.eval_shape(walk, params, xs)
+    jax.eval_shape(walk, as_tree(params), xs, key)
     if not chosen:
         return "reference", "no layer is recurrent: each is applied to all steps at once"
     if len(chosen) == 1:
@@ -171,7 +182,7 @@ def _unroll(
     valid = sequence.valid_steps(lengths, mask, xs.shape[0], batch_shape)
     if valid is not None:
         # Zero before the cell sees it: a NaN that is only hidden afterwards still has a NaN gradient.
-        xs = jnp.where(expand(valid, xs), xs, jnp.zeros((), xs.dtype))
+        xs = zeroed(valid, xs)
         resets = None if resets is None else resets & valid
     params = _drawn(cell, params, xs, key, batch_shape)
     run = Run(Steps(valid, resets, reverse, key, start, (), remat, unroll), batch_shape, backend)
@@ -240,22 +251,27 @@ class Run:
         times = self.steps.times(length)
         return None if times is None else jax.vmap(self.steps.key_at)(times)
 
-    def zero_invalid(self, ys: jax.Array) -> jax.Array:
+    def zero_invalid(self, ys: Any) -> Any:
         """Outputs with zeros at invalid steps."""
         valid = self.steps.valid
-        return ys if valid is None else jnp.where(expand(valid, ys), ys, jnp.zeros((), ys.dtype))
+        return ys if valid is None else zeroed(valid, ys)
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
 
 
-def _check_xs(cell: Layer, xs: Any) -> tuple[jax.Array, tuple[int, ...]]:
-    try:
-        xs = jnp.asarray(xs)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"xs: expected an array (T, *B, F), got {type(xs).__name__}; pad ragged sequences with jrnn.sequence.pad"
-        ) from error
+def _check_xs(cell: Layer, xs: Any, structs: bool = False) -> tuple[Any, tuple[int, ...]]:
+    """Inputs as an array, or where ``structs`` are allowed as a ``jax.ShapeDtypeStruct``, and their batch shape."""
+    if not (structs and isinstance(xs, jax.ShapeDtypeStruct)):
+        try:
+            xs = jnp.asarray(xs)
+        except (TypeError, ValueError) as error:
+            remedy = "give numbers, in an array"
+            if isinstance(xs, list | tuple):
+                remedy = "pad ragged sequences with jrnn.sequence.pad"
+            elif isinstance(xs, jax.ShapeDtypeStruct):
+                remedy = "to evaluate shapes alone, call it through jax.eval_shape"
+            raise TypeError(f"xs: expected an array (T, *B, F), got {type(xs).__name__}; {remedy}") from error
     if xs.ndim < 1 + cell.event_ndim:
         shape = "(T, *B, F)" if cell.event_ndim else "(T, *B)"
         raise ValueError(
@@ -267,16 +283,20 @@ def _check_xs(cell: Layer, xs: Any) -> tuple[jax.Array, tuple[int, ...]]:
 def _check_lengths(lengths: Any, time: int, batch_shape: tuple[int, ...]) -> Any:
     if lengths is None:
         return None
-    lengths = lengths if is_traced(lengths) else np.asarray(lengths)
+    known = readable(lengths)
+    if not isinstance(lengths, jax.Array):
+        lengths = np.asarray(lengths) if known else jnp.asarray(lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}; convert them with .astype(int)")
     if lengths.shape != batch_shape:
         raise ValueError(f"lengths: expected the batch shape {batch_shape} of xs, got shape {lengths.shape}")
-    if not is_traced(lengths) and lengths.size and not (lengths.min() >= 0 and lengths.max() <= time):
-        raise ValueError(
-            f"lengths: expected values in [0, {time}], the time axis of xs, got values from {lengths.min()} to "
-            f"{lengths.max()}"
-        )
+    if known and lengths.size:
+        values = np.asarray(lengths)
+        if values.min() < 0 or values.max() > time:
+            raise ValueError(
+                f"lengths: expected values in [0, {time}], the time axis of xs, got values from {values.min()} to "
+                f"{values.max()}"
+            )
     return lengths.astype(np.int32)
 
 
@@ -317,7 +337,7 @@ def _check_options(reverse: Any, backend: Any, remat: Any, unroll: Any, start: A
         raise ValueError(f"unroll: expected a positive int, got {unroll!r}")
     if jnp.shape(start) != () or not jnp.issubdtype(jnp.result_type(start), jnp.integer):
         raise TypeError(f"start: expected an integer, the absolute time of xs[0], got {start!r}")
-    if not is_traced(start) and not 0 <= int(start) < SEQUENCE:
+    if readable(start) and not 0 <= int(start) < SEQUENCE:
         raise ValueError(f"start: expected a time in [0, {SEQUENCE}), got {start}")
 
 

@@ -5,6 +5,7 @@ Everything runs on the CPU, whatever else there is; ``pytest -m gpu`` runs what 
 
 import contextlib
 import os
+import tempfile
 
 import jax
 import pytest
@@ -18,7 +19,17 @@ def pytest_configure(config):
     else:
         jax.config.update("jax_platforms", "cpu")
     # Kernels compiled by the tests are theirs, shared by the processes that run them.
-    os.environ.setdefault("JRNN_CACHE_DIR", str(config.cache.mkdir("kernels")))
+    if "JRNN_CACHE_DIR" not in os.environ:
+        os.environ["JRNN_CACHE_DIR"] = _kernels(config)
+
+
+def _kernels(config):
+    """A directory that the next run finds again, or one for this run where pytest is told to keep no cache."""
+    if config.pluginmanager.hasplugin("cacheprovider"):
+        return str(config.cache.mkdir("kernels"))
+    directory = tempfile.TemporaryDirectory(prefix="jrnn-tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(directory.cleanup)
+    return directory.name
 
 
 def pytest_collection_modifyitems(config, items):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jrnn
+from jrnn import _check
 from tests.cases import StepOnly
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -85,6 +86,10 @@ ERRORS = {
     "xs_integers": (lambda: run(xs=XS.astype(int)), TypeError, "xs: expected floats", "int", "jrnn.embed"),
     "xs_booleans": (lambda: run(xs=XS > 0), TypeError, "xs: expected floats", "bool"),
     "xs_ragged": (lambda: run(xs=[[[1.0] * 3], [[1.0] * 2]]), TypeError, "xs: expected an array", "jrnn.sequence.pad"),
+    "xs_struct": (
+        lambda: run(xs=jax.ShapeDtypeStruct(XS.shape, XS.dtype)), TypeError, "xs: expected an array",
+        "got ShapeDtypeStruct", "jax.eval_shape",
+    ),
     "xs_none": (lambda: run(xs=None), TypeError, "xs: expected an array"),
     "xs_strings": (lambda: run(xs=np.array([["a"]])), TypeError, "xs: expected"),
     "xs_stack_features": (lambda: run(MODEL, MODEL_PARAMS, XS[..., :1]), ValueError, "xs: expected 3 features"),
@@ -325,3 +330,56 @@ def test_a_list_is_as_good_as_an_array():
     state, ys = run(xs=XS.tolist(), lengths=[6, 2], mask=np.ones((6, 2), bool).tolist(), start=np.int64(2))
     assert ys.shape == (6, 2, 4)
     assert state.h.shape == (2, 4)
+
+
+# --- values that are known while something else is traced -----------------------------------------------------------
+
+KNOWN = {"numpy": np.asarray, "jax": jnp.asarray, "list": lambda value: value.tolist()}
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("flags", [("lengths",), ("mask",), ("lengths", "mask"), ()], ids="_and_".join)
+def test_known_ids_are_checked_where_parameters_are_traced(kind, flags):
+    known = KNOWN[kind]
+    given = {"lengths": np.array([1, 2]), "mask": np.array([[True, True], [False, True]])}
+    options = {name: known(given[name]) for name in flags}
+
+    def total(params, ids):
+        return jnp.sum(run(EMBED, params, ids, **options)[1])
+
+    ids, wrong = np.array([[0, 1], [99 if flags else 2, 2]]), known(np.array([[0, 99], [0, 0]]))
+    gradient = jax.jit(jax.grad(lambda params: total(params, known(ids))))(EMBED_PARAMS)["w"]
+    counts = [1, 1, 1, 0, 0] if flags else [1, 1, 2, 0, 0]
+    np.testing.assert_array_equal(gradient[:, 0], counts)
+    if kind != "list":  # JAX traces what it makes of a list
+        with pytest.raises(ValueError, match=r"ids in \[0, 5\)"):
+            jax.jit(lambda params: total(params, wrong))(EMBED_PARAMS)
+
+
+def test_lists_of_traced_lengths():
+    ends = jax.jit(
+        lambda n: (run(lengths=[n, 6])[1], jrnn.sequence.last_valid(XS, [n, 6]), jrnn.sequence.reverse(XS, [n, 6]))
+    )
+    np.testing.assert_array_equal(ends(2)[0], run(lengths=[2, 6])[1])
+
+
+def test_arrays_on_a_device_stay_there():
+    arrays = jax.device_put((PARAMS, XS, np.array([6, 2], np.int32), np.ones((6, 2), bool), np.int32(0)))
+
+    def over(params, xs, lengths, mask, start):
+        return run(params=params, xs=xs, lengths=lengths, mask=mask, start=start)
+
+    over(*arrays)
+    with jax.transfer_guard("disallow"):  # fails where the lengths go to the host and back
+        over(*arrays)
+
+
+def test_values_on_an_accelerator_are_not_waited_for(monkeypatch):
+    """What is there only to be checked is not read, and is dealt with as where it is traced."""
+    monkeypatch.setattr(_check, "_readable", lambda leaf: not isinstance(leaf, jax.Array))
+    _, ys = run(lengths=jnp.array([9, -1]))
+    np.testing.assert_array_equal(ys, run(lengths=np.array([6, 0]))[1])
+    assert np.isnan(run(EMBED, EMBED_PARAMS, jnp.array([[7]]))[1]).all()
+    assert np.isnan(jrnn.losses.cross_entropy(jnp.ones((1, 2)), jnp.array([2])))
+    with pytest.raises(ValueError, match="lengths: expected values in"):
+        run(lengths=np.array([9, 0]))

@@ -1,6 +1,8 @@
 """The package as a whole: what it exports, what importing it costs, and that calling it twice compiles once."""
 
 import inspect
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -30,6 +32,13 @@ early = {"matplotlib", "orbax.checkpoint", "torch", "tqdm"} & set(sys.modules)
 assert not early, early
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_suite_runs_where_pytest_keeps_no_cache():
+    root = pathlib.Path(__file__).parents[1]
+    environment = {name: value for name, value in os.environ.items() if name != "JRNN_CACHE_DIR"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "0", "--collect-only", "-q"]
+    subprocess.run([*command, "tests/test_streaming.py"], cwd=root, env=environment, check=True)
 
 
 def test_an_eager_call_compiles_once():

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import chex
 import jax
@@ -388,3 +388,69 @@ def test_export_for_any_size(shape):
     form = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
     exported = jax.export.export(run)(params, form)
     np.testing.assert_allclose(exported.call(params, xs), run(params, xs), rtol=0, atol=1e-6)
+
+
+class Carry(NamedTuple):
+    h: jax.Array
+
+
+class Owned(jrnn.AffineCell):
+    """A user's cell with a state type of its own."""
+
+    gate_names = ("h",)
+    state_type = Carry
+
+    def gates(self, theta, u, v, state):
+        return Carry(jnp.tanh(u[0] + v[0]))
+
+
+def test_states_of_all_cells_are_known_to_export():
+    """Seen without serialising, for which flatbuffers is needed: JAX refuses to register a type twice."""
+
+    def named(tree):
+        if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+            yield type(tree)
+        for part in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple) else ():
+            yield from named(part)
+
+    def states(case):
+        layer = case.layer
+        return jax.eval_shape(lambda: layer.initial_state(layer.init(jax.random.key(0), case.in_features), ()))
+
+    kinds = {kind for case in CASES for kind in named(states(case))}
+    assert {jrnn.LSTMState, jrnn.HiddenState, jrnn.TDNNState} <= kinds
+    for kind in kinds:
+        with pytest.raises(ValueError, match="Duplicate serialization registration"):
+            jax.export.register_namedtuple_serialization(kind, serialized_name=f"tests.{kind.__name__}")
+
+
+def test_an_exported_program_that_returns_states_can_be_serialised():
+    model = jrnn.stack(
+        jrnn.bidirectional(jrnn.lstm(4), jrnn.projection_lstm(4, 2)),
+        jrnn.learned_state(jrnn.gru(3)),
+        jrnn.zoneout(jrnn.mgu(3), h=0.1),
+        jrnn.tdnn(3, window=2),
+        jrnn.jordan(3, 2),
+    )
+    params, xs = model.init(jax.random.key(0), 3), jax.random.normal(jax.random.key(1), (7, 5, 3))
+    run = jax.jit(lambda params, xs, state: jrnn.unroll(model, params, xs, state))
+    exported = jax.export.export(run)(params, xs, model.initial_state(params, (5,)))
+    pytest.importorskip("flatbuffers", reason="jax.export serialises by flatbuffers")
+    again = jax.export.deserialize(exported.serialize())
+    state, _ = again.call(params, xs, model.initial_state(params, (5,)))
+    state, ys = again.call(params, xs, state)  # what comes back goes in again
+    expected = run(params, xs, run(params, xs, None)[0])
+    assert jax.tree.structure(state) == jax.tree.structure(expected[0])
+    chex.assert_trees_all_close((state, ys), expected, atol=1e-6)
+
+
+def test_a_state_type_of_ones_own_is_registered_with_jax():
+    cell, xs = Owned(4), jnp.ones((5, 2, 3))
+    params = cell.init(jax.random.key(0), 3)
+    exported = jax.export.export(jax.jit(lambda params, xs: jrnn.unroll(cell, params, xs)))(params, xs)
+    pytest.importorskip("flatbuffers", reason="jax.export serialises by flatbuffers")
+    with pytest.raises(ValueError, match="Carry"):
+        exported.serialize()
+    jax.export.register_namedtuple_serialization(Carry, serialized_name="tests.Carry")
+    state, _ = jax.export.deserialize(exported.serialize()).call(params, xs)
+    assert isinstance(state, Carry)

@@ -233,6 +233,16 @@ def test_buckets_cover_every_sequence_once_with_bounded_padding(growth, seeded):
     assert len({(len(b.indices), b.length) for b in batches}) <= 2 * len(padded)
 
 
+def test_buckets_inside_jit():
+    key = jax.random.key(3)
+    outside = sequence.buckets([4, 1, 9, 4], 2, key=key)
+    inside = []
+    jax.jit(lambda x: inside.extend(sequence.buckets([4, 1, 9, 4], 2, key=key)) or x)(1.0)
+    assert [b.indices.tolist() for b in inside] == [b.indices.tolist() for b in outside]
+    with pytest.raises(TypeError, match="key: expected a known key, got a traced one"):
+        jax.jit(lambda key: len(sequence.buckets([1], 1, key=key)))(key)
+
+
 def test_buckets_of_equal_lengths_are_not_padded():
     assert {b.length for b in sequence.buckets([40] * 10, 4)} == {40}
 

@@ -124,6 +124,17 @@ def test_rows_name_a_schedule_and_the_run_that_made_them():
         assert all(low <= high for low, high in (entry.hidden, entry.batch, entry.time))
 
 
+def test_shapes_are_enough_to_choose_by():
+    model = jrnn.stack(jrnn.embed(5, 3), jrnn.dropout(0.1), jrnn.bidirectional(jrnn.gru(8)))
+    arrays = (model.init(jax.random.key(0), None), jnp.zeros((6, 2), jnp.int32))
+    structs = jax.eval_shape(lambda: arrays)
+    assert jrnn.choose_backend(model, *structs) == jrnn.choose_backend(model, *arrays)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    assert jrnn.choose_backend(model, *structs, key=key) == jrnn.choose_backend(model, *arrays, key=jax.random.key(0))
+    with pytest.raises(TypeError, match="xs: expected integer ids"):
+        jrnn.choose_backend(model, structs[0], jax.ShapeDtypeStruct((6, 2), jnp.float32))
+
+
 def test_where_something_was_measured_it_is_chosen(monkeypatch):
     monkeypatch.setattr(measured, "MEASURED", (row(),))
     name, reason = jrnn.choose_backend(*arguments())

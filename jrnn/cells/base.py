@@ -9,20 +9,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 
 from jrnn import initializers
-from jrnn._check import non_negative_int, positive_int
+from jrnn._check import describe, non_negative_int, positive_int
 from jrnn._weigh import weigh
 
 __all__ = ["AffineCell", "Cell", "Drawn", "HiddenState", "Layer"]
 
+_State = TypeVar("_State")
 
+
+def exported(state: type[_State]) -> type[_State]:
+    """Makes a state known to `jax.export`, so that a program that takes or returns it can be serialised.
+
+    The name under which files know it is the public one: it stays where a module is moved.
+    """
+    return jax.export.register_namedtuple_serialization(state, serialized_name=f"jrnn.{state.__name__}")
+
+
+@exported
 class HiddenState(NamedTuple):
     """State of a cell that carries its hidden state alone: ``h`` is ``(*B, H)``.
 
@@ -171,7 +184,7 @@ class Layer:
 
     def check(self, params: Any, x: Any) -> None:
         """Raises where an input of one or more steps does not fit the parameters."""
-        w = params.get("w_ih") if isinstance(params, dict) else None
+        w = params.get("w_ih") if isinstance(params, Mapping) else None
         if w is not None and jnp.ndim(w) == 2:
             check_features(x, w, "xs", self)
 
@@ -198,6 +211,9 @@ class Cell(Layer):
     At steps that are not valid the cell is still called, with zeros for ``x`` and whatever state is held, and what it
     returns is thrown away: its step must have finite values and derivatives there, or gradients turn NaN. (For the
     same reason inputs that are NaN at *valid* steps make the gradients of parameters NaN, resets or not.)
+
+    States may be any pytree. To serialise a program that takes or returns one of your own (`jax.export`), make its type
+    known to JAX, by ``jax.export.register_namedtuple_serialization``; those of jrnn's cells are.
 
     Promises: ``emits = "h"`` says that ``y`` is the field ``h`` of the new state, which zoneout needs. Another field
     can be named, or several, ``emits = ("h", "c")``: then ``y`` is these fields side by side along the features.
@@ -258,9 +274,11 @@ def side_by_side(fields: Any) -> jax.Array:
     return fields[0] if len(fields) == 1 else jnp.concatenate(fields, -1)
 
 
-def emitted(y: jax.Array, x: jax.Array) -> jax.Array:
+def emitted(y: Any, x: jax.Array) -> Any:
     """Outputs leave in the dtype in which 16-bit inputs came, so that the next layer computes in it too."""
-    return y.astype(x.dtype) if is_low(x.dtype) else y
+    if not is_low(x.dtype):
+        return y
+    return jax.tree.map(lambda a: a.astype(x.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, y)
 
 
 @dataclass(frozen=True, repr=False)
@@ -437,8 +455,12 @@ def check_emits(cell: Any, fields: tuple[str, ...]) -> None:
 
 
 def check_named(cell: Any, params: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises where parameters lack one of the given names, or have it in another shape."""
-    got = {name: jnp.shape(params[name]) for name in shapes if name in params} if isinstance(params, dict) else params
+    """Raises where parameters are no mapping, lack one of the given names, or have it in another shape."""
+    got = (
+        {name: jnp.shape(params[name]) for name in shapes if name in params}
+        if isinstance(params, Mapping)
+        else describe(params)
+    )
     if got != shapes:
         raise ValueError(
             f"params: expected {shapes} among the parameters of {cell!r}, got {got}; "
@@ -454,7 +476,9 @@ def _theta_shapes(cell: Any) -> dict[str, tuple[int, ...]]:
 def check_affine(cell: Any, params: Any, recurrent_shape: tuple[int, ...]) -> None:
     """Raises where parameters are not those of a cell with ``w_ih``, ``w_hh`` of the given shape, and ``b``."""
     remedy = f"make them with {cell!r}.init(key, in_features)"
-    missing = {"w_ih", "w_hh", "b"} - set(params) if isinstance(params, dict) else {"a dict"}
+    if not isinstance(params, Mapping):
+        raise ValueError(f"params: expected a dict with w_ih, w_hh and b, got {describe(params)}; {remedy}")
+    missing = {"w_ih", "w_hh", "b"} - set(params)
     if missing:
         raise ValueError(f"params: expected a dict with w_ih, w_hh and b, got one without {sorted(missing)}; {remedy}")
     shapes = {name: jnp.shape(params[name]) for name in ("w_ih", "w_hh", "b")}

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 
 from jrnn import _check, activations, initializers
 from jrnn._check import non_negative_int, positive_int
-from jrnn.cells.base import AffineCell, Cell, check_affine, check_features, check_named, product, stable
+from jrnn.cells.base import AffineCell, Cell, check_affine, check_features, check_named, exported, product, stable
 from jrnn.cells.norm import layer_norm, layer_norm_gates
 
 __all__ = ["LSTMState", "coupled_lstm", "layer_norm_lstm", "lstm", "peephole_lstm", "projection_lstm"]
 
 
+@exported
 class LSTMState(NamedTuple):
     """State of an LSTM: ``h (*B, H)`` (``(*B, P)`` with a projection), the output, and ``c (*B, H)``, the memory.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 
 from jrnn import activations, initializers
 from jrnn._check import positive_int
-from jrnn.cells.base import Cell, check_features, check_named, product, stable
+from jrnn.cells.base import Cell, check_features, check_named, exported, product, stable
 
 __all__ = ["TDNNState", "tdnn"]
 
 
+@exported
 class TDNNState(NamedTuple):
     """``pending (*B, (window - 1) * dilation, H)``: what past steps have already added to the next outputs.
 
@@ -63,7 +65,7 @@ class TDNN(Cell):
         return self.features
 
     def check(self, params: Any, x: Any) -> None:
-        taps = jnp.shape(params["w"])[1:2] if isinstance(params, dict) and "w" in params else (x.shape[-1],)
+        taps = jnp.shape(params["w"])[1:2] if isinstance(params, Mapping) and "w" in params else (x.shape[-1],)
         check_named(self, params, {"w": (self.window, *taps, self.features), "b": (self.features,)})
         check_features(x, params["w"], "xs", self, axis=1)
 

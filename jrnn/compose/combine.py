@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jrnn._check import module_level, positive_int
+from jrnn._check import describe, module_level, positive_int
 from jrnn.cells.base import Layer, compute_params, emitted, product
 
 __all__ = ["Bidirectional", "Highway", "Residual", "Stack", "bidirectional", "highway", "residual", "stack"]
@@ -200,8 +200,8 @@ class Bidirectional(Layer):
         self.backward.check_values(xs, lengths, mask)
 
     def _check_params(self, params: Any) -> None:
-        if not isinstance(params, dict) or set(params) != {"forward", "backward"}:
-            got = sorted(params) if isinstance(params, dict) else type(params).__name__
+        if not isinstance(params, Mapping) or set(params) != {"forward", "backward"}:
+            got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
             raise ValueError(f'params: expected a dict with "forward" and "backward", got {got}')
 
     def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
@@ -339,8 +339,10 @@ class Highway(Layer):
         return {**params, "layer": self.layer.draw(params["layer"], key, batch_shape, in_features)}
 
     def check(self, params: Any, x: Any) -> None:
-        if not isinstance(params, dict) or set(params) != {"layer", "w", "b"}:
-            raise ValueError('params: expected a dict with "layer", "w" and "b" for a highway layer')
+        if not isinstance(params, Mapping) or set(params) != {"layer", "w", "b"}:
+            raise ValueError(
+                f'params: expected a dict with "layer", "w" and "b" for a highway layer, got {describe(params)}'
+            )
         self.layer.check(params["layer"], x)
 
     def _mix(self, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:

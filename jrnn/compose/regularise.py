@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jrnn._check import rate
+from jrnn._check import describe, rate
 from jrnn.cells.base import (
     AffineCell,
     Cell,
@@ -349,7 +350,7 @@ class DropConnect(Wrapper):
 
     def _require_weights(self, params: Any) -> None:
         params = undrawn(params)
-        if not isinstance(params, dict) or "w_hh" not in params:
+        if not isinstance(params, Mapping) or "w_hh" not in params:
             raise ValueError(
                 f"cell: expected a cell with recurrent weights w_hh among its parameters, got {self.cell!r}; wrap the "
                 "cell itself in dropconnect, and put other wrappers outside"
@@ -410,8 +411,11 @@ class LearnedState(Wrapper):
 
     def check(self, params: Any, x: Any) -> None:
         own = undrawn(params)
-        if not isinstance(own, dict) or set(own) != {"cell", "initial"}:
-            raise ValueError('params: expected a dict with "cell" and "initial" for a cell with a learned state')
+        if not isinstance(own, Mapping) or set(own) != {"cell", "initial"}:
+            raise ValueError(
+                'params: expected a dict with "cell" and "initial" for a cell with a learned state, got '
+                f"{describe(own)}"
+            )
         super().check(params, x)
 
     def inner(self, params: Any) -> Any:

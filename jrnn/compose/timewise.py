@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrnn import _check, activations, initializers
-from jrnn._check import is_traced, positive_int, rate
+from jrnn._check import describe, positive_int, rate, readable
 from jrnn.cells import norm
 from jrnn.cells.base import Layer, check_features, check_named, compute_params, emitted, product, stable
-from jrnn.sequence import valid_steps
+from jrnn.sequence import _known_steps
 
 __all__ = ["Timewise", "activation", "dense", "dropout", "embed", "layer_norm"]
 
@@ -58,9 +59,9 @@ class Timewise(Layer):
         return state, run.zero_invalid(ys)
 
 
-def weight_shape(params: Any) -> tuple[int, ...]:
-    """Shape of the leaf ``w``, ``()`` where there is none."""
-    return np.shape(params["w"]) if isinstance(params, dict) and "w" in params else ()
+def shape_of(params: Any, name: str) -> tuple[int, ...]:
+    """Shape of a parameter, ``()`` where there is none of that name."""
+    return np.shape(params[name]) if isinstance(params, Mapping) and name in params else ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,8 +89,10 @@ class Dense(Timewise):
         return self.features
 
     def check(self, params: Any, x: Any) -> None:
-        if weight_shape(params)[1:] != (self.features,):
-            raise ValueError(f"params: expected w (F, {self.features}) and b ({self.features},) for {self!r}")
+        if (shape_of(params, "w")[1:], shape_of(params, "b")) != ((self.features,), (self.features,)):
+            raise ValueError(
+                f"params: expected w (F, {self.features}) and b ({self.features},) for {self!r}, got {describe(params)}"
+            )
         check_features(x, params["w"], "xs", self)
 
     def apply(self, params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -135,8 +138,8 @@ class Embed(Timewise):
         return self.features
 
     def check(self, params: Any, x: Any) -> None:
-        if weight_shape(params) != (self.vocab, self.features):
-            raise ValueError(f"params: expected w ({self.vocab}, {self.features}) for {self!r}")
+        if shape_of(params, "w") != (self.vocab, self.features):
+            raise ValueError(f"params: expected w ({self.vocab}, {self.features}) for {self!r}, got {describe(params)}")
         if not jnp.issubdtype(x.dtype, jnp.integer):
             raise TypeError(f"xs: expected integer ids for {self!r}, got {x.dtype}")
 
@@ -147,12 +150,10 @@ class Embed(Timewise):
         return jnp.where(known[..., None], rows, jnp.nan)
 
     def check_values(self, xs: Any, lengths: Any, mask: Any) -> None:
-        if any(map(is_traced, (xs, lengths, mask))):
+        if not readable(xs, lengths, mask):
             return
         ids = np.asarray(xs)
-        valid = valid_steps(lengths, mask, ids.shape[0], ids.shape[1:])
-        if valid is not None:
-            ids = ids[np.asarray(valid)]
+        ids = ids[_known_steps(lengths, mask, ids.shape[0], ids.shape[1:])]
         if ids.size and not (ids.min() >= 0 and ids.max() < self.vocab):
             raise ValueError(
                 f"xs: expected ids in [0, {self.vocab}) for {self!r}, got ids from {ids.min()} to {ids.max()}; "
@@ -163,8 +164,8 @@ class Embed(Timewise):
 def embed(vocab: int, features: int, *, table_init: initializers.Initializer = "standard_normal") -> Embed:
     """A row of a table for each integer id: ids ``(T, *B)`` give ``ys (T, *B, features)``.
 
-    An id outside ``[0, vocab)`` raises where its value is known; in compiled code its row is NaN. Padding may hold
-    any id.
+    An id outside ``[0, vocab)`` raises where the host can read it at once: from a NumPy array, a list, or an array on a
+    CPU. Where ids are traced, or lie on an accelerator, its row is NaN. Padding may hold any id.
 
     Args:
       vocab: number of ids.
@@ -194,7 +195,7 @@ class LayerNorm(Timewise):
         return {"scale": jnp.ones(in_features, jnp.float32), "shift": jnp.zeros(in_features, jnp.float32)}
 
     def check(self, params: Any, x: Any) -> None:
-        width = jnp.shape(params["scale"]) if isinstance(params, dict) and "scale" in params else x.shape[-1:]
+        width = jnp.shape(params["scale"]) if isinstance(params, Mapping) and "scale" in params else x.shape[-1:]
         check_named(self, params, {"scale": width, "shift": width})
         check_features(x, params["scale"], "xs", self)
 

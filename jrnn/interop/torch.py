@@ -19,6 +19,7 @@ state of layer l in direction d (0 forward, 1 backward).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -260,7 +261,7 @@ def _layers(model: Any, params: Any) -> tuple[list[list[tuple[Any, Any]]], float
         if isinstance(layer, Bidirectional):
             if layer.merge != "concat":
                 raise TypeError(f'model: expected directions merged by "concat", as PyTorch does, got {layer.merge!r}')
-            if not isinstance(leaves, dict) or set(leaves) != {"forward", "backward"}:
+            if not isinstance(leaves, Mapping) or set(leaves) != {"forward", "backward"}:
                 raise ValueError('params: expected "forward" and "backward" for a bidirectional layer')
             layers.append([(layer.forward, leaves["forward"]), (layer.backward, leaves["backward"])])
         else:
@@ -301,13 +302,13 @@ def _signature(cell: Any) -> tuple[str, int, Any]:
 
 
 def _entry(leaves: Any, name: str, cell: Any) -> Any:
-    if not isinstance(leaves, dict) or name not in leaves:
+    if not isinstance(leaves, Mapping) or name not in leaves:
         raise ValueError(f"params: expected a dict with {name!r} for {cell!r}, got {_keys(leaves)}")
     return leaves[name]
 
 
 def _keys(leaves: Any) -> str:
-    return f"one with {sorted(leaves)}" if isinstance(leaves, dict) else type(leaves).__name__
+    return f"one with {sorted(leaves)}" if isinstance(leaves, Mapping) else type(leaves).__name__
 
 
 def _write(cell: Any, leaves: Any, features: int, suffix: str) -> dict[str, np.ndarray]:

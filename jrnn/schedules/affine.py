@@ -29,7 +29,7 @@ from jrnn.cells.base import emitted_fields, product, side_by_side
 from jrnn.schedules import promises
 from jrnn.schedules.layout import Rows, Units
 from jrnn.schedules.read import pack, parts, slots, unpack
-from jrnn.schedules.steps import Steps, checkpointed, chunked, expand, times_in_a_body
+from jrnn.schedules.steps import Steps, checkpointed, chunked, times_in_a_body, zeroed
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
         schedule = Schedule(steps.key, () if steps.key is None else steps.path, times, valid, resets)
         last, outs, _ = loop(make_plan(cell, inputs, steps), inputs, schedule)
         ys = side_by_side(outs)
-        return last, ys if valid is None else jnp.where(expand(valid, ys), ys, jnp.zeros((), ys.dtype))
+        return last, ys if valid is None else zeroed(valid, ys)
 
     inputs = (xs, steps.valid, steps.resets, steps.times(xs.shape[0]))
     return checkpointed(segment, state, inputs, xs.shape[0], steps)

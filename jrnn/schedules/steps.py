@@ -110,6 +110,11 @@ def select(flags: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(expand(flags, o), n, o), new, old)
 
 
+def zeroed(valid: jax.Array, tree: Any) -> Any:
+    """Zeros at what is not valid, leaf by leaf."""
+    return jax.tree.map(lambda a: jnp.where(expand(valid, a), a, jnp.zeros((), a.dtype)), tree)
+
+
 def scan(
     cell: Any,
     params: Any,
@@ -131,7 +136,7 @@ def scan(
         new, y = step(params, state, p, steps.key_at(time))
         if valid is not None:
             new = select(valid, new, state)
-            y = jnp.where(expand(valid, y), y, 0)
+            y = zeroed(valid, y)
         return new, y
 
     def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:

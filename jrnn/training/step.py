@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -177,7 +178,8 @@ def make_step(loss_fn: Callable[..., Any], optimizer: optax.GradientTransformati
       `Metrics`, and the laws under `Step`.
 
     Raises:
-      TypeError: ``loss_fn`` or ``optimizer`` of the wrong kind; at the first call, a loss that is not a floating-point
+      TypeError: ``loss_fn`` or ``optimizer`` of the wrong kind, or a loss function that does not take the three
+        arguments; at the first call, a loss that is not a floating-point
         scalar or an aux that is not a dictionary.
 
     >>> def loss_fn(params, batch, key):
@@ -192,10 +194,29 @@ def make_step(loss_fn: Callable[..., Any], optimizer: optax.GradientTransformati
     >>> step == make_step(loss_fn, step.optimizer)
     True
     """
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn: expected a function of (params, batch, key), got {type(loss_fn).__name__}")
+    check_function(
+        loss_fn,
+        "loss_fn",
+        ("params", "batch", "key"),
+        "it must take all three, key too, which is None where a state has none",
+    )
     check_optimizer(optimizer)
     return TrainStep(optimizer, loss_fn)
+
+
+def check_function(function: Any, name: str, arguments: tuple[str, ...], remedy: str) -> None:
+    """Raises where a function cannot be called with so many positional arguments."""
+    expected = f"{name}: expected a function of ({', '.join(arguments)})"
+    if not callable(function):
+        raise TypeError(f"{expected}, got {type(function).__name__}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # one that is not written in Python may have none
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise TypeError(f"{expected}, by position, got one that takes {signature}; {remedy}") from error
 
 
 def check_optimizer(optimizer: Any) -> None:

@@ -18,10 +18,10 @@ import numpy as np
 import optax
 
 from jrnn import sequence
-from jrnn._check import positive_int
+from jrnn._check import is_traced, positive_int
 from jrnn.cells.base import Layer
 from jrnn.compose.combine import Bidirectional
-from jrnn.training.step import Metrics, Step, TrainState, check_optimizer, split_loss
+from jrnn.training.step import Metrics, Step, TrainState, check_function, check_optimizer, split_loss
 from jrnn.unroll import unroll
 
 
@@ -83,6 +83,12 @@ def chunks(
         if _time(leaf, "ys") != time:
             where = jax.tree_util.keystr(path)
             raise ValueError(f"ys{where}: expected {time} steps, the time axis of xs, got shape {np.shape(leaf)}")
+    for name, value in (("lengths", lengths), ("mask", mask)):
+        if is_traced(value):
+            raise TypeError(
+                f"{name}: expected known values, got a traced array; which chunks there are depends on them. Call "
+                "chunks outside jit, or take truncated_unroll inside it."
+            )
     valid = np.ones(time, bool)
     if lengths is not None:
         lengths = np.asarray(lengths)
@@ -216,8 +222,12 @@ def tbptt_step(model: Layer, loss: Callable[..., Any], optimizer: optax.Gradient
             f"model: expected one that runs forward in time, got {model!r}; a bidirectional layer needs the end of the "
             "sequence first, so train it on whole sequences with make_step"
         )
-    if not callable(loss):
-        raise TypeError(f"loss: expected a function (predictions, targets, mask), got {type(loss).__name__}")
+    check_function(
+        loss,
+        "loss",
+        ("predictions", "targets", "mask"),
+        "it must take all three, mask too, which is None where every step is valid",
+    )
     check_optimizer(optimizer)
     return TBPTTStep(optimizer, model, loss)
 
@@ -276,11 +286,11 @@ def truncated_unroll(
         parts = jax.tree.map(lambda x: x.reshape(whole - 1, length, *x.shape[1:]), cut(length, whole * length))
         times = length * jnp.arange(1, whole, dtype=jnp.int32)
         state, middle = jax.lax.scan(lambda s, part: run(jax.lax.stop_gradient(s), *part), state, (parts, times))
-        outputs.append(middle.reshape((whole - 1) * length, *middle.shape[2:]))
+        outputs.append(jax.tree.map(lambda y: y.reshape((whole - 1) * length, *y.shape[2:]), middle))
     if whole * length < time:
         state, last = run(jax.lax.stop_gradient(state), cut(whole * length, time), whole * length)
         outputs.append(last)
-    return state, jnp.concatenate(outputs)
+    return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 
 
 def _carry_into(chunk: Any, carry: Any) -> Any:

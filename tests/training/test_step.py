@@ -243,6 +243,11 @@ def test_works_inside_jit_and_scan():
     ("call", "error", "match"),
     [
         (lambda: make_step(3, optax.sgd(0.1)), TypeError, "loss_fn: expected a function"),
+        (
+            lambda: make_step(lambda params, batch: 0.0, optax.sgd(0.1)),
+            TypeError,
+            r"loss_fn: expected a function of \(params, batch, key\).*takes \(params, batch\); it must take all three",
+        ),
         (lambda: make_step(loss_fn, "adam"), TypeError, "optimizer: expected an Optax transformation"),
         (lambda: make_step(loss_fn, optax.sgd(0.1)).init({"n": 1}), TypeError, r"floating-point.*at \['n'\]"),
         (lambda: make_step(loss_fn, optax.sgd(0.1)).init({}), ValueError, "params: expected at least one array"),

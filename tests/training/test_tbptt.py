@@ -269,7 +269,17 @@ def test_chunks_without_a_valid_step_are_left_out():
         (lambda xs: chunks(3.0, None, 2), ValueError, "xs: expected time as the first axis"),
         (lambda xs: tbptt_step(3, losses.mse, optax.sgd(0.1)), TypeError, "model: expected a layer"),
         (lambda xs: tbptt_step(jrnn.gru(2), 3, optax.sgd(0.1)), TypeError, "loss: expected a function"),
+        (
+            lambda xs: tbptt_step(jrnn.gru(2), lambda predictions, targets: 0.0, optax.sgd(0.1)),
+            TypeError,
+            r"loss: expected a function of \(predictions, targets, mask\).*takes \(predictions, targets\)",
+        ),
         (lambda xs: tbptt_step(jrnn.gru(2), losses.mse, 3), TypeError, "optimizer"),
+        (
+            lambda xs: jax.jit(lambda n: len(list(chunks(xs, None, 2, lengths=n))))(np.array([1, 2])),
+            TypeError,
+            "lengths: expected known values, got a traced array",
+        ),
         (
             lambda xs: tbptt_step(jrnn.stack(jrnn.residual(jrnn.bidirectional(jrnn.gru(2)))), losses.mse, optax.sgd(1)),
             ValueError,

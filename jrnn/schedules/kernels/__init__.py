@@ -27,7 +27,7 @@ from jrnn.cells.base import compute_params, emitted
 from jrnn.schedules import promises
 from jrnn.schedules.kernels import body, rule
 from jrnn.schedules.kernels.plan import Chip, Plan
-from jrnn.schedules.steps import Steps, checkpointed, expand
+from jrnn.schedules.steps import Steps, checkpointed, zeroed
 
 # What the kernels' language has in every JAX that is supported, besides what `body` rewrites.
 # fmt: off
@@ -107,7 +107,7 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps, target:
         last, hs = rule.recur(plan, operands, rows(valid, 1), rows(resets, 1))
         last = jax.tree.map(lambda new, old: new.reshape(old.shape), last, state)
         hs = hs.reshape(*xs.shape[:-1], cell.hidden)
-        return last, hs if valid is None else jnp.where(expand(valid, hs), hs, jnp.zeros((), hs.dtype))
+        return last, hs if valid is None else zeroed(valid, hs)
 
     last, ys = checkpointed(segment, state, (xs, steps.valid, steps.resets), xs.shape[0], steps)
     return last, emitted(ys, xs)

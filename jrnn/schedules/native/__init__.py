@@ -20,7 +20,7 @@ from jrnn.schedules import promises
 from jrnn.schedules.native import build, emit, operation
 from jrnn.schedules.native.chunks import Chunks
 from jrnn.schedules.native.loop import Flags, Inputs, Plan, loop
-from jrnn.schedules.steps import Steps, expand
+from jrnn.schedules.steps import Steps, zeroed
 
 __all__ = ["pays", "run", "serves"]
 
@@ -116,7 +116,7 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
     last, outs = loop(plan, inputs, Flags(valid, resets, mask))
     ys = side_by_side(outs)
     if valid is not None:
-        ys = jnp.where(expand(valid, ys), ys, jnp.zeros((), ys.dtype))
+        ys = zeroed(valid, ys)
     return jax.tree.map(lambda a: a.reshape(*batch, -1), last), emitted(ys, xs).reshape(time, *batch, -1)
 
 
