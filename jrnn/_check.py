@@ -17,10 +17,26 @@ def is_traced(value: Any) -> bool:
 
 
 def positive_int(value: Any, argument: str) -> None:
+    if getattr(value, "shape", ()):
+        raise TypeError(
+            f"{argument}: expected a positive int, got an array of shape {value.shape}; pass one of its sizes, such as "
+            "x.shape[-1] for the features of x"
+        )
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{argument}: expected a positive int, got {value!r}")
     if value < 1:
         raise ValueError(f"{argument}: expected a positive int, got {value}")
+
+
+def batch_axes(batch_shape: Any) -> tuple[Any, ...]:
+    """The batch shape of a state: a tuple, where a number is an easy mistake."""
+    if not isinstance(batch_shape, tuple | list):
+        remedy = f"({batch_shape},)" if isinstance(batch_shape, int) else "(4,)"
+        raise TypeError(
+            f"batch_shape: expected a tuple of ints, got {batch_shape!r}; pass {remedy} for one batch axis of that "
+            "size and () for a single sequence"
+        )
+    return tuple(batch_shape)
 
 
 def rate(value: Any, argument: str) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrnn import _check, activations, initializers
-from jrnn._check import is_traced, positive_int, rate
+from jrnn._check import batch_axes, is_traced, positive_int, rate
 from jrnn.cells import norm
 from jrnn.cells.base import Layer, check_features, check_named, compute_params, emitted, product, stable
 from jrnn.sequence import valid_steps
@@ -39,6 +39,7 @@ class Timewise(Layer):
         return {}
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
+        batch_axes(batch_shape)
         return ()
 
     def out_features(self, in_features: Any) -> int:
