@@ -23,7 +23,7 @@ from jrnn.compose.regularise import dropconnect, learned_state, variational, zon
 from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
 from jrnn.streaming import stepper
 from jrnn.tuning import Timing, Tuning, tune
-from jrnn.unroll import choose_backend, unroll
+from jrnn.unroll import choose_backend, draw, unroll
 
 if TYPE_CHECKING:
     import jrnn.diagnose as diagnose
@@ -66,6 +66,7 @@ __all__ = [
     "coupled_lstm",
     "dense",
     "diagnose",
+    "draw",
     "dropconnect",
     "dropout",
     "elman",
