@@ -268,7 +268,7 @@ def _layers_in(values: tuple[Any, ...]) -> Iterator[Layer]:
             yield from _layers_in(value)
 
 
-# Compiled under a name of its own, by which `schedules.steps.check_step` finds it in a traced step.
+# Compiled under a name of its own, by which `jrnn.schedules.steps.check_step` finds it in a traced step.
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def draw_in_step(layer: Layer, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
     """``layer.draw``, called by a single step for parameters into which nothing was drawn."""
@@ -278,7 +278,8 @@ def draw_in_step(layer: Layer, params: Any, key: jax.Array, batch_shape: tuple[i
 def check_state(layer: Layer, params: Any, state: Any, x: jax.Array) -> None:
     """Raises where a state is not one for the batch axes of ``x``, one step's input: the two would broadcast."""
     batch_shape = x.shape[: x.ndim - layer.event_ndim]
-    expected, form = _initial_form(layer, batch_shape, *_form(params), jax.config.jax_enable_x64)
+    x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    expected, form = _initial_form(layer, batch_shape, *_form(params), x64)
     # The first comparison costs a fraction of the second, which also takes NumPy's float64 for JAX's float32.
     if expected is not None and _form(state) != form and not same_form(state, expected):
         raise ValueError(

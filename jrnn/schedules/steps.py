@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn._check import describe, same_form
-from jrnn.cells.base import draw_in_step
 
 # Times are folded in as 32-bit unsigned integers; the last of them is kept for what is drawn once per sequence.
 SEQUENCE = 0xFFFFFFFF
@@ -187,7 +186,7 @@ def chunked(segment: Any, state: Any, inputs: Any, length: int, chunk: int, reve
 def check_step(cell: Any, params: Any, x: Any, state: Any, key: Any) -> None:
     """Raises where a step does not keep the form of its state, or draws what is drawn once per sequence."""
     traced, (new, _) = jax.make_jaxpr(cell.step, return_shape=True)(params, state, x, key)
-    if _calls(traced.jaxpr, draw_in_step.__name__):
+    if _calls(traced.jaxpr, "draw_in_step"):  # see `jrnn.cells.base.draw_in_step`
         raise TypeError(
             f"cell: expected the step of {cell!r} to draw nothing that is drawn once per sequence, but a part of it "
             "does, from parameters into which nothing was drawn; define draw(params, key, batch_shape, in_features) "
