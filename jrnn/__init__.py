@@ -24,7 +24,7 @@ from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
 from jrnn.run.scan import choose_scan_backend, scan
 from jrnn.streaming import stepper
 from jrnn.tuning import Timing, Tuning, tune
-from jrnn.unroll import choose_backend, unroll
+from jrnn.unroll import choose_backend, draw, unroll
 
 if TYPE_CHECKING:
     import jrnn.diagnose as diagnose
@@ -68,6 +68,7 @@ __all__ = [
     "coupled_lstm",
     "dense",
     "diagnose",
+    "draw",
     "dropconnect",
     "dropout",
     "elman",

@@ -34,17 +34,34 @@ def _readable(leaf: Any) -> bool:
 
 
 def positive_int(value: Any, argument: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{argument}: expected a positive int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{argument}: expected a positive int, got {value}")
+    _int(value, argument, 1, "a positive int")
 
 
 def non_negative_int(value: Any, argument: str) -> None:
+    _int(value, argument, 0, "a non-negative int")
+
+
+def _int(value: Any, argument: str, least: int, expected: str) -> None:
+    if getattr(value, "shape", ()):
+        raise TypeError(
+            f"{argument}: expected {expected}, got an array of shape {value.shape}; pass one of its sizes, such as "
+            "x.shape[-1] for the features of x"
+        )
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{argument}: expected a non-negative int, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{argument}: expected a non-negative int, got {value}")
+        raise TypeError(f"{argument}: expected {expected}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{argument}: expected {expected}, got {value}")
+
+
+def batch_axes(batch_shape: Any) -> tuple[Any, ...]:
+    """The batch shape of a state: a tuple, where a number is an easy mistake."""
+    if not isinstance(batch_shape, tuple | list):
+        remedy = f"({batch_shape},)" if isinstance(batch_shape, int) else "(4,)"
+        raise TypeError(
+            f"batch_shape: expected a tuple of ints, got {batch_shape!r}; pass {remedy} for one batch axis of that "
+            "size and () for a single sequence"
+        )
+    return tuple(batch_shape)
 
 
 def rate(value: Any, argument: str) -> None:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jrnn._check import same_form
-from jrnn.cells.base import Layer
+from jrnn.cells.base import Layer, check_state
+from jrnn.compose.combine import stepless
 from jrnn.unroll import choose_backend, unroll
 
 __all__ = ["stepper"]
@@ -18,8 +19,9 @@ __all__ = ["stepper"]
 def stepper(layer: Layer) -> Any:
     """The layer's step, compiled, with its state donated: ``step(params, state, x, key=None) -> (state, y)``.
 
-    A call costs what calling any compiled function costs, and the arithmetic. Folded over the steps of a sequence,
-    without a key, it gives what `jrnn.unroll` gives where every step is valid and no reset.
+    A call costs what calling any compiled function costs, and the arithmetic. Folded over the steps of a sequence, it
+    gives what `jrnn.unroll` gives where every step is valid and no reset: without a key as it is, and with a key for
+    parameters from `jrnn.draw` and the key ``jax.random.fold_in(key, t)`` at step t.
 
     B batch axes (any number, or none), F input features, H output features.
 
@@ -31,6 +33,10 @@ def stepper(layer: Layer) -> Any:
       begin with `jrnn.embed`), its ``y`` ``(*B, H)``. The state that it is given is donated: its buffers are
       reused, so go on with the state returned, and copy what else you want to keep.
 
+    Raises:
+      TypeError: where the layer has no step.
+      ValueError: from a call whose state lacks the batch axes of ``x``, as for a whole sequence given as one step.
+
     >>> cell = jrnn.gru(4)
     >>> params = cell.init(jax.random.key(0), 3)
     >>> step, state = jrnn.stepper(cell), cell.initial_state(params, ())
@@ -41,6 +47,12 @@ def stepper(layer: Layer) -> Any:
     """
     if not isinstance(layer, Layer):
         raise TypeError(f"layer: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {layer!r}")
+    if stepless(layer):
+        raise TypeError(
+            f"layer: expected a layer that has a step, got {layer!r}; a bidirectional layer has no step, since its "
+            "backward direction needs the steps that follow: run whole sequences through jrnn.unroll, or stream with "
+            "the forward layer alone"
+        )
     return _stepper(layer)
 
 
@@ -51,6 +63,7 @@ def _stepper(layer: Layer) -> Any:
     @functools.partial(jax.jit, donate_argnums=1)
     def step(params: Any, state: Any, x: Any, key: Any = None) -> tuple[Any, jax.Array]:
         x = jnp.asarray(x)
+        check_state(layer, params, state, x)
         if key is None and _is_compiled_whole(layer, params, state, x):
             state, ys = unroll(layer, params, x[None], state)
             return state, ys[0]
@@ -61,7 +74,7 @@ def _stepper(layer: Layer) -> Any:
 
 def _is_compiled_whole(layer: Layer, params: Any, state: Any, x: jax.Array) -> bool:
     """Whether the compiled loop takes the step as well, which is faster than XLA where there is enough to multiply."""
-    # Raises where there is no step, or where arguments do not fit.
+    # Raises where arguments do not fit.
     new, _ = jax.eval_shape(layer.step, params, state, x)
     if type(layer).initial_state is Layer.initial_state or not same_form(new, state):
         return False  # a step that is none of a loop

@@ -34,6 +34,7 @@ from jrnn._check import describe
 from jrnn._interpret import call
 from jrnn.cells.base import Layer
 from jrnn.compose.combine import Bidirectional, Highway, Residual, Stack
+from jrnn.compose.combine import stepless as _stepless
 from jrnn.schedules import SCHEDULES
 from jrnn.unroll import choose_backend, unroll
 
@@ -45,6 +46,7 @@ __all__ = [
     "check_chunks",
     "check_compiles_once",
     "check_derivatives",
+    "check_draws",
     "check_hashing",
     "check_jit",
     "check_padding",
@@ -137,7 +139,11 @@ class _Vmap:
 
 @dataclass(frozen=True)
 class _Second:
-    """A nonlinear loss of state and outputs: gradient, jvp, jvp of gradient and gradient of gradient along a vector."""
+    """A nonlinear loss of state and outputs: gradient, jvp, jvp of gradient and gradient of gradient along a vector.
+
+    The loss is real. Of a complex number z, JAX's gradient is the g for which the loss changes by the real part of
+    ``g * dz``.
+    """
 
     run: _Run
 
@@ -147,7 +153,7 @@ class _Second:
 
         def loss(*point: Any) -> Any:
             out = unroll(run.cell, *rebuild(point), **flags, key=trial.key, start=trial.start, reverse=run.reverse)
-            return sum(jnp.sum(c * jnp.sin(y)) for c, y in zip(trial.cotangents, _floats(out)[0], strict=True))
+            return sum(jnp.sum(c * jnp.sin(y)).real for c, y in zip(trial.cotangents, _floats(out)[0], strict=True))
 
         def gradient(*point: Any) -> Any:
             return jax.grad(loss, tuple(range(len(point))))(*point)
@@ -158,14 +164,15 @@ class _Second:
         return {"gradient": first, "jvp": slope, "jvp of grad": forward, "grad of grad": backward}
 
 
-def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+def _has_gradient(leaf: Any) -> bool:
+    """Whether a leaf is of floats or of complex numbers."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def _floats(tree: Any) -> tuple[list[Any], Callable[[Any], Any]]:
-    """The float leaves, which have gradients, and how to put others in their place."""
+    """The float and complex leaves, which have gradients, and how to put others in their place."""
     leaves, treedef = jax.tree.flatten(tree)
-    where = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
+    where = [i for i, leaf in enumerate(leaves) if _has_gradient(leaf)]
 
     def rebuild(floats: Any) -> Any:
         replaced = dict(zip(where, floats, strict=True))
@@ -175,10 +182,10 @@ def _floats(tree: Any) -> tuple[list[Any], Callable[[Any], Any]]:
 
 
 def _only_floats(tree: Any, floats: Any) -> Any:
-    """A tree with the given float leaves and None for the others, which have no gradient."""
+    """A tree with the given float and complex leaves, and None for the others, which have no gradient."""
     leaves, treedef = jax.tree.flatten(tree)
     remaining = iter(floats)
-    return jax.tree.unflatten(treedef, [next(remaining) if _is_float(leaf) else None for leaf in leaves])
+    return jax.tree.unflatten(treedef, [next(remaining) if _has_gradient(leaf) else None for leaf in leaves])
 
 
 def _with_gradients(forward: Callable[..., Any], args: tuple[Any, Any, Any], cotangents: Any) -> dict[str, Any]:
@@ -290,15 +297,6 @@ class _Mix:
         return y if cotangent is None else pull(cotangent)
 
 
-def _stepless(layer: Any) -> bool:
-    """Whether a layer has no step, because one direction of a part of it needs the steps that follow."""
-    if isinstance(layer, Bidirectional):
-        return True
-    if isinstance(layer, Stack):
-        return any(map(_stepless, layer.layers))
-    return isinstance(layer, Residual | Highway) and _stepless(layer.layer)
-
-
 class _Flow(NamedTuple):
     valid: np.ndarray
     resets: np.ndarray
@@ -372,7 +370,7 @@ def _fold_steps(layer: Layer, params: Any, xs: Any, state: Any, flow: _Flow) -> 
             xs_bar[t] = out["gradient of xs"]
         first = call(_Initial(layer, batch), params, tuple(initial_bar))
         params_bar = _add(params_bar, jax.tree.leaves(first))
-        xs_gradient = None if not _is_float(xs) else np.stack(xs_bar) if time else np.zeros_like(xs)
+        xs_gradient = None if not _has_gradient(xs) else np.stack(xs_bar) if time else np.zeros_like(xs)
         return _only_floats(params, params_bar), xs_gradient, _only_floats(state, state_bar)
 
     return state, np.stack(ys) if time else None, pull
@@ -420,7 +418,7 @@ def _fold_layers(layer: Any, params: Any, xs: Any, state: Any, flow: _Flow) -> A
     def pull_parts(state_bar: list[Any], ys_bar: Any) -> Any:
         ys_bar = _pick(flow.valid, ys_bar, np.zeros_like(ys_bar))
         own_bar, xs_bar, outs_bar = call(_Mix(layer), own, xs, outs, ys_bar)
-        xs_bar = xs_bar if _is_float(xs) else None  # integers have no gradient
+        xs_bar = xs_bar if _has_gradient(xs) else None  # integers have no gradient
         params_bar, start_bar = {}, {}
         for name in sorted(runs):
             count = len(_floats(runs[name][0])[0])
@@ -499,15 +497,23 @@ class _Bench:
         self.may_draw = cell.uses_key is not False
 
     def _cast(self, leaf: Any) -> Any:
-        return np.array(leaf, self.dtype) if _is_float(leaf) else np.array(leaf)
+        leaf = np.array(leaf)
+        if not _has_gradient(leaf):
+            return leaf
+        return leaf.astype(np.result_type(self.dtype, np.complex64) if np.iscomplexobj(leaf) else self.dtype)
 
-    def normal(self, shape: tuple[int, ...]) -> Any:
-        return np.asarray(self.rng.normal(size=shape), self.dtype)
+    def normal(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
+        """Standard normal numbers, of both parts where the dtype is complex."""
+        dtype = self.dtype if dtype is None else np.dtype(dtype)
+        values = self.rng.normal(size=shape)
+        if dtype.kind == "c":
+            values = values + 1j * self.rng.normal(size=shape)
+        return np.asarray(values, dtype)
 
     def noisy(self, tree: Any, scale: float = 0.2) -> Any:
         def leaf(a: Any) -> Any:
             a = np.asarray(a)
-            return a + np.asarray(scale * self.rng.normal(size=a.shape), a.dtype) if _is_float(a) else a
+            return a + np.asarray(scale, a.dtype) * self.normal(a.shape, a.dtype) if _has_gradient(a) else a
 
         return jax.tree.map(leaf, tree)
 
@@ -535,7 +541,7 @@ class _Bench:
         out = jax.eval_shape(
             lambda p, x, s, k: unroll(self.cell, p, x, s, key=k), trial.params, trial.xs, trial.state, trial.key
         )
-        return tuple(np.asarray(self.rng.normal(size=a.shape), a.dtype) for a in _floats(out)[0])
+        return tuple(self.normal(a.shape, a.dtype) for a in _floats(out)[0])
 
     def draws(self) -> Iterator[Any]:
         """Without a key, and with one where the layer may use it."""
@@ -567,12 +573,7 @@ def _initialised(cell: Layer, in_features: Any, seed: int, precision: Any) -> An
 def _vocabulary(layer: Any) -> int:
     if hasattr(layer, "vocab"):
         return layer.vocab
-    for field in dataclasses.fields(layer):
-        value = getattr(layer, field.name)
-        for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, Layer) and part.event_ndim == 0:
-                return _vocabulary(part)
-    return 2
+    return next((_vocabulary(child) for child in layer.children() if child.event_ndim == 0), 2)
 
 
 def compare(got: Any, expected: Any, tolerance: float, about: str) -> None:
@@ -597,7 +598,8 @@ def compare(got: Any, expected: Any, tolerance: float, about: str) -> None:
             raise AssertionError(f"{about}: {name}: expected {b.dtype}{b.shape}, got {a.dtype}{a.shape}")
         if not a.size:
             continue
-        a64, b64 = a.astype(np.float64), b.astype(np.float64)
+        wide = np.complex128 if np.iscomplexobj(a) else np.float64
+        a64, b64 = a.astype(wide), b.astype(wide)
         with np.errstate(all="ignore"):
             error = np.where((a64 == b64) | (np.isnan(a64) & np.isnan(b64)), 0.0, np.abs(a64 - b64))
         error = np.where(np.isnan(error), np.inf, error)
@@ -660,6 +662,23 @@ def _keyed(key: Any) -> str:
 
 
 @_law
+def check_draws(bench: _Bench) -> None:
+    """What a part draws once per sequence (see `jrnn.Layer.draw`) is not drawn again at every step.
+
+    Arguments are those of `check_cell`; raises AssertionError.
+
+    >>> jrnn.testing.check_draws(jrnn.variational(jrnn.elman(2), inputs=0.5))
+    """
+    *_, key = bench.draws()
+    try:
+        bench.trial(key=key)  # traces a run with the key, which refuses
+    except TypeError as error:
+        if not str(error).startswith(("cell: ", "params: ")):
+            raise
+        raise AssertionError(f"{bench.law}: {bench.cell!r}: {error}") from error
+
+
+@_law
 def check_padding(bench: _Bench) -> None:
     """What stands in padding changes nothing: outputs, states and every gradient, with NaN and infinity there.
 
@@ -693,14 +712,14 @@ def check_padding(bench: _Bench) -> None:
 
 
 def _poisoned(trial: Trial, valid: np.ndarray, rng: Any) -> Trial:
-    bad = np.array([np.nan, np.inf, -np.inf, 1e30]) if _is_float(trial.xs) else np.array([-1, 10**6, -(10**6), 99])
+    bad = np.array([np.nan, np.inf, -np.inf, 1e30]) if _has_gradient(trial.xs) else np.array([-1, 10**6, -(10**6), 99])
     xs = np.where(_expand(valid, trial.xs), trial.xs, rng.choice(bad, trial.xs.shape).astype(trial.xs.dtype))
     resets = None if trial.resets is None else np.where(valid, trial.resets, ~trial.resets)
     return trial._replace(xs=xs, resets=resets)
 
 
 def _nan(a: np.ndarray) -> np.ndarray:
-    return np.full_like(a, np.nan) if _is_float(a) else a
+    return np.full_like(a, np.nan) if _has_gradient(a) else a
 
 
 def _expand(flags: np.ndarray, like: np.ndarray) -> np.ndarray:
@@ -1002,7 +1021,7 @@ def check_derivatives(bench: _Bench) -> None:
     clean = bench.trial(key=key)
     valid, _ = clean.flags((_BATCH,))
     point, rebuild = _floats((clean.params, clean.xs, clean.state))
-    along = tuple(np.asarray(bench.rng.normal(size=leaf.shape), leaf.dtype) for leaf in point)
+    along = tuple(bench.normal(leaf.shape, leaf.dtype) for leaf in point)
     got = call(_Second(_Run(bench.cell)), _poisoned(clean, valid, bench.rng), along, jit=bench.jit)
 
     def gradient(by: float) -> tuple[Any, ...]:
@@ -1017,7 +1036,7 @@ def check_derivatives(bench: _Bench) -> None:
     expected = gradient(0.0)
     about = f"NaN in padding, {_keyed(key)}"
     bench.compare(got["gradient"], expected, f"grad, {about}", scale=3)
-    slope = np.asarray(sum(np.vdot(g, v) for g, v in zip(expected, along, strict=True)), bench.dtype)
+    slope = np.asarray(sum(np.sum(g * v).real for g, v in zip(expected, along, strict=True)), bench.dtype)
     bench.compare(got["jvp"], slope, f"jvp, {about}", scale=30)
     bench.compare(got["jvp of grad"], got["grad of grad"], f"jvp of grad against grad of grad, {about}", scale=30)
     if bench.dtype == np.float64:
@@ -1050,12 +1069,16 @@ def check_state_dtype(bench: _Bench) -> None:
         raise AssertionError(f"{name}: expected a final state {expected}, got {shapes(full['state'])}")
     if bench.cell.event_ndim == 0:
         return
-    if full["ys"].dtype != bench.dtype:
-        raise AssertionError(f"{name}: expected outputs in {bench.dtype}, got {full['ys'].dtype}")
+    # Complex outputs stay as wide as the state, and are not rounded to the dtype of 16-bit inputs.
+    is_complex = np.iscomplexobj(full["ys"])
+    wanted = np.result_type(bench.dtype, np.complex64) if is_complex else bench.dtype
+    if full["ys"].dtype != wanted:
+        raise AssertionError(f"{name}: expected outputs in {wanted}, got {full['ys'].dtype}")
     if bench.dtype != np.float32:
         return
     for low in (jnp.float16, jnp.bfloat16):
-        cotangents = (*trial.cotangents[:-1], np.asarray(jnp.asarray(trial.cotangents[-1]).astype(low)))
+        output = wanted if is_complex else low
+        cotangents = (*trial.cotangents[:-1], np.asarray(jnp.asarray(trial.cotangents[-1]).astype(output)))
         rounded = trial._replace(xs=np.asarray(jnp.asarray(trial.xs).astype(low)), cotangents=cotangents)
         try:
             got = jax.eval_shape(_Run(bench.cell), rounded._replace(cotangents=None))
@@ -1063,14 +1086,16 @@ def check_state_dtype(bench: _Bench) -> None:
             continue  # a cell that does not take 16-bit inputs says so
         if shapes(got["state"]) != expected:
             raise AssertionError(f"{name}: expected a state {expected} for {low.__name__}, got {shapes(got['state'])}")
-        if got["ys"].dtype != low:
-            raise AssertionError(f"{name}: expected outputs in {low.__name__} as the inputs, got {got['ys'].dtype}")
+        if got["ys"].dtype != output:
+            raise AssertionError(
+                f"{name}: expected outputs in {np.dtype(output)} for {low.__name__} inputs, got {got['ys'].dtype}"
+            )
         if low == jnp.float16:
             continue
         got = bench.run(rounded)
         if shapes(got["gradient of params"]) != shapes(trial.params):
             raise AssertionError(f"{name}: expected gradients of parameters like them for {low.__name__}")
-        near = {"state": got["state"], "ys": got["ys"].astype(np.float32)}
+        near = {"state": got["state"], "ys": got["ys"].astype(wanted)}
         compare(near, {"state": full["state"], "ys": full["ys"]}, 0.1, f"{name}: {low.__name__} inputs")
         near, far = got["gradient of params"], full["gradient of params"]
         compare(near, far, 0.1, f"{name}: {low.__name__} inputs: gradient of params")
@@ -1164,6 +1189,7 @@ def check_hashing(bench: _Bench) -> None:
 
 LAWS: tuple[Callable[..., None], ...] = (
     check_hashing,
+    check_draws,
     check_step_equals_unroll,
     check_padding,
     check_zero_length,

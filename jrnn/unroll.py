@@ -9,15 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jrnn import sequence
-from jrnn._check import as_tree, describe, readable, same_form
+from jrnn._check import as_tree, describe, is_traced, readable, same_form
 from jrnn._device import varying_as
 from jrnn.cells.base import Layer
 from jrnn.schedules import SCHEDULES, choose
 from jrnn.schedules.steps import SEQUENCE, Steps, check_step, select, zeroed
 
-__all__ = ["choose_backend", "unroll"]
+__all__ = ["choose_backend", "draw", "unroll"]
 
 
 def unroll(
@@ -114,8 +115,11 @@ def unroll(
     _check_key(cell, key)
     _check_options(reverse, backend, remat, unroll, start)
     cell.check_values(given[0], lengths, given[1])
+    # In one dtype each, so that equal shapes compile once.
+    start = start.astype(jnp.uint32) if is_traced(start) else np.uint32(start)
+    params, xs, state = jax.tree.map(_strongly_typed, (as_tree(params), xs, state))
     return _unroll(
-        cell, as_tree(params), xs, state, lengths, mask, resets, key, start,
+        cell, params, xs, state, lengths, mask, resets, key, start,
         reverse=bool(reverse), backend=backend, remat=remat, unroll=unroll,
     )  # fmt: skip
 
@@ -197,6 +201,45 @@ def _drawn(cell: Layer, params: Any, xs: Any, key: Any, batch_shape: tuple[int, 
     return cell.draw(params, jax.random.fold_in(key, SEQUENCE), batch_shape, in_features)
 
 
+def draw(layer: Layer, params: Any, key: jax.Array | None, x: Any) -> Any:
+    """Parameters for the single steps of one sequence, with what `unroll` draws once per sequence drawn into them.
+
+    With them and the key ``jax.random.fold_in(key, t)`` for step t, counted from the sequence's beginning, a loop over
+    `Layer.step` or `stepper` gives what ``unroll(layer, params, xs, key=key)`` gives: the same masks of variational
+    dropout and DropConnect at all steps, and at each step the same masks of dropout and zoneout.
+
+    B batch axes (any number, or none), F input features.
+
+    Args:
+      layer: a layer that has a step.
+      params: its parameters, from ``layer.init``.
+      key: a PRNG key, the same for the whole sequence; None for a run without dropout, which draws nothing.
+      x: the input of any one step, ``(*B, F)`` or ids ``(*B,)``, from which only the shape is taken.
+
+    Returns:
+      A pytree to pass as the ``params`` of `Layer.step`, and of nothing else: a new sequence draws from the parameters
+      themselves.
+
+    Raises:
+      ValueError, TypeError: where the key is no PRNG key, or the model is known to use none.
+
+    >>> model = jrnn.stack(jrnn.variational(jrnn.gru(4), inputs=0.2), jrnn.dropout(0.5))
+    >>> params, xs, key = model.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)), jax.random.key(1)
+    >>> step, state = jrnn.stepper(model), model.initial_state(params, (2,))
+    >>> drawn = jrnn.draw(model, params, key, xs[0])
+    >>> for t, x in enumerate(xs):
+    ...     state, y = step(drawn, state, x, jax.random.fold_in(key, t))
+    >>> bool(jnp.allclose(y, jrnn.unroll(model, params, xs, key=key)[1][-1], atol=1e-6))
+    True
+    """
+    if not isinstance(layer, Layer):
+        raise TypeError(f"layer: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {layer!r}")
+    _check_key(layer, key)
+    x = jnp.asarray(x)
+    layer.check(params, x)
+    return _drawn(layer, params, x, key, x.shape[: x.ndim - layer.event_ndim])
+
+
 # A function of its own, so that equal layers on inputs of equal shapes are traced, differentiated and lowered once for
 # all of them. XLA inlines it: what runs is what would run without.
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))
@@ -260,6 +303,11 @@ class Run:
 # --- checks ------------------------------------------------------------------------------------------------------
 
 
+_TIME_MAJOR = (
+    "sequences are time-major: transpose batch-major ones, as in xs = jnp.swapaxes(xs, 0, 1), and their masks with them"
+)
+
+
 def _check_xs(cell: Layer, xs: Any, structs: bool = False) -> tuple[Any, tuple[int, ...]]:
     """Inputs as an array, or where ``structs`` are allowed as a ``jax.ShapeDtypeStruct``, and their batch shape."""
     if not (structs and isinstance(xs, jax.ShapeDtypeStruct)):
@@ -275,7 +323,8 @@ def _check_xs(cell: Layer, xs: Any, structs: bool = False) -> tuple[Any, tuple[i
     if xs.ndim < 1 + cell.event_ndim:
         shape = "(T, *B, F)" if cell.event_ndim else "(T, *B)"
         raise ValueError(
-            f"xs: expected {shape} for {cell!r}, got shape {xs.shape}; time is the first axis and batch axes follow it"
+            f"xs: expected {shape} for {cell!r}, got shape {xs.shape}; time is the first axis and batch axes follow "
+            "it; give a univariate series its axis of one feature with xs[..., None]"
         )
     return xs, xs.shape[1 : xs.ndim - cell.event_ndim]
 
@@ -289,13 +338,15 @@ def _check_lengths(lengths: Any, time: int, batch_shape: tuple[int, ...]) -> Any
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}; convert them with .astype(int)")
     if lengths.shape != batch_shape:
-        raise ValueError(f"lengths: expected the batch shape {batch_shape} of xs, got shape {lengths.shape}")
+        raise ValueError(
+            f"lengths: expected the batch shape {batch_shape} of xs, got shape {lengths.shape}; {_TIME_MAJOR}"
+        )
     if known and lengths.size:
         values = np.asarray(lengths)
         if values.min() < 0 or values.max() > time:
             raise ValueError(
                 f"lengths: expected values in [0, {time}], the time axis of xs, got values from {values.min()} to "
-                f"{values.max()}"
+                f"{values.max()}; {_TIME_MAJOR}"
             )
     return lengths.astype(np.int32)
 
@@ -307,7 +358,7 @@ def _check_flags(flags: Any, argument: str, shape: tuple[int, ...]) -> Any:
     if flags.dtype != jnp.bool_:
         raise TypeError(f"{argument}: expected booleans, got {flags.dtype}; convert with .astype(bool) or compare")
     if flags.shape != shape:
-        raise ValueError(f"{argument}: expected shape {shape}, time and batch of xs, got {flags.shape}")
+        raise ValueError(f"{argument}: expected shape {shape}, time and batch of xs, got {flags.shape}; {_TIME_MAJOR}")
     return flags
 
 
@@ -339,6 +390,13 @@ def _check_options(reverse: Any, backend: Any, remat: Any, unroll: Any, start: A
         raise TypeError(f"start: expected an integer, the absolute time of xs[0], got {start!r}")
     if readable(start) and not 0 <= int(start) < SEQUENCE:
         raise ValueError(f"start: expected a time in [0, {SEQUENCE}), got {start}")
+
+
+def _strongly_typed(leaf: Any) -> Any:
+    """The same array without JAX's mark that its dtype came from a Python number, which would be a type of its own."""
+    if isinstance(leaf, int | float | complex):
+        return np.asarray(leaf, jnp.result_type(leaf))
+    return lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
 
 
 def _check_state(cell: Layer, state: Any, expected: Any) -> None:

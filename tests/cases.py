@@ -92,6 +92,55 @@ class ProjectAndUpdate(jrnn.Cell):
         return jrnn.HiddenState(h), h
 
 
+@dataclasses.dataclass(frozen=True)
+class Rotating(jrnn.Cell):
+    """A user's cell in complex numbers: weights, state and outputs. Each unit turns and decays."""
+
+    hidden: int
+    uses_key: ClassVar[Any] = False
+
+    def init(self, key, in_features):
+        k_ih, k_out = jax.random.split(key)
+        return {
+            "rate": jnp.linspace(0.1, 1.0, self.hidden, dtype=jnp.float32),
+            "w_ih": jax.random.normal(k_ih, (in_features, self.hidden), jnp.complex64),
+            "w_out": jax.random.normal(k_out, (self.hidden, self.hidden), jnp.complex64),
+        }
+
+    def initial_state(self, params, batch_shape):
+        return {"z": jnp.zeros((*batch_shape, self.hidden), params["w_ih"].dtype)}
+
+    def project(self, params, xs):
+        return jrnn.product(xs, params["w_ih"])
+
+    def update(self, params, state, p, key=None):
+        z = jnp.exp(jax.lax.complex(-params["rate"], 2 * params["rate"])) * state["z"] + p
+        return {"z": z}, jrnn.product(z, params["w_out"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder(jrnn.Cell):
+    """A user's wrapper without `draw`, with parameters of its own beside those of the layer that it holds."""
+
+    layer: Any
+
+    def init(self, key, in_features):
+        return {"layer": self.layer.init(key, in_features), "bias": jnp.zeros(in_features, jnp.float32)}
+
+    def initial_state(self, params, batch_shape):
+        return self.layer.initial_state(params["layer"], batch_shape)
+
+    def step(self, params, state, x, key=None):
+        return self.layer.step(params["layer"], state, x + params["bias"], key)
+
+
+class DrawingDecoder(Decoder):
+    """A user's wrapper that draws what the layer that it holds draws."""
+
+    def draw(self, params, key, batch_shape, in_features):
+        return {**params, "layer": self.layer.draw(params["layer"], key, batch_shape, in_features)}
+
+
 class Leaky(jrnn.AffineCell):
     """A user's affine cell: two gates."""
 
@@ -170,6 +219,7 @@ CASES = (
     Case("emits_all_wrapped", jrnn.zoneout(jrnn.variational(HiddenAndMemory(4), recurrent=0.3), h=0.2, c=0.3)),
     Case("wrapper_with_an_update", Doubled(jrnn.lstm(4))),
     Case("wrapper_with_a_projection", Clipped(jrnn.lstm(4))),
+    Case("rotating", Rotating(4), full=True),
     # Layers without recurrence.
     Case("dense", jrnn.dense(4), full=True),
     Case("embed", jrnn.embed(5, 4), None, full=True),
@@ -196,6 +246,7 @@ CASES = (
     ),
     Case("learned_and_wrapped", jrnn.learned_state(jrnn.zoneout(jrnn.variational(jrnn.lstm(4), inputs=0.3), c=0.4))),
     Case("zoneout_of_learned", jrnn.zoneout(jrnn.learned_state(jrnn.variational(jrnn.gru(4), recurrent=0.3)), h=0.4)),
+    Case("drawing_decoder", DrawingDecoder(jrnn.stack(jrnn.variational(jrnn.gru(4), inputs=0.3), jrnn.dropout(0.3)))),
     # Combinators.
     Case("residual", jrnn.residual(jrnn.gru(3)), full=True),
     Case("residual_of_wrapped", jrnn.residual(jrnn.variational(jrnn.gru(3), inputs=0.3))),

@@ -83,6 +83,13 @@ ERRORS = {
     # xs
     "xs_rank": (lambda: run(xs=np.zeros(3, np.float32)), ValueError, "xs: expected (T, *B, F)", "got shape (3,)"),
     "xs_features": (lambda: run(xs=XS[..., :2]), ValueError, "xs: expected 3 features", "(6, 2, 2)", "in_features=2"),
+    "xs_univariate": (
+        lambda: run(params=shaped(LSTM, 1), xs=XS[..., 0]), ValueError, "xs: expected 1 features", "shape (6, 2)",
+        "xs[..., None]",
+    ),
+    "xs_univariate_unbatched": (
+        lambda: run(params=shaped(LSTM, 1), xs=XS[:, 0, 0]), ValueError, "xs: expected (T, *B, F)", "xs[..., None]",
+    ),
     "xs_integers": (lambda: run(xs=XS.astype(int)), TypeError, "xs: expected floats", "int", "jrnn.embed"),
     "xs_booleans": (lambda: run(xs=XS > 0), TypeError, "xs: expected floats", "bool"),
     "xs_ragged": (lambda: run(xs=[[[1.0] * 3], [[1.0] * 2]]), TypeError, "xs: expected an array", "jrnn.sequence.pad"),
@@ -122,9 +129,14 @@ ERRORS = {
     "lengths_shape": (
         lambda: run(lengths=np.array([1, 2, 3])), ValueError, "lengths: expected the batch shape (2,)", "shape (3,)",
     ),
+    "lengths_batch_major": (
+        lambda: run(lengths=np.ones(6, int)), ValueError, "lengths: expected the batch shape (2,)", "shape (6,)",
+        "time-major", "jnp.swapaxes(xs, 0, 1)",
+    ),
     "lengths_scalar": (lambda: run(lengths=3), ValueError, "lengths: expected the batch shape (2,)", "shape ()"),
     "mask_transposed": (
         lambda: run(mask=np.ones((2, 6), bool)), ValueError, "mask: expected shape (6, 2)", "got (2, 6)",
+        "time-major",
     ),
     "mask_features": (lambda: run(mask=np.ones((6, 2, 3), bool)), ValueError, "mask: expected shape (6, 2)"),
     "mask_floats": (lambda: run(mask=np.ones((6, 2))), TypeError, "mask: expected booleans", ".astype(bool)"),
@@ -220,11 +232,25 @@ ERRORS = {
     ),
     "step_features": (lambda: LSTM.step(PARAMS, LSTM.initial_state(PARAMS, (2,)), XS[0, :, :1]), ValueError, "xs: "),
     "choose_backend_model": (lambda: jrnn.choose_backend(None, PARAMS, XS), TypeError, "model: expected a layer"),
+    "stepper_bidirectional": (
+        lambda: jrnn.stepper(jrnn.stack(jrnn.dense(2), BIDIRECTIONAL)), TypeError,
+        "layer: expected a layer that has a step", "a bidirectional layer has no step", "jrnn.unroll",
+    ),
+    "draw_key": (lambda: jrnn.draw(LSTM, PARAMS, KEY, XS[0]), ValueError, "key: expected None"),
+    "draw_features": (lambda: jrnn.draw(MODEL, MODEL_PARAMS, KEY, XS[0, :, :2]), ValueError, "xs: expected 3 features"),
+    "draw_layer": (lambda: jrnn.draw(None, PARAMS, KEY, XS[0]), TypeError, "layer: expected a layer"),
     # constructors
     "hidden_zero": (lambda: jrnn.lstm(0), ValueError, "hidden: expected a positive int, got 0"),
     "hidden_float": (lambda: jrnn.gru(4.0), TypeError, "hidden: expected a positive int, got 4.0"),
     "hidden_bool": (lambda: jrnn.elman(True), TypeError, "hidden: expected a positive int"),
     "in_features": (lambda: LSTM.init(KEY, -1), ValueError, "in_features: expected a non-negative int"),
+    "in_features_array": (
+        lambda: LSTM.init(KEY, XS), TypeError, "in_features: expected a non-negative int, got an array of shape",
+        "x.shape[-1]",
+    ),
+    "in_features_array_residual": (
+        lambda: jrnn.residual(jrnn.gru(3)).init(KEY, XS), TypeError, "in_features: expected", "x.shape[-1]",
+    ),
     "in_features_none": (lambda: LSTM.init(KEY, None), TypeError, "in_features: expected a non-negative int"),
     "activation": (lambda: jrnn.elman(4, "tahn"), ValueError, "activation: expected one of", "'tahn'"),
     "activation_lambda": (lambda: jrnn.elman(4, lambda x: x), ValueError, "activation: expected", "top of a module"),
@@ -242,7 +268,16 @@ ERRORS = {
     "embed_vocab": (lambda: jrnn.embed(0, 3), ValueError, "vocab: expected a positive int"),
     "layer_norm_epsilon": (lambda: jrnn.layer_norm(-1.0), ValueError, "epsilon: expected"),
     "stack_empty": (lambda: jrnn.stack(), ValueError, "layers: expected at least one layer"),
-    "stack_list": (lambda: jrnn.stack([LSTM, LSTM]), TypeError, "layers[0]: expected a layer"),
+    "stack_list": (
+        lambda: jrnn.stack([LSTM, LSTM]), TypeError, "layers[0]: expected a layer", "one by one", "stack(*layers)",
+    ),
+    "stack_function": (
+        lambda: jrnn.stack(LSTM, jax.nn.relu), TypeError, "layers[1]: expected a layer", "jrnn.activation(function)",
+    ),
+    "stack_constructor": (
+        lambda: jrnn.stack(jrnn.lstm), TypeError, "layers[0]: expected a layer", "call what makes a layer",
+    ),
+    "residual_function": (lambda: jrnn.residual(jnp.tanh), TypeError, "layer: expected a layer", "jrnn.activation"),
     "bidirectional_cell": (lambda: jrnn.bidirectional("lstm"), TypeError, "cell: expected a layer"),
     "merge_name": (lambda: jrnn.bidirectional(LSTM, merge="add"), ValueError, "merge: expected one of", "'add'"),
     "merge_lambda": (lambda: jrnn.bidirectional(LSTM, merge=lambda a, b: a), ValueError, "merge: expected"),
@@ -277,6 +312,51 @@ def test_error(name):
     with pytest.raises(kind) as caught:
         call()
     assert re.search(".*".join(map(re.escape, said)), str(caught.value), re.DOTALL), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LSTM, jrnn.gru(4, "before"), jrnn.jordan(4, 2), jrnn.indrnn(4), jrnn.tdnn(4, 2), jrnn.projection_lstm(4, 2),
+        jrnn.learned_state(LSTM), jrnn.dense(4), MODEL, BIDIRECTIONAL,
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_batch_shape_is_a_tuple(layer):
+    params = shaped(layer, 3)
+    with pytest.raises(TypeError, match=r"batch_shape: expected a tuple of ints, got 4; pass \(4,\)"):
+        layer.initial_state(params, 4)
+    jax.eval_shape(lambda: layer.initial_state(params, [4]))
+
+
+# Where batch, time and units are equally many, shapes that do not belong together look alike.
+@pytest.mark.parametrize("how", ["eager", "jit", "stepper"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LSTM, jrnn.gru(4, "before"), jrnn.tdnn(4, 2), jrnn.learned_state(LSTM), jrnn.zoneout(LSTM, h=0.1),
+        jrnn.residual(jrnn.elman(4)), jrnn.highway(jrnn.elman(4)), jrnn.stack(jrnn.dense(4), StepOnly(0.5)),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_step_does_not_broadcast_its_state(layer, how):
+    if how == "stepper":
+        step = jrnn.stepper(layer)
+    else:
+        step = jax.jit(layer.step) if how == "jit" else layer.step
+    params = shaped(layer, 4)
+    four, one = (layer.initial_state(params, batch) for batch in ((4,), ()))
+    sequence = np.zeros((4, 4, 4), np.float32)
+    for state, x in ((four, sequence), (one, sequence[0]), (four, sequence[0, 0])):
+        with pytest.raises(ValueError, match=r"state: expected .*same batch axes.*through jrnn\.unroll"):
+            step(params, state, x)
+    step(params, four, sequence[0])
+    step(params, one, sequence[0, 0])
+
+
+def test_a_stepper_checks_the_state_of_a_cell_with_a_step_of_its_own():
+    with pytest.raises(ValueError, match=r"state: expected float32\[2,3\].*got float32\[3\]"):
+        jrnn.stepper(StepOnly(0.5))({"scale": jnp.ones(3)}, jnp.zeros(3), XS[0])
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jrnn
+from tests.conftest import count_compilations
 
 
 @pytest.mark.parametrize("name", jrnn.__all__)
@@ -57,6 +59,39 @@ def jrnn_traces():
     from jrnn.unroll import _unroll
 
     return _unroll._cache_size()
+
+
+def test_dtypes_that_mean_the_same_compile_once():
+    """Whatever kind of integer ``start`` is, and whether or not an array's dtype came from a Python number."""
+
+    def weak(tree):
+        return jax.tree.map(lambda a: jnp.full(a.shape, 0.5), tree)
+
+    cell = jrnn.variational(jrnn.lstm(3), inputs=0.5)
+    params = cell.init(jax.random.key(0), 5)
+    xs, state, key = jnp.ones((4, 2, 5)), cell.initial_state(params, (2,)), jax.random.key(1)
+    trees = [weak(tree) for tree in (params, xs, state)]
+    assert all(leaf.weak_type for leaf in jax.tree.leaves(trees))
+    starts = (7, np.int64(7), np.uint32(7), np.uint8(7), jnp.int32(7), jnp.asarray(7))
+    expected, _ = jrnn.unroll(cell, params, xs, state, key=key, start=7)
+    # Casts are programs too, but small ones.
+    cast = [jax.tree.map(lambda a: jax.lax.convert_element_type(a, a.dtype), tree) for tree in trees]
+    traces = jrnn_traces()
+    with count_compilations() as counter:
+        for start in starts:
+            got, _ = jrnn.unroll(cell, params, xs, state, key=key, start=start)
+            assert (np.asarray(got.h) == np.asarray(expected.h)).all()
+        for i, tree in enumerate(trees):
+            last, _ = jrnn.unroll(cell, *(tree if i == j else a for j, a in enumerate(cast)), key=key)
+            assert not last.h.weak_type
+        jrnn.unroll(cell, *trees, key=key)
+    assert jrnn_traces() == traces
+    assert counter["compilations"] == 0
+    # Traced, they are cast too.
+    shape = jax.eval_shape(lambda *trees: jrnn.unroll(cell, *trees, key=key, start=trees[1].size), *trees)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(shape))
+    jax.jit(lambda start: jrnn.unroll(cell, *trees, key=key, start=start))(7)
+    assert jrnn_traces() <= traces + 2
 
 
 def test_a_static_cell_traces_once():

@@ -9,6 +9,7 @@ import pytest
 
 import jrnn
 from jrnn.schedules.native import build
+from tests.cases import DrawingDecoder
 from tests.conftest import count_compilations
 
 MODELS = (
@@ -80,6 +81,32 @@ def test_keys_are_per_step():
     outs = [step(params, model.initial_state(params, ()), x, jax.random.key(i))[1] for i in (1, 1, 2)]
     assert (outs[0] == outs[1]).all()
     assert (outs[0] != outs[2]).any()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["step", "stepper"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        jrnn.variational(jrnn.zoneout(jrnn.elman(4), h=0.3), inputs=0.3),
+        DrawingDecoder(jrnn.stack(jrnn.variational(jrnn.gru(3), recurrent=0.4), jrnn.dropout(0.5))),
+        jrnn.stack(jrnn.embed(5, 3), jrnn.dropconnect(jrnn.gru(4), 0.4), jrnn.residual(jrnn.dropout(0.5))),
+    ],
+    ids=repr,
+)
+def test_steps_under_a_key_are_what_unroll_draws(model, compiled):
+    params, key = model.init(jax.random.key(0), 3), jax.random.key(3)
+    xs = jax.random.normal(jax.random.key(1), (6, 2, 3))
+    if model.event_ndim == 0:
+        xs = jax.random.randint(jax.random.key(1), (6, 2), 0, 5)
+    last, ys = jrnn.unroll(model, params, xs, key=key)
+    step = jrnn.stepper(model) if compiled else model.step
+    drawn, state = jrnn.draw(model, params, key, xs[0]), model.initial_state(params, (2,))
+    for t, x in enumerate(xs):
+        state, y = step(drawn, state, x, jax.random.fold_in(key, t))
+        np.testing.assert_allclose(y, ys[t], atol=1e-6)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(last), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert jrnn.draw(model, params, None, xs[0]) is params
 
 
 @pytest.mark.skipif(not build.available()[0], reason=build.available()[1] or "")

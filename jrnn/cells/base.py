@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jrnn import initializers
-from jrnn._check import describe, non_negative_int, positive_int
+from jrnn._check import batch_axes, describe, non_negative_int, positive_int, same_form
 from jrnn._weigh import weigh
 
 __all__ = ["AffineCell", "Cell", "Drawn", "HiddenState", "Layer"]
@@ -65,6 +66,10 @@ def is_low(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
 
 
+def is_complex(value: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(value), jnp.complexfloating)
+
+
 def stable(dtype: Any) -> Any:
     """The dtype in which states are kept and sums are taken: at least float32."""
     return jnp.dtype(jnp.float32) if is_low(dtype) else jnp.dtype(dtype)
@@ -73,16 +78,21 @@ def stable(dtype: Any) -> Any:
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
     """``x @ w`` over the last axis of x, in the narrower of the two dtypes, accumulated in at least float32.
 
+    Where one of the two is complex, both are taken as complex numbers of at least 32 bits each part.
+
     Args:
       x: ``(*B, F)``.
       w: ``(F, H)``.
 
     Returns:
-      ``(*B, H)``, float32 for 16-bit factors.
+      ``(*B, H)``, float32 for 16-bit factors, complex where a factor is.
 
     >>> jrnn.product(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4))).dtype
     dtype('float32')
     """
+    if is_complex(x) or is_complex(w):
+        dtype = np.promote_types(stable(x.dtype), stable(w.dtype))
+        x, w = x.astype(dtype), w.astype(dtype)
     if x.dtype != w.dtype:
         if is_low(w.dtype):
             x = x.astype(w.dtype)
@@ -101,7 +111,7 @@ def compute_params(params: Any, dtype: Any) -> Any:
     def cast(path: Any, leaf: Any) -> Any:
         name = getattr(path[-1], "key", None) if path else None
         is_weight = isinstance(name, str) and (name == "w" or name.startswith("w_"))
-        return leaf.astype(dtype) if is_weight and jnp.ndim(leaf) >= 2 else leaf
+        return leaf.astype(dtype) if is_weight and jnp.ndim(leaf) >= 2 and not is_complex(leaf) else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -109,24 +119,32 @@ def compute_params(params: Any, dtype: Any) -> Any:
 def check_features(x: jax.Array, w: jax.Array, argument: str, owner: Any, axis: int = 0) -> None:
     """Raises where inputs do not fit the weight that consumes them, by feature count or by dtype."""
     if x.shape[-1:] != (w.shape[axis],):
+        remedy = f"initialise with in_features={x.shape[-1] if x.ndim else 1} or reshape the input"
+        if w.shape[axis] == 1:
+            remedy = f"give a univariate series its axis of one feature with {argument}[..., None], or {remedy}"
         raise ValueError(
             f"{argument}: expected {w.shape[axis]} features on the last axis, as the parameters of {owner!r} have, "
-            f"got shape {x.shape}; initialise with in_features={x.shape[-1] if x.ndim else 1} or reshape the input"
+            f"got shape {x.shape}; {remedy}"
         )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not (jnp.issubdtype(x.dtype, jnp.floating) or (is_complex(x) and is_complex(w))):
         raise TypeError(
             f"{argument}: expected floats, got {x.dtype}; embed integer ids with jrnn.embed, or convert them"
         )
-    if x.dtype != w.dtype and not is_low(x.dtype):
+    if _real(x.dtype) != _real(w.dtype) and not is_low(x.dtype):
         raise TypeError(
-            f"{argument}: expected {w.dtype} like the parameters (or a 16-bit float), got {x.dtype}; convert one "
-            "of the two, jrnn never promotes silently"
+            f"{argument}: expected {_real(w.dtype)} like the parameters (or a 16-bit float), got {x.dtype}; convert "
+            "one of the two, jrnn never promotes silently"
         )
-    if is_low(x.dtype) and jnp.issubdtype(w.dtype, jnp.floating) and jnp.finfo(w.dtype).bits > 32:
+    if is_low(x.dtype) and jnp.issubdtype(w.dtype, jnp.inexact) and jnp.finfo(w.dtype).bits > 32:
         raise TypeError(
             f"{argument}: expected float64 like the parameters, got {x.dtype}; 16-bit inputs choose 16-bit products, "
             "which float64 parameters have no use for: convert the inputs to float64, or the parameters to float32"
         )
+
+
+def _real(dtype: Any) -> Any:
+    """The dtype of the real part, for floats the dtype itself."""
+    return jnp.finfo(dtype).dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.dtype(dtype)
 
 
 # --- layers ------------------------------------------------------------------------------------------------------
@@ -166,7 +184,20 @@ class Layer:
         """One step: ``(state, x (*B, F)) -> (state, y)``.
 
         With a key, what `unroll` draws once per sequence (the masks of variational dropout and DropConnect) is drawn
-        anew by every call, unless the parameters come from `draw`: fold ``draw``'s result, and one key a step.
+        anew by every call, unless the parameters come from `jrnn.draw`. A loop over steps that is to draw what
+        ``unroll(..., key=key)`` draws takes its parameters from ``jrnn.draw(cell, params, key, x)``, once per sequence,
+        and gives step t the key ``jax.random.fold_in(key, t)``.
+
+        Raises:
+          ValueError: where the state does not have the batch axes of ``x``, as for a whole sequence given as one step.
+
+        >>> cell = jrnn.variational(jrnn.gru(4), inputs=0.2, recurrent=0.3)
+        >>> params, xs, key = cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)), jax.random.key(1)
+        >>> drawn, state = jrnn.draw(cell, params, key, xs[0]), cell.initial_state(params, (2,))
+        >>> for t, x in enumerate(xs):
+        ...     state, y = cell.step(drawn, state, x, jax.random.fold_in(key, t))
+        >>> bool(jnp.allclose(y, jrnn.unroll(cell, params, xs, key=key)[1][-1], atol=1e-6))
+        True
         """
         raise NotImplementedError(f"{type(self).__name__} must define step(params, state, x, key=None)")
 
@@ -178,8 +209,53 @@ class Layer:
         x = jax.ShapeDtypeStruct((in_features,), floats[0] if floats else jnp.result_type(float))
         return jax.eval_shape(lambda p, s, x: self.step(p, s, x), params, state, x)[1].shape[-1]
 
+    def children(self) -> tuple[Layer, ...]:
+        """The layers that this layer is made of: the layers among its dataclass fields, and in tuples there, in order.
+
+        >>> jrnn.stack(jrnn.gru(4), jrnn.dense(2)).children()
+        (GRU(hidden=4), Dense(features=2))
+        """
+        if not dataclasses.is_dataclass(self):
+            return ()
+        return tuple(_layers_in(tuple(getattr(self, f.name) for f in dataclasses.fields(self))))
+
+    @property
+    def draws_once(self) -> bool:
+        """Whether `draw` may draw something: where a layer defines it, unless the layer is known to use no key."""
+        return self.uses_key is not False and type(self).draw is not Layer.draw
+
     def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
-        """Parameters with what is random once per sequence drawn into them (masks); most layers draw nothing."""
+        """Parameters with what is random once per sequence (masks) drawn into them.
+
+        Most layers draw nothing. A layer of your own that holds one that does (`jrnn.variational`, `jrnn.dropconnect`,
+        or a stack with one of them) defines this method: it returns its parameters, with those of each part replaced
+        by what the ``draw`` of that part returns. Otherwise each step would draw anew, so `jrnn.unroll` refuses a key.
+
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Decoder(jrnn.Cell):
+        ...     cell: jrnn.Cell
+        ...     def init(self, key, in_features):
+        ...         return {"cell": self.cell.init(key, in_features), "bias": jnp.zeros(in_features)}
+        ...     def initial_state(self, params, batch_shape):
+        ...         return self.cell.initial_state(params["cell"], batch_shape)
+        ...     def draw(self, params, key, batch_shape, in_features):
+        ...         return {**params, "cell": self.cell.draw(params["cell"], key, batch_shape, in_features)}
+        ...     def step(self, params, state, x, key=None):
+        ...         return self.cell.step(params["cell"], state, x + params["bias"], key)
+        >>> decoder = Decoder(jrnn.variational(jrnn.gru(4), inputs=0.5))
+        >>> params = decoder.init(jax.random.key(0), 3)
+        >>> jrnn.unroll(decoder, params, jnp.ones((5, 3)), key=jax.random.key(1))[1].shape
+        (5, 4)
+        """
+        for child in self.children():
+            if child.draws_once and self.uses_key is not False:
+                raise TypeError(
+                    f"cell: expected {type(self).__name__} to define draw(params, key, batch_shape, in_features), "
+                    f"since its part {child!r} draws something once per sequence, got no such method, so that every "
+                    "step would draw anew; return params with those of the part replaced by what the part's own draw "
+                    "returns (see jrnn.Layer.draw), or params unchanged if each step runs the part over a sequence of "
+                    "its own"
+                )
         return params
 
     def check(self, params: Any, x: Any) -> None:
@@ -194,6 +270,54 @@ class Layer:
     def walk(self, run: Any, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
         """Runs the layer over time. ``run(layer, params, xs, state)`` runs a part, ``run.scan`` loops over steps."""
         return run.scan(self, params, xs, state)
+
+
+def _layers_in(values: tuple[Any, ...]) -> Iterator[Layer]:
+    for value in values:
+        if isinstance(value, Layer):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _layers_in(value)
+
+
+# Compiled under a name of its own, by which `jrnn.schedules.steps.check_step` finds it in a traced step.
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def draw_in_step(layer: Layer, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
+    """``layer.draw``, called by a single step for parameters into which nothing was drawn."""
+    return layer.draw(params, key, batch_shape, in_features)
+
+
+def check_state(layer: Layer, params: Any, state: Any, x: jax.Array) -> None:
+    """Raises where a state is not one for the batch axes of ``x``, one step's input: the two would broadcast."""
+    batch_shape = x.shape[: x.ndim - layer.event_ndim]
+    x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    expected, form = _initial_form(layer, batch_shape, *_form(params), x64)
+    # The first comparison costs a fraction of the second, which also takes NumPy's float64 for JAX's float32.
+    if expected is not None and _form(state) != form and not same_form(state, expected):
+        raise ValueError(
+            f"state: expected {describe(expected)} for {layer!r} and x of shape {x.shape}, got {describe(state)}; a "
+            f"step takes one input (*B, F) and a state with the same batch axes, as initial_state(params, "
+            f"{batch_shape}) gives it; run whole sequences through jrnn.unroll"
+        )
+
+
+def _form(tree: Any) -> tuple[Any, Any]:
+    """Structure, shapes and dtypes of a pytree, hashable."""
+    leaves, treedef = jax.tree.flatten(tree)
+    leaves = [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for leaf in leaves]
+    return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+@functools.lru_cache(maxsize=1024)
+def _initial_form(layer: Layer, batch_shape: tuple[int, ...], treedef: Any, leaves: Any, x64: bool) -> tuple[Any, Any]:
+    """An initial state as shapes and dtypes, and its `_form`; None and None for a layer that does not define one."""
+    del x64  # part of the key: the default dtypes depend on it
+    params = treedef.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+    try:
+        state = jax.eval_shape(lambda params: layer.initial_state(params, batch_shape), params)
+    except NotImplementedError:
+        return None, None
+    return state, _form(state)
 
 
 class Cell(Layer):
@@ -249,6 +373,7 @@ class Cell(Layer):
             raise NotImplementedError(f"{type(self).__name__} must define step, or project and update")
         x = jnp.asarray(x)
         self.check(params, x)
+        check_state(self, params, state, x)
         params = compute_params(params, x.dtype)
         state, y = self.update(params, state, self.project(params, x), key)
         return state, emitted(y, x)
@@ -275,7 +400,7 @@ def side_by_side(fields: Any) -> jax.Array:
 
 
 def emitted(y: Any, x: jax.Array) -> Any:
-    """Outputs leave in the dtype in which 16-bit inputs came, so that the next layer computes in it too."""
+    """Outputs leave in the dtype in which 16-bit inputs came, unless complex, so that the next layer computes in it."""
     if not is_low(x.dtype):
         return y
     return jax.tree.map(lambda a: a.astype(x.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, y)
@@ -367,7 +492,7 @@ class AffineCell(Cell):
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
         """Zeros, ``(*B, H)`` for each field of the state, in the parameters' dtype but at least float32."""
-        shape, dtype = (*batch_shape, self.hidden), stable(params["w_hh"].dtype)
+        shape, dtype = (*batch_axes(batch_shape), self.hidden), stable(params["w_hh"].dtype)
         # Arrays of their own: a state may be donated, and a buffer only once.
         return self.state_type(*(jnp.zeros(shape, dtype) for _ in self.state_type._fields))
 

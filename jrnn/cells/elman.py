@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn import activations, initializers
-from jrnn._check import non_negative_int, positive_int
+from jrnn._check import batch_axes, non_negative_int, positive_int
 from jrnn.cells.base import AffineCell, Cell, HiddenState, check_affine, check_features, check_named, product, stable
 
 __all__ = ["ElmanState", "IndRNNState", "JordanState", "elman", "indrnn", "jordan"]
@@ -89,7 +89,7 @@ class Jordan(Cell):
         }
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> HiddenState:
-        return HiddenState(jnp.zeros((*batch_shape, self.out), stable(params["w_hh"].dtype)))
+        return HiddenState(jnp.zeros((*batch_axes(batch_shape), self.out), stable(params["w_hh"].dtype)))
 
     def out_features(self, in_features: Any) -> int:
         return self.out
@@ -161,7 +161,7 @@ class IndRNN(Cell):
         }
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> HiddenState:
-        return HiddenState(jnp.zeros((*batch_shape, self.hidden), stable(params["w_hh"].dtype)))
+        return HiddenState(jnp.zeros((*batch_axes(batch_shape), self.hidden), stable(params["w_hh"].dtype)))
 
     def out_features(self, in_features: Any) -> int:
         return self.hidden

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn import _check, activations, initializers
-from jrnn._check import non_negative_int, positive_int
+from jrnn._check import batch_axes, non_negative_int, positive_int
 from jrnn.cells.base import AffineCell, Cell, check_affine, check_features, check_named, exported, product, stable
 from jrnn.cells.norm import layer_norm, layer_norm_gates
 
@@ -236,10 +236,8 @@ class ProjectionLSTM(Cell):
         }
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> LSTMState:
-        dtype = stable(params["w_hh"].dtype)
-        return LSTMState(
-            jnp.zeros((*batch_shape, self.projection), dtype), jnp.zeros((*batch_shape, self.hidden), dtype)
-        )
+        batch, dtype = batch_axes(batch_shape), stable(params["w_hh"].dtype)
+        return LSTMState(jnp.zeros((*batch, self.projection), dtype), jnp.zeros((*batch, self.hidden), dtype))
 
     def out_features(self, in_features: Any) -> int:
         return self.projection

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn import activations, initializers
-from jrnn._check import positive_int
+from jrnn._check import batch_axes, positive_int
 from jrnn.cells.base import Cell, check_features, check_named, exported, product, stable
 
 __all__ = ["TDNNState", "tdnn"]
@@ -58,7 +58,7 @@ class TDNN(Cell):
         }
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> TDNNState:
-        shape = (*batch_shape, (self.window - 1) * self.dilation, self.features)
+        shape = (*batch_axes(batch_shape), (self.window - 1) * self.dilation, self.features)
         return TDNNState(jnp.zeros(shape, stable(params["w"].dtype)))
 
     def out_features(self, in_features: Any) -> int:

@@ -10,16 +10,39 @@ import jax
 import jax.numpy as jnp
 
 from jrnn._check import describe, module_level, positive_int
-from jrnn.cells.base import Layer, compute_params, emitted, product
+from jrnn.cells.base import Layer, check_state, compute_params, emitted, product
 
 __all__ = ["Bidirectional", "Highway", "Residual", "Stack", "bidirectional", "highway", "residual", "stack"]
 
 
 def require_layer(layer: Any, argument: str) -> None:
-    if not isinstance(layer, Layer):
-        raise TypeError(
-            f"{argument}: expected a layer (jrnn.lstm(...), jrnn.dense(...), a subclass of jrnn.Cell), got {layer!r}"
+    if isinstance(layer, Layer):
+        return
+    remedy = ""
+    if isinstance(layer, list | tuple):
+        remedy = "; give the layers one by one, as in jrnn.stack(*layers)"
+    elif callable(layer):
+        remedy = (
+            "; make a layer of an elementwise function with jrnn.activation(function), and call what makes a layer, as "
+            "in jrnn.lstm(128)"
         )
+    expected = "a layer (jrnn.lstm(...), jrnn.dense(...), a subclass of jrnn.Cell)"
+    raise TypeError(f"{argument}: expected {expected}, got {layer!r}{remedy}")
+
+
+class Combinator(Layer):
+    """A layer made of layers, which draws for a sequence what its parts draw, and nothing of its own."""
+
+    @property
+    def draws_once(self) -> bool:
+        return any(child.draws_once for child in self.children())
+
+
+def stepless(layer: Layer) -> bool:
+    """Whether a layer has no step, because one direction of a part of it needs the steps that follow."""
+    if isinstance(layer, Combinator):
+        return isinstance(layer, Bidirectional) or any(map(stepless, layer.children()))
+    return False
 
 
 def fold(key: jax.Array | None, index: int) -> jax.Array | None:
@@ -27,7 +50,7 @@ def fold(key: jax.Array | None, index: int) -> jax.Array | None:
 
 
 @dataclass(frozen=True, repr=False)
-class Stack(Layer):
+class Stack(Combinator):
     """See `stack`."""
 
     layers: tuple[Layer, ...]
@@ -86,6 +109,8 @@ class Stack(Layer):
 
     def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         self._check_params(params)
+        x = jnp.asarray(x)
+        check_state(self, params, state, x)
         states = []
         for i, (layer, p, s) in enumerate(zip(self.layers, params, state, strict=True)):
             s, x = layer.step(p, s, x, None if layer.uses_key is False else fold(key, i))
@@ -134,7 +159,7 @@ _MERGES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 
 @dataclass(frozen=True, repr=False)
-class Bidirectional(Layer):
+class Bidirectional(Combinator):
     """See `bidirectional`."""
 
     forward: Layer
@@ -241,7 +266,7 @@ def bidirectional(
 
 
 @dataclass(frozen=True, repr=False)
-class Residual(Layer):
+class Residual(Combinator):
     """See `residual`."""
 
     layer: Layer
@@ -256,6 +281,7 @@ class Residual(Layer):
         return self.layer.uses_key
 
     def init(self, key: jax.Array, in_features: Any) -> Any:
+        positive_int(in_features, "in_features")
         self.out_features(in_features)
         return self.layer.init(key, in_features)
 
@@ -272,6 +298,8 @@ class Residual(Layer):
         self.layer.check(params, x)
 
     def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        x = jnp.asarray(x)
+        check_state(self, params, state, x)
         state, y = self.layer.step(params, state, x, key)
         return state, x + y
 
@@ -306,7 +334,7 @@ def residual(layer: Layer) -> Residual:
 
 
 @dataclass(frozen=True, repr=False)
-class Highway(Layer):
+class Highway(Combinator):
     """See `highway`."""
 
     layer: Layer
@@ -351,6 +379,8 @@ class Highway(Layer):
         return gate * y + (1 - gate) * x
 
     def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        x = jnp.asarray(x)
+        check_state(self, params, state, x)
         state, y = self.layer.step(params["layer"], state, x, key)
         return state, self._mix(params, x, y)
 

@@ -15,7 +15,9 @@ from jrnn.cells.base import (
     Cell,
     Drawn,
     Layer,
+    check_state,
     compute_params,
+    draw_in_step,
     emitted,
     output,
     product,
@@ -30,6 +32,15 @@ __all__ = ["Wrapper", "dropconnect", "learned_state", "variational", "zoneout"]
 def undrawn(params: Any) -> Any:
     """Parameters without what was drawn beside them."""
     return params.params if isinstance(params, Drawn) else params
+
+
+def require_drawn(cell: Any, params: Any, key: Any) -> None:
+    """Raises where a part of a step is run with a key, on parameters into which nothing was drawn."""
+    if key is not None and not isinstance(params, Drawn):
+        raise TypeError(
+            f"params: expected what the draw of {cell!r} returns, since update was given a key, got parameters into "
+            "which nothing was drawn; the layer that calls update must define draw (see jrnn.Layer.draw)"
+        )
 
 
 class Wrapper(Cell):
@@ -81,6 +92,10 @@ class Wrapper(Cell):
     def inner(self, params: Any) -> Any:
         """The wrapped cell's parameters."""
         return params
+
+    @property
+    def draws_once(self) -> bool:
+        return self.cell.draws_once
 
     def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
         return self.cell.draw(params, key, batch_shape, in_features)
@@ -150,10 +165,11 @@ class Wrapper(Cell):
         # Not Cell.step: a wrapped cell that defines only its step has no projection, and needs none.
         x = jnp.asarray(x)
         self.check(params, x)
+        check_state(self, params, state, x)
         params = compute_params(params, x.dtype)
-        if key is not None and not isinstance(params, Drawn):
+        if key is not None and self.draws_once and not isinstance(params, Drawn):
             batch_shape = x.shape[: x.ndim - self.event_ndim]
-            params = self.draw(params, key, batch_shape, x.shape[-1] if self.event_ndim else None)
+            params = draw_in_step(self, params, key, batch_shape, x.shape[-1] if self.event_ndim else None)
         state, y = self.update(params, state, self.project(params, x), key)
         return state, emitted(y, x)
 
@@ -283,7 +299,12 @@ class Variational(Wrapper):
             xs = xs * params.noise["inputs"].astype(xs.dtype)
         return xs
 
+    @property
+    def draws_once(self) -> bool:
+        return True
+
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        require_drawn(self, params, key)
         mask = self.recurrent_mask(params) if self.recurrent else None
         if mask is None:
             return super().update(params, state, p, None if self.cell.uses_key is False else key)
@@ -361,7 +382,12 @@ class DropConnect(Wrapper):
         dropped = {**params, "w_hh": drop(k_weights, self.rate, params["w_hh"])}
         return Drawn(self.cell.draw(dropped, k_cell, batch_shape, in_features), {})
 
+    @property
+    def draws_once(self) -> bool:
+        return True
+
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        require_drawn(self, params, key)
         return super().update(params, state, p, None if self.cell.uses_key is False else key)
 
     affine_parts = (Wrapper.project, update)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrnn import _check, activations, initializers
-from jrnn._check import describe, positive_int, rate, readable
+from jrnn._check import batch_axes, describe, positive_int, rate, readable
 from jrnn.cells import norm
 from jrnn.cells.base import Layer, check_features, check_named, compute_params, emitted, product, stable
 from jrnn.sequence import _known_steps
@@ -40,6 +40,7 @@ class Timewise(Layer):
         return {}
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
+        batch_axes(batch_shape)
         return ()
 
     def out_features(self, in_features: Any) -> int:

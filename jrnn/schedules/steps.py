@@ -189,10 +189,29 @@ def chunked(segment: Any, state: Any, inputs: Any, length: int, chunk: int, reve
 
 
 def check_step(cell: Any, params: Any, x: Any, state: Any, key: Any) -> None:
-    """Raises where a step does not give back a state of the structure, shapes and dtypes it was given."""
-    new, _ = jax.eval_shape(cell.step, params, state, x, key)
+    """Raises where a step does not keep the form of its state, or draws what is drawn once per sequence."""
+    traced, (new, _) = jax.make_jaxpr(cell.step, return_shape=True)(params, state, x, key)
+    if _calls(traced.jaxpr, "draw_in_step"):  # see `jrnn.cells.base.draw_in_step`
+        raise TypeError(
+            f"cell: expected the step of {cell!r} to draw nothing that is drawn once per sequence, but a part of it "
+            "does, from parameters into which nothing was drawn; define draw(params, key, batch_shape, in_features) "
+            "to return params with those of the part replaced by what its own draw returns (see jrnn.Layer.draw), and "
+            "give these to the part in step"
+        )
     if not same_form(new, state):
         raise TypeError(
             f"cell: expected the step of {cell!r} to return a state like the one it was given, {describe(state)}, got "
             f"{describe(new)}; a state keeps its structure, shapes and dtypes from step to step"
         )
+
+
+def _calls(jaxpr: Any, name: str) -> bool:
+    """Whether a traced program, or one inside it, calls the jitted function of the given name."""
+    for eqn in jaxpr.eqns:
+        if eqn.params.get("name") == name:
+            return True
+        for leaf in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=lambda value: hasattr(value, "eqns")):
+            inner = getattr(leaf, "jaxpr", leaf)
+            if hasattr(inner, "eqns") and _calls(inner, name):
+                return True
+    return False
