@@ -3,25 +3,25 @@
     pip install -e ".[examples]" && python examples/classify_text.py          # question or statement? about a minute
     python examples/classify_text.py --text "is he gone" "he is gone"         # ... and for sentences of your own
     python examples/classify_text.py --csv mine.csv                           # your data: columns text,label
+    python examples/classify_text.py --csv mine.csv --skip-bad-rows           # ... of which some have no label
 
 The task it comes with: Shakespeare's sentences without their punctuation, of which half ended in a question mark. It
 needs the order of words: "is he gone" and "he is gone" are the same bag of words. What that is worth shows beside
 naive Bayes, which counts words and knows nothing of order.
 """
 
-import argparse
 import collections
-import csv
 import importlib.metadata
-import pathlib
 import re
 import sys
+import unicodedata
 
 import jax
 import matplotlib
 import numpy as np
 
 import jrnn
+import shared
 from jrnn.training import fit, make_step
 
 matplotlib.use("Agg")  # draws to a file, needs no display
@@ -32,9 +32,13 @@ LONGEST = 200  # words; what follows is cut off
 FEWEST = 50  # texts in a CSV: less leaves nothing to test on
 UNKNOWN = 0  # the id of all words that are not in the vocabulary
 
+# Chinese and Japanese are written without spaces: each of their characters counts as a word.
+ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(rf"[{ALONE}]|[^\W{ALONE}]+(?:'[^\W{ALONE}]+)*")
 
-def words_of(text):
-    return re.findall(r"\w+(?:'\w+)*", text.lower().replace("\u2019", "'"))[:LONGEST]
+
+def words_of(text, most=LONGEST):
+    return WORD.findall(unicodedata.normalize("NFC", text).lower().replace("\u2019", "'"))[:most]
 
 
 def load_shakespeare():
@@ -68,33 +72,48 @@ def questions_and_statements(play):
             yield statement, "statement"
 
 
-def load_csv(path, seed):
-    """The user's texts, split at random into 80% train, 10% validation, 10% test."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.reader(file)
-        header = [name.strip().lower() for name in next(rows, [])]
-        missing = [name for name in ("text", "label") if name not in header]
-        if missing:
-            has = f"its header has {', '.join(header)}" if header else "it is empty"
-            raise ValueError(f"{path}: missing column(s) {', '.join(missing)}; {has}")
-        labelled = {}  # a text that comes twice must not be in two parts
-        for row in filter(None, rows):
-            cells = dict(zip(header, row, strict=False))
-            for name in ("text", "label"):
-                if not cells.get(name, "").strip():
-                    raise ValueError(f"{path}, line {rows.line_num}: column {name} is empty")
-            labelled[cells["text"].strip()] = cells["label"].strip()
-    if len(labelled) < FEWEST:
-        raise ValueError(f"{path}: expected at least {FEWEST} different texts, got {len(labelled)}")
-    if len(set(labelled.values())) < 2:
-        raise ValueError(f"{path}: expected at least two labels, got only {set(labelled.values()).pop()!r}")
-    texts = list(labelled)
-    order = np.random.default_rng(seed).permutation(len(texts))
+def load_csv(path, seed, **options):
+    """The user's texts, split at random into 80% train, 10% validation, 10% test; options as `shared.read_csv`."""
+    rows = shared.read_csv(path, ("text", "label"), read_row, **options)
+    groups = {}  # texts of the same words are one group: the network cannot tell them apart, so no two parts share them
+    for text, label in rows:
+        groups.setdefault(tuple(words_of(text)), []).append((text, label))
+    if len(groups) < FEWEST:
+        raise ValueError(f"{path}: expected at least {FEWEST} different texts, got {len(groups)}")
+    labels = {label for _, label in rows}
+    if len(labels) < 2:
+        raise ValueError(f"{path}: expected at least two labels, got only {labels.pop()!r}")
+    print_peculiar(groups)
+    groups = list(groups.values())
+    order = np.random.default_rng(seed).permutation(len(groups))
     cuts = np.split(order, [int(0.8 * len(order)), int(0.9 * len(order))])
-    return {
-        name: ([texts[i] for i in cut], [labelled[texts[i]] for i in cut])
-        for name, cut in zip(("train", "validation", "test"), cuts, strict=True)
-    }
+    parts = {}
+    for name, cut in zip(("train", "validation", "test"), cuts, strict=True):
+        chosen = [row for i in cut for row in groups[i]]
+        parts[name] = [text for text, _ in chosen], [label for _, label in chosen]
+    return parts
+
+
+def read_row(cells):
+    if not cells["label"]:
+        raise ValueError("column label: expected the text's label, got ''")
+    return cells["text"], cells["label"]
+
+
+def print_peculiar(groups):
+    """What a user should know of the texts, given as groups of (text, label), by words."""
+    repeated = [rows for words, rows in groups.items() if words and len(rows) > 1]
+    if repeated:
+        contradictory = sum(len({label for _, label in rows}) > 1 for rows in repeated)
+        print(
+            f"texts with the same words as another: {sum(map(len, repeated))}, all kept, each wording in one part\n"
+            f"wordings with more than one label: {contradictory} of the {len(repeated)} that come again"
+        )
+    if () in groups:
+        print(f"texts without a word: {len(groups[()])}, taken as one unknown word")
+    cut = sum(len(words_of(text, None)) > LONGEST for rows in groups.values() for text, _ in rows)
+    if cut:
+        print(f"texts of more than {LONGEST} words: {cut}; what follows is not read (LONGEST in this script)")
 
 
 def make_vocabulary(texts):
@@ -142,44 +161,41 @@ def naive_bayes(ids, labels, words, classes):
 
 
 def plot(path, history, truth, predicted, classes):
-    figure, (curve, matrix) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    epochs = np.arange(1, len(history["accuracy"]) + 1)
-    curve.plot(epochs, 100 * np.array(history["accuracy"]), marker="o")
-    curve.set(xlabel="epoch", ylabel="accuracy on validation, %", title="Training")
-    curve.xaxis.get_major_locator().set_params(integer=True)
+    side = shared.matrix_size(len(classes))
+    figure, (curve, matrix) = plt.subplots(
+        1, 2, figsize=(side + 7, side + 0.5), width_ratios=[5, side], layout="constrained"
+    )
+    accuracy = 100 * np.array(history["accuracy"])
+    curve.plot(np.arange(1, len(accuracy) + 1), accuracy, marker="o", clip_on=False)
+    curve.set(ylabel="accuracy on validation, %", title="Training", ylim=(max(0, accuracy.min() - 5), 100))
+    curve.set_box_aspect(0.9)  # however tall the matrix beside it is
+    curve.set_anchor("N")
+    shared.epoch_axis(curve, len(accuracy))
     curve.grid(alpha=0.3)
     counts = np.zeros((len(classes), len(classes)), int)
     np.add.at(counts, (truth, predicted), 1)
-    matrix.imshow(counts, cmap="Blues")
-    for i, j in np.ndindex(counts.shape):
-        matrix.text(j, i, counts[i, j], ha="center", va="center", color="w" if counts[i, j] > counts.max() / 2 else "k")
-    ticks = range(len(classes))
-    matrix.set_xticks(ticks, classes, rotation=0 if len(classes) < 4 else 90)
-    matrix.set_yticks(ticks, classes)
+    shared.draw_confusion(matrix, counts, classes)
     matrix.set(xlabel="the network says", ylabel="it is", title="Test sentences")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", help="your own data, with the columns text and label")
+    parser = shared.parser(__doc__, "classify_text.png")
+    shared.add_csv_options(parser, "your own data, with the columns text and label")
     parser.add_argument("--text", nargs="+", default=[], help="sentences to classify once trained")
-    parser.add_argument("--out", default="classify_text.png", help="where to draw the picture (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=10, help="at most so many (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one epoch, to see that it works")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.epochs < 1:
         parser.error(f"--epochs: expected 1 or more, got {options.epochs}")
-    if not pathlib.Path(options.out).resolve().parent.is_dir():  # now, rather than after the training
-        parser.error(f"--out: there is no folder to write {options.out} to")
-    try:
-        parts = load_csv(options.csv, options.seed) if options.csv else load_shakespeare()
-    except (OSError, ValueError, csv.Error) as error:
-        sys.exit(f"classify_text.py: {error}")
-    except ImportError as error:
-        sys.exit(f'classify_text.py: {error}; pip install -e ".[examples]" brings it, or use --csv')
+    with shared.loading("classify_text.py", ", or use --csv"):
+        if options.csv:
+            how = dict(encoding=options.encoding, skip_bad_rows=options.skip_bad_rows)
+            parts = load_csv(options.csv, options.seed, **how)
+        else:
+            parts = load_shakespeare()
 
     vocabulary = make_vocabulary(parts["train"][0])
     classes = sorted({label for _, labels in parts.values() for label in labels})
@@ -234,15 +250,19 @@ def main(arguments=None):
     majority = np.bincount(labels["train"]).argmax()
     truth, predicted = labels["test"], probabilities.argmax(axis=1)
     print(f"accuracy on the {len(truth)} test texts, %")
-    for name, answer in (("network", predicted), ("naive Bayes", bayes), (f"always {classes[majority]}", majority)):
-        print(f"  {name:20}{100 * np.mean(answer == truth):6.1f}")
+    answers = {"network": predicted, "naive Bayes": bayes, f"always {classes[majority]}": majority}
+    width = max(20, *(len(name) + 1 for name in answers))
+    for name, answer in answers.items():
+        print(f"  {name:{width}}{100 * np.mean(answer == truth):6.1f}")
     plot(options.out, result.history["validation"], truth, predicted, classes)
     print(f"picture: {options.out}\n")
 
     texts = options.text or ([] if options.csv else ["is he gone", "he is gone"])
     for text, row in zip(texts, classify(model, result.params, encode(texts, vocabulary)), strict=True):
-        print(f"{text!r}: {classes[row.argmax()]} ({100 * row.max():.0f}%)")
+        note = "" if vocabulary.keys() & words_of(text) else ", a guess: it knows none of these words"
+        print(f"{text!r}: {classes[row.argmax()]} ({100 * row.max():.0f}%{note})")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a label may have characters that the terminal has not
     main()

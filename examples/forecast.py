@@ -2,23 +2,21 @@
 
     pip install -e ".[examples]" && python examples/forecast.py            # S&P 500, 1999 to 2018, about a minute
     python examples/forecast.py --csv mine.csv --out mine.png              # Date,Open,High,Low,Close,Volume
+    python examples/forecast.py --csv mine.csv --skip-bad-rows             # ... of which some days are null
 
 Prices are close to a random walk: "tomorrow's close is today's" (persistence) is hard to beat, and any forecast looks
 right in a plot because it lags the truth by one day. So the same days are forecast by persistence, and printed beside.
 """
 
-import argparse
-import csv
 import datetime
 import math
-import pathlib
-import sys
 
 import jax
 import matplotlib
 import numpy as np
 
 import jrnn
+import shared
 from jrnn.training import fit, make_step
 
 matplotlib.use("Agg")  # draws to a file, needs no display
@@ -43,44 +41,43 @@ def load_sp500():
     return table.index.to_numpy(), {name: table[name.capitalize()].to_numpy(float) for name in COLUMNS}
 
 
-def load_csv(path):
-    """The same from a file with the columns Date, Open, High, Low, Close, Volume, in any order and case."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.reader(file)
-        header = [name.strip().lower() for name in next(rows, [])]
-        if not header:
-            raise ValueError(f"{path} is empty; expected a header Date,Open,High,Low,Close,Volume and a row per day")
-        missing = [name for name in ("date", *COLUMNS) if name not in header]
-        if missing:
-            raise ValueError(f"{path}: missing column(s) {', '.join(missing)}; its header has {', '.join(header)}")
-        days = [read_day(dict(zip(header, row, strict=False)), f"{path}, line {rows.line_num}") for row in rows if row]
-    if len(days) < FEWEST:
-        raise ValueError(f"{path}: expected at least {FEWEST} days, got {len(days)}")
-    days.sort()  # some sources list the newest day first
-    dates = np.array([day[0] for day in days], "datetime64[D]")
-    if (dates[1:] == dates[:-1]).any():
-        raise ValueError(f"{path}: {dates[1:][dates[1:] == dates[:-1]][0]} is there twice; expected one row per day")
-    return dates, {name: np.array([day[i] for day in days]) for i, name in enumerate(COLUMNS, start=1)}
+def load_csv(path, **options):
+    """The same from a file with the columns Date, Open, High, Low, Close, Volume; options as `shared.read_csv`."""
+    table = {}
+
+    def add(cells):
+        date, values = read_day(cells)
+        if date in table:
+            raise ValueError(f"column date: {date} is there twice; expected one row per day")
+        table[date] = values
+
+    shared.read_csv(path, ("date", *COLUMNS), add, **options)
+    if len(table) < FEWEST:
+        raise ValueError(f"{path}: expected at least {FEWEST} days, got {len(table)}")
+    days = sorted(table)  # some sources list the newest day first
+    columns = np.array([table[day] for day in days]).T
+    return np.array(days, "datetime64[D]"), dict(zip(COLUMNS, columns, strict=True))
 
 
-def read_day(cells, where):
-    """One row of the file as (date, open, high, low, close, volume)."""
-    text = cells.get("date", "").strip()
+def read_day(cells):
+    """One row of the file as its date and (open, high, low, close, volume)."""
+    text = cells["date"]
     try:
-        values = [datetime.datetime.fromisoformat(text).date()]
+        date = datetime.datetime.fromisoformat(text).date()
     except ValueError:
-        raise ValueError(f"{where}, column date: expected a date such as 2018-12-31, got {text!r}") from None
+        raise ValueError(f"column date: expected a date such as 2018-12-31, got {text!r}") from None
+    values = []
     for name in COLUMNS:
-        text = cells.get(name, "").strip()
+        text = cells[name]
         try:
             number = float(text)
         except ValueError:
             number = math.nan
         if not math.isfinite(number) or number < 0 or (number == 0 and name != "volume"):
             wanted = "a number, zero or more" if name == "volume" else "a price above zero"
-            raise ValueError(f"{where}, column {name}: expected {wanted}, got {text!r}")
+            raise ValueError(f"column {name}: expected {wanted}, got {text!r}")
         values.append(number)
-    return tuple(values)
+    return date, values
 
 
 def moving_average(series, days):
@@ -139,6 +136,8 @@ def verdict(truth, forecast, persistence):
     # The mean gain per day against its standard error. Beyond 2, luck is an unlikely explanation.
     gain = (persistence - truth) ** 2 - (forecast - truth) ** 2
     z = gain.mean() / (gain.std() / math.sqrt(len(gain)) + 1e-12)
+    if theirs == 0:
+        return "The price never changed on the test days: there was nothing to forecast."
     share = 100 * abs(ours / theirs - 1)
     if ours >= theirs:
         return f"The network does NOT beat persistence: its RMSE is {share:.2f}% higher. It has learnt nothing of use."
@@ -175,24 +174,26 @@ def loss_fn(params, batch, key):
     return jrnn.losses.mse(outputs[-1, :, 0], targets)  # only the last day's output has seen the whole window
 
 
+def forecast_closes(params, inputs, today, return_scaler):
+    """The close of the day after each window, (windows,), from windows (WINDOW, windows, 9) and their last closes."""
+    _, outputs = jrnn.unroll(MODEL, params, inputs)
+    return today * np.exp(return_scaler.restore(np.asarray(outputs[-1, :, 0], float)))
+
+
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", help="your own data: Date,Open,High,Low,Close,Volume (default: S&P 500)")
-    parser.add_argument("--out", default="forecast.png", help="where to draw the picture (default: %(default)s)")
+    parser = shared.parser(__doc__, "forecast.png")
+    shared.add_csv_options(parser, "your own data: Date,Open,High,Low,Close,Volume (default: S&P 500)")
     parser.add_argument("--epochs", type=int, default=30, help="at most so many (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two epochs, to see that it works")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.epochs < 1:
         parser.error(f"--epochs: expected 1 or more, got {options.epochs}")
-    if not pathlib.Path(options.out).resolve().parent.is_dir():  # now, rather than after the training
-        parser.error(f"--out: there is no folder to write {options.out} to")
-    try:
-        dates, table = load_csv(options.csv) if options.csv else load_sp500()
-    except (OSError, ValueError, csv.Error) as error:
-        sys.exit(f"forecast.py: {error}")
-    except ImportError as error:
-        sys.exit(f'forecast.py: {error}; pip install -e ".[examples]" brings it, or use --csv')
+    with shared.loading("forecast.py", ", or use --csv"):
+        if options.csv:
+            dates, table = load_csv(options.csv, encoding=options.encoding, skip_bad_rows=options.skip_bad_rows)
+        else:
+            dates, table = load_sp500()
 
     # Chronological parts: the last 20% of days are for the test, the 10% before them for validation. Parts drawn at
     # random would let the network train on the days around the ones it is asked to forecast.
@@ -204,7 +205,8 @@ def main(arguments=None):
     features, returns = make_features(table), np.diff(np.log(close), prepend=np.nan)
     training = slice(WARM_UP, first_validation)
     feature_scaler, return_scaler = Scaler(features[training]), Scaler(returns[training])
-    inputs, _ = jrnn.sequence.windows(feature_scaler.scale(features[WARM_UP:]), WINDOW)
+    scaled = feature_scaler.scale(features[WARM_UP:])
+    inputs, _ = jrnn.sequence.windows(scaled, WINDOW)
     _, targets = jrnn.sequence.windows(return_scaler.scale(returns[WARM_UP:]), WINDOW)
     inputs, targets = np.asarray(inputs), np.asarray(targets[-1])  # (WINDOW, windows, 9) and the day after each
     day = np.arange(WARM_UP + WINDOW, days)  # the day each window forecasts, which decides on its part
@@ -235,19 +237,25 @@ def main(arguments=None):
     epochs, best = result.state.step // steps_per_epoch, result.best["step"] // steps_per_epoch
     print(f"trained for {epochs} epochs; the parameters of epoch {best} were best on the validation days\n")
 
-    _, outputs = jrnn.unroll(MODEL, result.params, inputs[:, test])
     truth, today = close[day[test]], close[day[test] - 1]
-    forecast = today * np.exp(return_scaler.restore(np.asarray(outputs[-1, :, 0], float)))
+    forecast = forecast_closes(result.params, inputs[:, test], today, return_scaler)
     forecasts = {
         "network": forecast,
         "persistence (today's close)": today,
         "moving average (5 days)": moving_average(close, 5)[day[test] - 1],
     }
+    digits = max(2, 4 - math.floor(math.log10(close[-1])))  # decimals: some prices are thousands, some a thousandth
     print(f"{'forecast of the test days':29}{'RMSE, points':>13}{'MAE, points':>13}{'MAPE, %':>9}")
     for name, values in forecasts.items():
         rmse, mae, mape = errors(truth, values)
-        print(f"{name:29}{rmse:13.2f}{mae:13.2f}{mape:9.3f}")
+        print(f"{name:29}{rmse:13.{digits}f}{mae:13.{digits}f}{mape:9.3f}")
     print("\n" + verdict(truth, forecast, today))
+    tomorrow = forecast_closes(result.params, scaled[-WINDOW:, None], close[-1:], return_scaler)[0]
+    print(
+        f"\nforecast of the first close after {str(dates[-1])[:10]}: {tomorrow:.{digits}f}, "
+        f"{100 * (tomorrow / close[-1] - 1):+.3f}% on {close[-1]:.{digits}f}\n"
+        f"(on the test days such a forecast was off by {errors(truth, forecast)[2]:.3f}% on average)"
+    )
     plot(options.out, dates[day[test]], truth, forecast, today)
     print(f"picture: {options.out}")
 

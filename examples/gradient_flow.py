@@ -7,8 +7,6 @@ last step alone, so all that the first day can teach has to travel back through 
 (1994) and Pascanu, Mikolov and Bengio (2013) say what happens on the way; `jrnn.diagnose` measures it.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -16,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 import jrnn
+import shared
 from jrnn.diagnose import (
     gate_saturation,
     gradient_norms,
@@ -148,8 +147,11 @@ def draw(flow, products, gates, runs, out):
         ax.legend(loc="lower right")
 
     plot_jacobian_products(products, axes[0, 2])
-    axes[0, 2].set_title("Elman, radius 1.5: dh$_t$/dh$_0$ and its bounds")
-    axes[0, 2].set_xlabel("lag t-k in days")
+    axes[0, 2].set(
+        title="Elman, radius 1.5: dh$_t$/dh$_k$ and its bounds",
+        xlabel="lag t-k in days, from the initial state on",
+        ylabel="singular values of dh$_t$/dh$_k$",
+    )
     plot_gate_saturation(gates, axes[1, 0])
     axes[1, 0].set_title(f"LSTM, forget bias 2: gates within {gates.epsilon:g} of a limit")
 
@@ -170,16 +172,17 @@ def draw(flow, products, gates, runs, out):
     axes[1, 2].legend(loc="upper right")
     figure.suptitle(f"Gradients through {DAYS} days of the S&P 500")
     figure.savefig(out, dpi=110)
+    plt.close(figure)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="gradient_flow.png", help="where the picture goes (gradient_flow.png)")
+def main(arguments=None):
+    parser = shared.parser(__doc__, "gradient_flow.png")
     parser.add_argument("--quick", action="store_true", help="fewer windows and training steps")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     steps, windows = (60, 16) if options.quick else (400, 128)
 
-    xs, targets = load_windows()
+    with shared.loading("gradient_flow.py"):
+        xs, targets = load_windows()
     some = np.linspace(0, len(targets) - 1, windows).astype(int)
 
     def loss(state, ys):

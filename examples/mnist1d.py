@@ -9,7 +9,6 @@ The test part is looked at once, at the end. Settings, and the epoch whose param
 400 of the 4,000 training curves.
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -18,6 +17,7 @@ import matplotlib
 import numpy as np
 
 import jrnn
+import shared
 from jrnn.training import fit, make_step, schedule
 
 matplotlib.use("Agg")  # draws to a file, needs no display
@@ -104,12 +104,14 @@ def plot(path, histories, results, xs, digits, said):
     figure = plt.figure(figsize=(11, 6.5), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.5, 1])
     curve, bars = top.subplots(1, 2)
+    few = len(histories) <= 5  # more would fill the picture with their names
     for seed, history in enumerate(histories):
         values = 100 * np.array(history["validation"]["accuracy"])
-        curve.plot(np.arange(1, len(values) + 1), values, label=f"seed {seed}")
-    curve.set(xlabel="epoch", ylabel="accuracy, %", title="GRU on the 400 validation curves", ylim=(0, 100))
+        label = f"seed {seed}" if few else f"{len(histories)} seeds" if seed == 0 else None
+        curve.plot(np.arange(1, len(values) + 1), values, label=label, color=None if few else "tab:blue", linewidth=1)
+    curve.set(ylabel="accuracy, %", title="GRU on the 400 validation curves", ylim=(0, 100))
+    shared.epoch_axis(curve, len(values))
     curve.axhline(PUBLISHED["GRU"], color="0.3", linestyle=":", label="GRU, published (test)")
-    curve.xaxis.get_major_locator().set_params(integer=True)
     curve.grid(alpha=0.3)
     curve.legend(loc="lower right")
     names = list(results)
@@ -130,8 +132,7 @@ def plot(path, histories, results, xs, digits, said):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="mnist1d.png", help="where to draw the picture (default: %(default)s)")
+    parser = shared.parser(__doc__, "mnist1d.png")
     parser.add_argument("--seeds", type=int, default=3, help="how many networks (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one network, three epochs, to see that it works")
@@ -139,12 +140,8 @@ def main(arguments=None):
     seeds, epochs = (1, 3) if options.quick else (options.seeds, options.epochs)
     if seeds < 1 or epochs < 2:
         parser.error(f"expected --seeds of 1 or more and --epochs of 2 or more, got {seeds} and {epochs}")
-    if not pathlib.Path(options.out).resolve().parent.is_dir():  # now, rather than after the training
-        parser.error(f"--out: there is no folder to write {options.out} to")
-    try:
+    with shared.loading("mnist1d.py"):
         (xs, digits), (test_xs, test_digits) = load()
-    except ImportError as error:
-        sys.exit(f'mnist1d.py: {error}; install the data with pip install -e ".[examples]"')
 
     print(f"training on {len(digits) - VALIDATION} curves, validation on {VALIDATION}, test on {len(test_digits)}")
     linear = train(logistic_loss, LOGISTIC, len(xs), xs, digits, 0, epochs, peak=1e-2)

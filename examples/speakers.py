@@ -11,16 +11,17 @@ last, 30 or 60 epochs) these gave the best accuracy on the last ten training utt
 on the other twenty.
 """
 
-import argparse
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 import jrnn
+import shared
 from jrnn.training import make_step, schedule
 
 matplotlib.use("Agg")  # draws to a file, needs no display
@@ -95,28 +96,22 @@ def mean_frame_baseline(train, test):
 
 
 def plot(path, confusion, accuracies, part):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), width_ratios=[1.15, 1], layout="constrained")
-    left.imshow(np.sqrt(confusion), cmap="Blues")  # the root shows single mistakes beside dozens of hits
-    for (row, column), count in np.ndenumerate(confusion):
-        if count:
-            color = "white" if row == column else "tab:red"
-            left.text(column, row, f"{count:.3g}", ha="center", va="center", color=color, fontsize=9)
-    ticks = np.arange(SPEAKERS)
-    left.set(xticks=ticks, yticks=ticks, xticklabels=ticks + 1, yticklabels=ticks + 1)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.8), width_ratios=[1.15, 1], layout="constrained")
+    shared.draw_confusion(left, confusion, np.arange(SPEAKERS) + 1)
     left.set(xlabel="said the network", ylabel="speaker", title=f"{part.title()} part, mean of {len(accuracies)} seeds")
-    right.plot(accuracies, "o", color="tab:blue", markersize=9, label=f"this network, {part} part")
+    right.plot(accuracies, "o", color="tab:blue", markersize=7, clip_on=False, label=f"this network, {part} part")
     for (name, accuracy), style in zip(PUBLISHED.items(), (":", "--", "-"), strict=True):
         right.axhline(accuracy, color="0.3", linestyle=style, linewidth=1, label=f"{name}, test part, published")
     right.set(xlim=(-0.5, len(accuracies) - 0.5), ylim=(min(94, accuracies.min() - 2), 100))
-    right.set(xticks=np.arange(len(accuracies)), xlabel="seed", ylabel="accuracy, %", title="Accuracy of each seed")
-    right.legend(loc="lower right", framealpha=1)
+    right.set(xlabel="seed", ylabel="accuracy, %", title="Accuracy of each seed")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))  # below, where it covers no seed
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="speakers.png", help="where to draw the picture (default: %(default)s)")
+    parser = shared.parser(__doc__, "speakers.png")
     parser.add_argument("--seeds", type=int, default=5, help="how many networks (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=60, help="(default: %(default)s)")
     parser.add_argument("--validate", action="store_true", help="test on a third of the training part, held out")
@@ -125,10 +120,9 @@ def main(arguments=None):
     seeds, epochs = (2, 6) if options.quick else (options.seeds, options.epochs)
     if seeds < 1 or epochs < 3:
         parser.error(f"expected --seeds of 1 or more and --epochs of 3 or more, got {seeds} and {epochs}")
-    if not pathlib.Path(options.out).resolve().parent.is_dir():  # now, rather than after the training
-        parser.error(f"--out: there is no folder to write {options.out} to")
 
-    utterances, speakers = load()
+    with shared.loading("speakers.py"):
+        utterances, speakers = load()
     number = np.arange(len(utterances))
     fitted, held_out, part = number < TRAIN, number >= TRAIN, "test"
     if options.validate:

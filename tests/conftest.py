@@ -4,7 +4,10 @@ Everything runs on the CPU, whatever else there is; ``pytest -m gpu`` runs what 
 """
 
 import contextlib
+import importlib.util
 import os
+import pathlib
+import sys
 import tempfile
 
 import jax
@@ -42,6 +45,19 @@ def pytest_collection_modifyitems(config, items):
         reason = None if found == "gpu" else f"needs an NVIDIA GPU and jax's CUDA plugin; JAX found a {found}"
     for item in marked if reason else ():
         item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def load_example(name):
+    """A module made of ``examples/name.py``, which finds ``examples/shared.py`` as it does when it is run."""
+    script = pathlib.Path(__file__).parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"example_{name}", script)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(script.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(script.parent))
+    return module
 
 
 @pytest.fixture

@@ -1,24 +1,21 @@
 """The forecast example: its features see no future, its scaling no test day, and its CSV errors say where."""
 
-import importlib.util
-import pathlib
+import re
 
 import numpy as np
 import pytest
+
+import jrnn
+from tests.conftest import load_example
 
 pytest.importorskip("matplotlib", reason="examples draw with matplotlib")
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "forecast.py"
-
 
 @pytest.fixture(scope="module")
 def forecast():
-    spec = importlib.util.spec_from_file_location("example_forecast", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("forecast")
 
 
 def random_walk(days=300, seed=0):
@@ -150,6 +147,10 @@ def set_cell(line, column, text):
         (broken(set_cell(10, 0, "someday")), "line 10, column date: expected a date such as 2018-12-31, got 'someday'"),
         (broken(set_cell(10, 0, "2020-01-01")), "2020-01-01 is there twice"),
         (broken(lambda lines: lines.insert(4, "2020-01-03,1,2")), "line 5, column low: .* got ''"),
+        (broken(set_cell(7, 4, "1,234.5")), "line 7, expected 6 cells, as the header has, got 7"),
+        (broken(lambda lines: [set_cell(i, 4, "null")(lines) for i in (7, 9)]), r"line 7, .*\(2 such rows\); --skip"),
+        (["Date;Open;High;Low;Close;Volume"], "a comma between columns is expected"),
+        (csv_lines(random_walk(), "Date,Open,High,Low,Close,Volume,Close"), "the column close more than once"),
     ],
 )  # fmt: skip
 def test_csv_errors_say_what_and_where(forecast, tmp_path, lines, message):
@@ -162,7 +163,73 @@ def test_a_missing_file_ends_with_one_line_and_no_traceback(forecast, tmp_path):
         forecast.main(["--csv", str(tmp_path / "absent.csv")])
 
 
-@pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--out", "no/such/folder/a.png"]])
+def test_bad_rows_are_skipped_and_counted_on_request(forecast, tmp_path, capsys):
+    lines = csv_lines(random_walk())
+    lines[7] = "2020-01-07" + ",null" * 5
+    lines[9] = lines[8]  # the same day again
+    lines += ["", ",,,,,"]  # empty rows, as spreadsheets write them, are no bad rows
+    path = write(tmp_path / "a.csv", lines)
+    dates, table = forecast.load_csv(path, skip_bad_rows=True)
+    printed = capsys.readouterr().out
+    assert f"{path}: left out 2 of 300 rows, the first of them line 8, column open" in printed
+    assert len(dates) == len(table["close"]) == 298
+    assert not np.isin(np.array(["2020-01-07", "2020-01-09"], "datetime64"), dates).any()
+    np.testing.assert_array_equal(table["close"], np.delete(random_walk()["close"], [6, 8]))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
+def test_a_file_that_is_not_utf8_is_named_and_can_be_read(forecast, tmp_path, encoding):
+    path = tmp_path / "other.csv"
+    lines = csv_lines(random_walk(), "Date,Open,High,Low,Close,Volume,Prévision")
+    path.write_bytes("\n".join(lines).encode(encoding))
+    with pytest.raises(SystemExit, match=rf"forecast.py: .*other.csv: .*--encoding {encoding}"):
+        forecast.main(["--csv", str(path)])
+    _, table = forecast.load_csv(path, encoding=encoding)
+    np.testing.assert_array_equal(table["close"], random_walk()["close"])
+
+
+def test_tomorrow_is_forecast_from_the_last_days_as_any_other_day(forecast, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(forecast, "MODEL", jrnn.stack(jrnn.gru(4), jrnn.dropout(0.2), jrnn.dense(1)))
+    calls, forecast_closes = [], forecast.forecast_closes
+
+    def remember(*arguments):
+        calls.append((arguments, forecast_closes(*arguments)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(forecast, "forecast_closes", remember)
+    table = random_walk(300)
+    forecast.main(["--quick", "--csv", write(tmp_path / "a.csv", csv_lines(table))])
+    (params, inputs, _, scaler), _ = calls[0]
+    (_, last, close, _), (tomorrow,) = calls[1]
+    assert close.tolist() == table["close"][-1:].tolist()
+    # The window of the last test day, one day on: all but its newest day is the same.
+    np.testing.assert_array_equal(last[:-1, 0], inputs[1:, -1])
+    features = forecast.make_features(table)
+    np.testing.assert_allclose(last[-1, 0], forecast.Scaler(features[20:210]).scale(features[-1]), rtol=1e-5)
+    outputs = jrnn.unroll(forecast.MODEL, params, last)[1]
+    expected = close * np.exp(np.float64(outputs[-1, :, 0]) * scaler.std + scaler.mean)
+    np.testing.assert_allclose(tomorrow, expected[0], rtol=1e-6)
+    date, number = re.search(r"first close after (\S+): ([\d.]+),", capsys.readouterr().out).groups()
+    assert date == "2020-10-26"
+    np.testing.assert_allclose(float(number), tomorrow, rtol=1e-4)
+
+
+def test_a_price_that_never_changes_has_a_verdict(forecast):
+    flat = np.full(50, 3.0)
+    assert "nothing to forecast" in forecast.verdict(flat, flat, flat)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--epochs", "0"],
+        ["--out", "no/such/folder/a.png"],
+        ["--out", "a.foo"],
+        ["--out", "."],
+        ["--encoding", "base64"],
+    ],
+)
 def test_bad_options_are_found_before_the_training(forecast, arguments, capsys):
     with pytest.raises(SystemExit):
         forecast.main(arguments)

@@ -1,6 +1,5 @@
 """The MNIST-1D example: it finds the package whose name it bears, learns, and keeps validation and test apart."""
 
-import importlib.util
 import pathlib
 import sys
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 
 import jrnn
+from tests.conftest import load_example
 
 pytest.importorskip("matplotlib", reason="examples draw with matplotlib")
 
@@ -18,9 +18,7 @@ SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "mnist1d.py"
 
 @pytest.fixture
 def example(monkeypatch):
-    spec = importlib.util.spec_from_file_location("example_mnist1d", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_example("mnist1d")
     small = jrnn.stack(jrnn.gru(8), jrnn.dropout(0.2), jrnn.dense(module.DIGITS))
     monkeypatch.setattr(module, "GRU", small)  # the same kind of network, in a fraction of the time
     return module
@@ -83,7 +81,9 @@ def test_a_run_learns_keeps_the_best_epoch_and_draws(example, monkeypatch, tmp_p
     assert accuracy > 25  # chance is 10
 
 
-@pytest.mark.parametrize("options", [["--seeds", "0"], ["--epochs", "1"], ["--out", "/no/such/folder/a.png"]])
+@pytest.mark.parametrize(
+    "options", [["--seeds", "0"], ["--epochs", "1"], ["--out", "/no/such/folder/a.png"], ["--out", "a.foo"]]
+)
 def test_bad_options_are_refused_before_training(example, options, capsys):
     with pytest.raises(SystemExit):
         example.main(options)

@@ -1,28 +1,22 @@
 """The speakers example: its data, that padding changes nothing, what it trains and tests on."""
 
-import importlib.util
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jrnn
+from tests.conftest import load_example
 
 pytest.importorskip("matplotlib", reason="examples draw with matplotlib")
 pytest.importorskip("tqdm", reason="examples show a bar")
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "speakers.py"
-
 
 @pytest.fixture
 def speakers(monkeypatch):
-    spec = importlib.util.spec_from_file_location("example_speakers", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_example("speakers")
     small = jrnn.stack(jrnn.bidirectional(jrnn.gru(4)), jrnn.dropout(0.5), jrnn.dense(module.SPEAKERS))
     monkeypatch.setattr(module, "MODEL", small)  # the same kind of network, in a fraction of the time
     return module
@@ -86,7 +80,9 @@ def test_validation_leaves_the_test_part_alone(speakers, monkeypatch, tmp_path, 
     np.testing.assert_allclose(np.asarray(xs)[valid].std(0), 1, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [["--seeds", "0"], ["--epochs", "2"], ["--out", "/no/such/folder/a.png"]])
+@pytest.mark.parametrize(
+    "options", [["--seeds", "0"], ["--epochs", "2"], ["--out", "/no/such/folder/a.png"], ["--out", "a.foo"]]
+)
 def test_bad_options_are_refused_before_training(speakers, options, capsys):
     with pytest.raises(SystemExit):
         speakers.main(options)
