@@ -1,6 +1,7 @@
 """The compiled loop: equal to the plain scan, in values and every gradient, whatever the gates and the threads."""
 
 import dataclasses
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, NamedTuple
 
@@ -247,11 +248,11 @@ def test_nothing_to_run():
 # --- gates -------------------------------------------------------------------------------------------------------
 
 
-# Not erf and the exact gelu: newer versions of JAX take their derivatives by the bits of a float, which is refused.
 FUNCTIONS = {
     "tanh": jnp.tanh, "logistic": jax.nn.sigmoid, "exp": jnp.exp, "relu": jax.nn.relu, "relu6": jax.nn.relu6,
-    "softplus": jax.nn.softplus, "gelu": jax.nn.gelu,
-    "silu": jax.nn.silu, "elu": jax.nn.elu, "softsign": softsign, "hard_sigmoid": jax.nn.hard_sigmoid,
+    "softplus": jax.nn.softplus, "gelu": jax.nn.gelu, "exact_gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "erf": jax.lax.erf, "silu": jax.nn.silu, "elu": jax.nn.elu, "softsign": softsign,
+    "hard_sigmoid": jax.nn.hard_sigmoid,
     "hard_tanh": jax.nn.hard_tanh, "log": lambda x: jnp.log(1 + x * x), "sqrt": lambda x: jnp.sqrt(1 + x * x),
     "rsqrt": lambda x: jax.lax.rsqrt(1 + x * x), "sin": jnp.sin, "cos": jnp.cos, "cube": lambda x: x**3,
     "inverse": lambda x: (2 + x * x) ** -2, "sign": lambda x: jnp.sign(x) * x,
@@ -260,7 +261,13 @@ FUNCTIONS = {
     "max": lambda x: jnp.maximum(x, 0.2) + jnp.minimum(x, -0.1),
     "expm1": jnp.expm1, "floor": lambda x: jnp.floor(x) + x,
     "power": lambda x: jnp.power(jnp.abs(x) + 1, 1.5),
-    "clip": lambda x: jnp.clip(x, -0.5, 0.5), "abs": jnp.abs, "arctan": lambda x: jnp.arctan2(x, 2.0),
+    "clip": lambda x: jnp.clip(x, -0.5, 0.5), "abs": jnp.abs, "arctan2": lambda x: jnp.arctan2(x, 2.0),
+    "arcsin": lambda x: jnp.arcsin(0.3 * x), "arccos": lambda x: jnp.arccos(0.3 * x), "arctan": jnp.arctan,
+    "arcsinh": jnp.arcsinh, "arccosh": lambda x: jnp.arccosh(1.1 + x * x), "arctanh": lambda x: jnp.arctanh(0.3 * x),
+    "round": lambda x: jnp.round(10 * x) * x, "remainder": lambda x: jnp.remainder(x, 0.3),
+    "integers": lambda x: jnp.clip((10 * x).astype(jnp.int32), -3, 4).astype(x.dtype) * x,
+    "reduce_precision": lambda x: jax.lax.reduce_precision(x, 5, 10),
+    "barrier": lambda x: sum(jax.lax.optimization_barrier((jnp.sin(x), jnp.cos(x)))),
 }  # fmt: skip
 GRID = np.concatenate(
     [np.linspace(-12, 12, 401), [0.0, -0.0, 1e-30, -1e-6, 100.0, -100.0, 3e38, -3e38, np.inf, -np.inf, np.nan]]
@@ -337,29 +344,216 @@ class Mixing(jrnn.AffineCell):
         return state._replace(h=jnp.cumsum(jnp.tanh(u[0] + v[0]), -1))
 
 
-class Bits(jrnn.AffineCell):
+class Gamma(jrnn.AffineCell):
     elementwise: ClassVar[Any] = True
 
     def gates(self, theta, u, v, state):
-        return state._replace(
-            h=jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(u[0] + v[0], jnp.int32), jnp.float32)
-        )
+        return state._replace(h=jax.lax.lgamma(2 + jnp.tanh(u[0] + v[0])))
+
+
+class Scalar(jrnn.AffineCell):
+    def init_theta(self, key):
+        return {"scale": jnp.ones(())}
+
+    def gates(self, theta, u, v, state):
+        return state._replace(h=jnp.tanh(theta["scale"] * (u[0] + v[0])))
 
 
 @pytest.mark.parametrize(
     ("cell", "reason"),
     [
-        (Mixing(4), "not elementwise"),
-        (Bits(4), "bitcast_convert_type"),
+        (Mixing(4), "elementwise over H: 'cumsum'"),
+        (Scalar(4), r"shape \(\), and is no vector"),
+        (Gamma(4), "lgamma"),
         (jrnn.gru(4, "before"), "affine cells"),
-        (jrnn.layer_norm_lstm(4), "its input projection|not elementwise"),
+        (jrnn.layer_norm_lstm(4), "its input projection|no vector"),
     ],
-    ids=("mixing", "operation", "kind", "projection"),
+    ids=("mixing", "scalar", "operation", "kind", "projection"),
 )
 def test_refusals(cell, reason):
     params = cell.init(jax.random.key(0), 3)
     with pytest.raises(ValueError, match=rf"backend: 'native' cannot run .*({reason})"):
         jrnn.unroll(cell, params, jnp.ones((4, 2, 3)), backend="native")
+
+
+# --- gates that read sizes, hold constants or choose -------------------------------------------------------------
+
+
+@jax.custom_vjp
+def straight(x):
+    """Rounded forwards, as if it were not backwards."""
+    return jnp.round(3 * x)
+
+
+straight.defvjp(lambda x: (straight(x), x), lambda x, d: (3 * d * (1 - jnp.tanh(x) ** 2),))
+
+
+@jax.custom_vjp
+def shrinking(x):
+    """The size is read by the derivative alone."""
+    return jnp.tanh(x)
+
+
+shrinking.defvjp(lambda x: (jnp.tanh(x), None), lambda _, d: (d / d.size,))
+
+
+@jax.custom_vjp
+def clipped(k):
+    """The gradient is clipped, which is one thing for each sequence and another for all together."""
+    return k
+
+
+clipped.defvjp(lambda k: (k, None), lambda _, d: (jnp.clip(d, -0.1, 0.1),))
+
+TABLE = np.linspace(-1, 2, 21, dtype=np.float32)
+
+# By name, a function of z (*B, H) and of a vector k (H,), where H is 21.
+GATES = {
+    "custom_vjp": lambda z, k: jnp.tanh(straight(k)) * jnp.tanh(z),
+    "constant_numpy": lambda z, k: jnp.tanh(z) * TABLE + k,
+    "constant_made": lambda z, k: jnp.sin(z + jnp.sqrt(jnp.arange(21, dtype=z.dtype)) * k),
+    "constant_mask": lambda z, k: jnp.where(jnp.arange(21) % 2 == 0, jnp.tanh(z), k * z * 0.1),
+    "constant_integers": lambda z, k: jnp.where((k > 1).astype(jnp.int32) + jnp.arange(21) < 5, jnp.tanh(z), k),
+    "constant_broadcast": lambda z, k: jnp.tanh(z) * jnp.broadcast_to(TABLE, z.shape),
+    "constant_special": lambda z, k: jnp.where(TABLE > 0, jnp.tanh(z), jnp.where(TABLE > 1, np.float32(np.inf), -0.0)),
+    "cond": lambda z, k: jax.lax.cond(z.shape[-1] > 20, jnp.tanh, jnp.sin, z) * k,
+    "cond_by_unit": lambda z, k: jnp.vectorize(lambda z: jax.lax.cond(z > 0, jnp.tanh, jnp.sin, z))(z) * k,
+    "switch": lambda z, k: jax.lax.switch(1, [jnp.tanh, jnp.sin], k * z),
+    "features": lambda z, k: jnp.tanh(z) * k / np.sqrt(z.shape[-1], dtype=np.float32),
+    "key": lambda z, k: jnp.tanh(z + jax.random.normal(jax.random.key(0), (21,))),
+    "reduce_precision": lambda z, k: jax.lax.reduce_precision(k * jnp.ceil(z), 8, 3) * jnp.tanh(z),
+    "barrier": lambda z, k: jnp.multiply(*jax.lax.optimization_barrier((jnp.tanh(z), k))),
+}  # fmt: skip
+# Likewise, but what they do depends on the batch shape.
+SIZED = {
+    "size": lambda z, k: jnp.tanh(z) * 100 / z.size,
+    "ndim": lambda z, k: jnp.sin(z) * k * z.ndim,
+    "batch": lambda z, k: jnp.tanh(z) / z.shape[0],
+    "product": lambda z, k: jnp.tanh(z) * 100 / math.prod(z.shape),
+    "derivative": lambda z, k: shrinking(z) * k,
+    "clipped": lambda z, k: jnp.tanh(z) * clipped(k),
+    "sequences": lambda z, k: jnp.tanh(z) * jnp.arange(z.size, dtype=z.dtype).reshape(z.shape) / z.size,
+}
+Named = {
+    names: NamedTuple(f"Named{i}", [("h", Any), *((name, Any) for name in names)])
+    for i, names in enumerate(((), tuple(GATES), tuple(SIZED)))
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gated(jrnn.AffineCell):
+    """A state for each function of the tables that is named, and h, their mean; it promises what is asked."""
+
+    names: tuple[str, ...] = ()
+    promised: bool | None = None
+
+    @property
+    def elementwise(self):
+        return self.promised
+
+    @property
+    def state_type(self):
+        return Named.get(self.names) or NamedTuple("Own", [("h", Any), *((name, Any) for name in self.names)])
+
+    def init_theta(self, key):
+        return {"k": 1 + 0.1 * jax.random.normal(key, (self.hidden,))}
+
+    def gates(self, theta, u, v, state):
+        new = {name: {**GATES, **SIZED}[name](u[0] + v[0], theta["k"]) for name in self.names}
+        return state._replace(h=sum(new.values()) / len(new), **new)
+
+
+def differentiated(cell, batch, backend):
+    """The last state and gradients of a run, and of one over a further axis by `jax.vmap`."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = cell.init(keys[0], 3)
+    xs = jax.random.normal(keys[1], (4, *batch, 3))
+
+    def total(params, xs):
+        last, ys = jrnn.unroll(cell, params, xs, backend=backend)
+        return jnp.sum(ys**2) + sum(jnp.sum(jnp.sin(leaf)) for leaf in last), last
+
+    run = lambda xs: jax.value_and_grad(total, (0, 1), has_aux=True)(params, xs)
+    return jax.jit(run)(xs), jax.jit(jax.vmap(run))(jnp.stack([xs, -xs]))
+
+
+def test_gates_are_served():
+    """Constants, conditions and derivatives of one's own."""
+    cell = Gated(21, names=tuple(GATES))
+    got, expected = (differentiated(cell, (2, 2), backend) for backend in ("native", "reference"))
+    assert_near(got, expected)
+
+
+@pytest.mark.parametrize(("hidden", "batch"), [(1, (3,)), (21, (1,)), (21, (21,)), (3, ())])
+def test_gates_of_one_unit_or_sequence_are_read(hidden, batch):
+    """Where sizes say nothing about which axis is which."""
+    cell = jrnn.peephole_lstm(hidden)
+    params = cell.init(jax.random.key(0), 3)
+    state = cell.initial_state(params, batch)
+    header, usual = (
+        native._header(cell, params, state),
+        native._header(cell, params, cell.initial_state(params, (2,))),
+    )
+    assert header == usual
+
+
+@pytest.mark.parametrize("promised", [None, True])
+@pytest.mark.parametrize("name", SIZED)
+def test_gates_that_depend_on_the_batch_are_refused(name, promised):
+    cell = Gated(21, names=(name,), promised=promised)
+    params = cell.init(jax.random.key(0), 3)
+    for batch in ((), (2,), (21,)):
+        with pytest.raises(ValueError, match=r"cannot run .*(the shape of the batch|between sequences|over sequences)"):
+            jrnn.unroll(cell, params, jnp.ones((4, *batch, 3)), backend="native")
+
+
+def test_gates_that_depend_on_the_batch_are_right_by_default():
+    cell = Gated(21, names=tuple(SIZED))
+    params = cell.init(jax.random.key(0), 3)
+    assert jrnn.choose_backend(cell, params, jnp.ones((400, 8, 3)))[0] == "hoisted"
+    got, expected = (differentiated(cell, (8,), backend) for backend in (None, "reference"))
+    assert_near(got, expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class Printing(jrnn.AffineCell):
+    def gates(self, theta, u, v, state):
+        jax.debug.print("{}", u[0])
+        return state._replace(h=jnp.tanh(u[0] + v[0]))
+
+
+def test_gates_with_a_side_effect_are_refused():
+    cell = Printing(4)
+    with pytest.raises(ValueError, match="has a side effect"):
+        jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((4, 2, 3)), backend="native")
+
+
+def saturated(cell, backend):
+    """Gradients of the sum of outputs where one input is a unix time, and so all gates are at their limits."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = cell.init(keys[0], 3)
+    xs = jax.random.normal(keys[1], (20, 4, 3)).at[:, :, 0].set(1.7e9)
+    return jax.grad(lambda params, xs: jnp.sum(jrnn.unroll(cell, params, xs, backend=backend)[1]), (0, 1))(params, xs)
+
+
+@pytest.mark.parametrize("cell", [jrnn.elman(16), jrnn.lstm(16), jrnn.gru(16), jrnn.elman(16, "gelu")], ids=repr)
+def test_saturated_gates_have_no_gradient(cell):
+    got, expected = (saturated(cell, backend) for backend in ("native", "reference"))
+    assert_near(got, expected)
+
+
+def test_infinite_states_are_not_gated_away():
+    """A gate at its limit is zero, and zero times infinity is NaN, as in the plain scan."""
+    cell = jrnn.lstm(4)
+    params = jax.tree.map(jnp.zeros_like, cell.init(jax.random.key(0), 1))
+    params["b"] = params["b"].at[4:8].set(-200.0)
+    state = cell.initial_state(params, (2,))
+    state = state._replace(c=jnp.full_like(state.c, jnp.inf))
+    got, expected = (
+        jrnn.unroll(cell, params, jnp.ones((3, 2, 1)), state, backend=backend) for backend in ("native", "reference")
+    )
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), got, expected))
+    assert jnp.isnan(got[1]).all()
 
 
 def test_float64_is_refused():

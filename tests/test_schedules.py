@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from types import SimpleNamespace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import chex
 import jax
@@ -145,10 +146,22 @@ class Normalised(jrnn.AffineCell):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Written(jrnn.AffineCell):
-    """Elementwise, but a size is written out, so that nothing can be read."""
+    """Elementwise, but a vector is made that stands right only where features are last."""
 
     def gates(self, theta, u, v, state):
         return state._replace(h=jnp.tanh(u[0] + v[0]) * jnp.arange(self.hidden, dtype=u[0].dtype))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Sized(jrnn.AffineCell):
+    """A number is made of the shape; the promise is that of an elementwise cell."""
+
+    number: Any = math.prod
+    elementwise: ClassVar[Any] = True
+
+    def gates(self, theta, u, v, state):
+        z = u[0] + v[0]
+        return state._replace(h=jnp.tanh(z) / jnp.asarray(self.number(z), z.dtype))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -176,7 +189,11 @@ def read(cell):
     [
         (Mixing(4), False, (True,)),
         (Normalised(4), False, (True,)),
-        (Written(4), False, (False,)),
+        (Written(4), False, (True,)),
+        (Sized(4, lambda z: z.size), False, (True,)),
+        (Sized(4, lambda z: z.shape[-1]), False, (True,)),
+        (Sized(4, lambda z: z.shape[0]), False, (True,)),
+        (Sized(4, lambda z: len(z.shape)), True, (True,)),  # all layouts have as many axes
         (Scaled(4), True, (True, False)),
         (Leaky(4), True, (True, True)),
     ],
@@ -184,6 +201,16 @@ def read(cell):
 )
 def test_what_is_read_from_gates(cell, elementwise, sums):
     assert read(cell) == (elementwise, sums)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sizes_in_gates_are_those_of_the_plain_scan(layout):
+    """Where another layout would show in a number that the gates make, they are run in the plain one."""
+    cell = Sized(4, lambda z: z.shape[-1] + 10 * z.shape[0])
+    params, xs = cell.init(jax.random.key(0), 3), jnp.ones((5, 6, 3))
+    run = lambda backend: jax.value_and_grad(lambda p: jnp.sum(jrnn.unroll(cell, p, xs, backend=backend)[1]))(params)
+    with limits(LAYOUTS[layout]):
+        chex.assert_trees_all_close(run("hoisted"), run("reference"), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -421,8 +421,9 @@ class AffineCell(Cell):
     ``theta`` holds the other parameters (vectors), which ``init_theta`` makes. States are ``state_type``, by default
     ``HiddenState(h)``, every field ``(*B, H)`` and zero at first.
 
-    Promises: ``elementwise`` says that unit j of each new field depends on unit j of u, v and state alone;
-    ``additive`` says that ``gates`` uses only ``u + v``: of all gates (True), or of those named in a tuple.
+    Promises: ``elementwise`` says that unit j of each new field depends on unit j of u, v and state alone, whatever the
+    shapes of these are; ``additive`` says that ``gates`` uses only ``u + v``: of all gates (True), or of those named in
+    a tuple.
 
     Args:
       hidden: H, the number of units.

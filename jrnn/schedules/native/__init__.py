@@ -70,8 +70,11 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
         return False, "it computes in float32 only"
     if not hasattr(state, "_fields") or "h" not in state._fields:
         return False, "its state is no NamedTuple with a field h"
-    if not promises.elementwise(cell, cell.theta(params), state):
-        return False, "its gates are not elementwise over H"
+    for leaf in jax.tree.leaves(cell.theta(params)):
+        if leaf.shape != state.h.shape[-1:]:
+            return False, f"one of its parameters beside the weights has the shape {leaf.shape}, and is no vector (H,)"
+    if any(leaf.shape != state.h.shape for leaf in state):
+        return False, "the fields of its state differ in shape"
     try:
         header = _header(cell, params, state)
     except emit.Unserved as error:
@@ -136,5 +139,4 @@ def _empty(cell: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
 
 def _header(cell: Any, params: Any, state: Any) -> str:
     theta = cell.theta(params)
-    sums = promises.sums(cell, theta, state)
-    return emit.header(cell, jax.tree.structure(theta), jax.tree.structure(state), sums)
+    return emit.header(cell, promises.Forms.of(theta, state), promises.sums(cell, theta, state))

@@ -1,7 +1,8 @@
 // A cell's gates over a tile. Compiled once for each cell, with cell.h, which emit.py writes and which gives
 //   GATES, SUMS (gates that read u + v), PARTS (GATES, and one more for each gate that reads u and v apart), SLOT[g]
-//   (where v of gate g goes among the parts), STATES, HIDDEN_STATE (which of them is h), THETAS, and the functions
-//   gates(theta, parts, state, new) and gates_vjp(theta, parts, state, dnew, dtheta, dparts, dstate) on vectors.
+//   (where v of gate g goes among the parts), STATES, HIDDEN_STATE (which of them is h), THETAS, TABLES (constant
+//   arrays), and the functions load_tables(unit, tables), gates(theta, parts, state, tables, new) and
+//   gates_vjp(theta, parts, state, dnew, tables, dtheta, dparts, dstate) on vectors.
 
 #include "kernel.h"
 #include "vectors.h"
@@ -17,7 +18,7 @@ void forward(const ForwardTile& t) {
     for (long v = 2 * t.b0; v < 2 * t.b1; ++v) {
       const long unit = v * VL, lanes = t.H - unit, at = n * t.H + unit;
       if (lanes <= 0) break;
-      vf theta[THETAS + 1], part[PARTS], old[STATES], now[STATES];
+      vf theta[THETAS + 1], table[TABLES + 1], part[PARTS], old[STATES], now[STATES];
       for (int s = 0; s < STATES; ++s) old[s] = load(from[s] + at, lanes);
       if (held) {
         for (int s = 0; s < STATES; ++s) now[s] = old[s];
@@ -25,7 +26,8 @@ void forward(const ForwardTile& t) {
         const float* parts = t.parts + (n - t.n0) * t.parts_row + (v / 2 - t.b0) * PARTS * UB + v % 2 * VL;
         for (int j = 0; j < THETAS; ++j) theta[j] = load(t.theta + j * t.theta_row + unit);
         for (int j = 0; j < PARTS; ++j) part[j] = load(parts + j * UB);
-        gates(theta, part, old, now);
+        load_tables(unit, table);
+        gates(theta, part, old, table, now);
       }
       for (int s = 0; s < STATES; ++s) store(t.now[s] + at, now[s], lanes);
     }
@@ -35,7 +37,8 @@ void forward(const ForwardTile& t) {
 void backward(const BackwardTile& t) {
   for (long v = 2 * t.b0; v < 2 * t.b1; ++v) {
     const long unit = v * VL, lanes = t.H - unit, block = v / 2 - t.b0, half = v % 2 * VL;
-    vf theta[THETAS + 1], sums[THETAS + 1];
+    vf theta[THETAS + 1], table[TABLES + 1], sums[THETAS + 1];
+    load_tables(unit, table);
     for (int j = 0; j < THETAS; ++j) {
       theta[j] = load(t.theta + j * t.theta_row + unit);
       sums[j] = load(t.dtheta + j * t.theta_row + unit);
@@ -59,7 +62,7 @@ void backward(const BackwardTile& t) {
       const float* parts = t.parts + (n - t.n0) * t.parts_row + block * PARTS * UB + half;
       for (int s = 0; s < STATES; ++s) old[s] = load(from[s] + n * t.H + unit, lanes);
       for (int j = 0; j < PARTS; ++j) part[j] = load(parts + j * UB);
-      gates_vjp(theta, part, old, dnew, dtheta, dpart, dold);
+      gates_vjp(theta, part, old, dnew, table, dtheta, dpart, dold);
       if (lanes < VL) {  // a lane that is no unit may hold anything, NaN too
         for (int j = 0; j < PARTS; ++j) dpart[j] = first(dpart[j], lanes);
         for (int s = 0; s < STATES; ++s) dold[s] = first(dold[s], lanes);

@@ -15,6 +15,7 @@ constexpr int UB = 2 * VL;
 
 typedef float vf __attribute__((vector_size(4 * VL)));
 typedef int vi __attribute__((vector_size(4 * VL)));
+typedef unsigned vu __attribute__((vector_size(4 * VL)));
 
 inline vf splat(float x) { return x - vf{}; }  // x - 0 is x, -0 too
 inline vf load(const float* p) {
@@ -51,12 +52,11 @@ inline vf each(Function f, vf x, vf y) {
   return x;
 }
 
-// 2^n for integers n in [-126, 127].
+inline vf vabs(vf x) { return each([](float a) { return __builtin_fabsf(a); }, x); }
+
+// 2^n for integers n in [-126, 127], and infinity for 128.
 inline vf exp2i(vf n) {
-  vi bits = (__builtin_convertvector(n, vi) + 127) << 23;
-  vf out;
-  __builtin_memcpy(&out, &bits, sizeof out);
-  return out;
+  return (vf)((__builtin_convertvector(n, vi) + 127) << 23);
 }
 
 // The series of exp to the seventh power at r = x - n log 2, in [-log(2)/2, log(2)/2]: error about one ulp.
@@ -80,39 +80,87 @@ inline vf vexp(vf x) {
   return series(x, n) * exp2i(half) * exp2i(n - half);  // two factors: so 2^n overflows and underflows as exp does
 }
 
+// Below -87.34 XLA's is zero, too small for a normal number; here 1 / (1 + inf) is from -88.4 on.
 inline vf vlogistic(vf x) {
   x = x > 87.0f ? splat(87.0f) : x;
-  x = x < -87.0f ? splat(-87.0f) : x;
+  x = x < -89.0f ? splat(-89.0f) : x;
   const vf n = rounded(x * -1.44269504f);
-  return 1.0f / (1.0f + series(-x, n) * exp2i(n));
+  return 1.0f / (1.0f + series(-x, n) * exp2i(n));  // 2^128 has the bits of infinity
 }
 
-// A quotient of odd and even polynomials on [-7.9, 7.9], where tanh reaches 1 in float32: error a few ulp. The
-// coefficients are those of Eigen and XLA.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr float TANH_LIMIT = 7.99881172180175781f;
+inline vf vfma(vf a, vf b, float c) {  // rounded once, whatever the compiler makes of a * b + c
+  for (int i = 0; i < VL; ++i) a[i] = __builtin_fmaf(a[i], b[i], c);
+  return a;
+}
+#else
+constexpr float TANH_LIMIT = 7.90531110763549805f;
+inline vf vfma(vf a, vf b, float c) { return a * b + c; }
+#endif
+
+// A quotient of odd and even polynomials: error a few ulp. The coefficients and limits are those of Eigen and XLA: at
+// the limit the quotient is 1 exactly (with fused multiplications and without, which round differently), and so it is
+// beyond. It must be, or 1 - h^2 would not be zero where a gate is saturated.
 inline vf vtanh(vf x) {
-  const float limit = 7.90531110763549805f;
-  vf c = x > limit ? splat(limit) : x;
-  c = c < -limit ? splat(-limit) : c;
+  vf c = x > TANH_LIMIT ? splat(TANH_LIMIT) : x;  // comparisons with NaN are false: it stays
+  c = c < -TANH_LIMIT ? splat(-TANH_LIMIT) : c;
   const vf s = c * c;
   vf p = splat(-2.76076847742355e-16f);
-  p = p * s + 2.00018790482477e-13f;
-  p = p * s + -8.60467152213735e-11f;
-  p = p * s + 5.12229709037114e-08f;
-  p = p * s + 1.48572235717979e-05f;
-  p = p * s + 6.37261928875436e-04f;
-  p = p * s + 4.89352455891786e-03f;
+  p = vfma(p, s, 2.00018790482477e-13f);
+  p = vfma(p, s, -8.60467152213735e-11f);
+  p = vfma(p, s, 5.12229709037114e-08f);
+  p = vfma(p, s, 1.48572235717979e-05f);
+  p = vfma(p, s, 6.37261928875436e-04f);
+  p = vfma(p, s, 4.89352455891786e-03f);
   vf q = splat(1.19825839466702e-06f);
-  q = q * s + 1.18534705686654e-04f;
-  q = q * s + 2.26843463243900e-03f;
-  q = q * s + 4.89352518554385e-03f;
-  const vf small = (x < 4e-4f) & (x > -4e-4f) ? x : c * p / q;
-  return small;
+  q = vfma(q, s, 1.18534705686654e-04f);
+  q = vfma(q, s, 2.26843463243900e-03f);
+  q = vfma(q, s, 4.89352518554385e-03f);
+  return vabs(x) < 4e-4f ? x : c * p / q;
 }
 
 inline vf vsqrt(vf x) { return each([](float a) { return __builtin_sqrtf(a); }, x); }
-inline vf vabs(vf x) { return each([](float a) { return __builtin_fabsf(a); }, x); }
-inline vf vmax(vf a, vf b) { return (a > b) | (a != a) ? a : b; }  // NaN wins, as in XLA
-inline vf vmin(vf a, vf b) { return (a < b) | (a != a) ? a : b; }
+inline vf vsquare(vf x) { return x * x; }
+
+// NaN wins, and zero is greater than -0, as in XLA.
+inline vf vmax(vf a, vf b) {
+  const vf larger = a > b ? a : b, even = a == b ? (vf)((vi)a & (vi)b) : larger;
+  return a != a ? a : even;
+}
+inline vf vmin(vf a, vf b) {
+  const vf smaller = a < b ? a : b, even = a == b ? (vf)((vi)a | (vi)b) : smaller;
+  return a != a ? a : even;
+}
+inline vi vmax(vi a, vi b) { return a > b ? a : b; }
+inline vi vmin(vi a, vi b) { return a < b ? a : b; }
+inline vu vmax(vu a, vu b) { return a > b ? a : b; }
+inline vu vmin(vu a, vu b) { return a < b ? a : b; }
 inline vf vsign(vf x) { return x > 0.0f ? splat(1) : (x < 0.0f ? splat(-1) : x); }
+
+
+// To an integer, towards zero; what is too large becomes the largest there is, and NaN zero, as in XLA.
+inline vi vint(vf x) {
+  const vf low = x > -2147483648.0f ? x : splat(-2147483648.0f), in = low < 2147483520.0f ? low : splat(2147483520.0f);
+  const vi bits = __builtin_convertvector(in, vi);
+  return x == x ? (x >= 2147483648.0f ? vi{} + 2147483647 : bits) : vi{};
+}
+
+// Rounded, to even, to a number of so many bits; what such a number cannot hold becomes zero or infinite, as in XLA.
+template <int exponent_bits, int mantissa_bits>
+inline vf vreduce(vf x) {
+  constexpr int dropped = 23 - mantissa_bits, bias = (1 << (exponent_bits - 1)) - 1;
+  vi bits = (vi)x;
+  if (dropped > 0) {
+    const vi last = (bits >> dropped) & 1;
+    bits = (bits + (last + ((1 << (dropped - 1)) - 1))) & ~((1 << dropped) - 1);
+  }
+  if (exponent_bits < 8) {
+    const vi size = bits & 0x7fffffff, sign = bits - size;
+    bits = size > ((127 + bias) << 23 | (0x7fffff & ~((1 << dropped) - 1))) ? sign | 0x7f800000 : bits;
+    bits = size < (127 - bias + 1) << 23 ? sign : bits;
+  }
+  return x == x ? (vf)bits : x;
+}
 
 }  // namespace
