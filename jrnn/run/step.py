@@ -32,7 +32,7 @@ class Step:
         return name, f"its step was read as that of an affine cell; {reason}"
 
     def run(self, name: str, xs: jax.Array, state: Any, restart: Any, steps: Steps) -> tuple[Any, Any]:
-        """The state after the last step, and the outputs of all steps. ``restart`` is what a reset restores, or None."""
+        """The state after the last step, and the outputs of all steps; ``restart`` is what a reset restores."""
         last, ys = _run(name, self.body, self.consts, xs, state, restart, *steps.parted())
         return last, jax.tree.unflatten(self.ys, ys)
 
