@@ -25,6 +25,13 @@ WORK = {"forward": "forward", "train": "forward and backward", "step": "one step
 
 ONLY_JRNN = ("jrnn", "jrnn hoisted", "products")
 OWN_CELL = (*ONLY_JRNN, "jrnn own cell", "jrnn own cell hoisted")
+STEPS = "anybody's step"
+STEPPED = tuple(
+    f"{library} in {scan}"
+    for library in ("hand", "flax.linen", "haiku", "equinox")
+    for scan in ("lax.scan", "jrnn.scan")
+)
+IN_STEPS = ("jrnn", "products", "jrnn own step", *STEPPED)
 REMAT = (*ONLY_JRNN, "jrnn remat", "jrnn hoisted remat")
 
 
@@ -129,6 +136,9 @@ def full() -> tuple[Point, ...]:
     points += _both("ragged", "lstm", (16, 1000, 64, 64), ragged=True)
     for shape in SHAPES[:5]:
         points += _both("own cell", "lstm", shape, peers=OWN_CELL)
+    for cell in GATES:
+        for shape in (*SHAPES[:4], SHAPES[6]):
+            points += _both(STEPS, cell, shape, peers=IN_STEPS)
     for shape in (SHAPES[2], SHAPES[3]):
         points += _both("bfloat16", "lstm", shape, dtype="bfloat16")
     for cell in GATES:
@@ -148,5 +158,6 @@ def quick() -> tuple[Point, ...]:
         Point("grid", "elman", "forward", *shape),
         Point("ragged", "lstm", "forward", *shape, ragged=True),
         Point("own cell", "lstm", "train", *shape, peers=OWN_CELL),
+        Point(STEPS, "lstm", "train", *shape, peers=IN_STEPS),
         Point("one step", "lstm", "step", 1, 1, 64, 256),
     )

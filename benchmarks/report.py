@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plot, store
-from benchmarks.grid import GATES, WORK, Point
+from benchmarks.grid import GATES, STEPS, WORK, Point
 from benchmarks.peers import PEERS, is_jrnn
 from benchmarks.peers.base import PRODUCT
 
@@ -21,6 +21,9 @@ SECTIONS = {
     "two directions": "Both directions, outputs concatenated.",
     "ragged": "Lengths evenly from T/4 to T; the floor counts valid steps only.",
     "own cell": "The LSTM written by a user, as an `AffineCell` of eight lines, beside the built-in one.",
+    STEPS: "Unchanged steps of other libraries, and one written by hand, in `jax.lax.scan` and in `jrnn.scan`, beside "
+    "the built-in cell. *over lax.scan* is how many times as long they take in `jax.lax.scan` as in `jrnn.scan`, and "
+    "*over built-in* how many times as long in `jrnn.scan` as the built-in cell: geometric means over the libraries.",
     "bfloat16": "Inputs and products in bfloat16; the floor is still that of float32 products. CPUs that have no "
     "instructions for it emulate them, each library in its own way.",
     "one step": "One call for each time step, its state fed back. `empty` is a jitted function of the same arguments "
@@ -241,6 +244,7 @@ def _section(entries: list[dict[str, Any]], section: str) -> str:
         extra |= {"own cell": ["own / built-in", "hoisted own / built-in"]}
     else:
         extra = {"grid": ["faster", "floor", "in rounds", "µs a step"], "own cell": ["own / built-in"]}
+    extra |= {STEPS: ["over lax.scan", "over built-in"]}
     extra |= {"long": ["µs a step"], "one step": ["faster"]}
     extra |= {"memory": ["remat / without", "temporaries with remat", "without"]}
     added = extra.get(section, ["faster", "floor"])
@@ -266,10 +270,23 @@ def _section(entries: list[dict[str, Any]], section: str) -> str:
             "without": size(entry["results"].get("jrnn", {}).get("temp_bytes")),
             "temporaries with remat": size(entry["results"].get("jrnn remat", {}).get("temp_bytes")),
             "remat / without": NOTHING if None in (ours, remat) else f"{remat / ours:.2f}",
+            "over lax.scan": number(geometric_mean(_in_scans(entry, "lax.scan")), "x"),
+            "over built-in": number(geometric_mean(_in_scans(entry, None)), "x"),
             "own / built-in": NOTHING if own is None or ours is None else f"{own / ours:.2f}",
         }
         rows.append([label(entry), *values, *(what[name] for name in added)])
     return f"{table(header + added, rows)}\n{_notes(entries)}{_details(entries)}"
+
+
+def _in_scans(entry: dict[str, Any], other: str | None) -> list[float]:
+    """Of steps in `jrnn.scan`, the time of another scan over theirs; or theirs over that of the built-in cell."""
+    found = []
+    for name in entry["results"]:
+        ours = median(entry, name) if name.endswith(" in jrnn.scan") else None
+        theirs = median(entry, name.replace("jrnn.scan", other) if other else "jrnn")
+        if ours is not None and theirs is not None:
+            found.append(theirs / ours if other else ours / theirs)
+    return found
 
 
 def _notes(entries: list[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from jrnn import sequence
 from jrnn._check import as_tree, describe, is_traced, readable, same_form
 from jrnn._device import varying_as
 from jrnn.cells.base import Layer
+from jrnn.run.step import Step, read_step
 from jrnn.schedules import SCHEDULES, choose
 from jrnn.schedules.steps import SEQUENCE, Steps, check_step, select, zeroed
 
@@ -269,17 +271,43 @@ class Run:
         # The key of a model, where other layers use it, is none to a cell that is known to use none.
         steps = replace(self.steps, key=None) if cell.uses_key is False else self.steps
         check_step(cell, params, x, state, steps.key)
-        name, reason = choose(cell, params, xs, steps, self.backend)
+        loop, name, reason = self._loop(cell, params, xs, x, state, steps)
         self.chosen.append((cell, name, reason))
         state = varying_as(state, params, xs, steps.valid, steps.resets, steps.key)
         if steps.valid is None or not xs.shape[0]:
-            return _loop(name, cell, params, xs, state, *steps.parted())
+            return loop(state)
         # A state that no valid step consumes stays out of the loop: held over invalid steps, a NaN in it would meet
         # the zero gradients of those steps.
         met, any_valid = steps.meets(), steps.valid.any(0)
         restart = cell.initial_state(params, self.batch_shape)
-        last, ys = _loop(name, cell, params, xs, select(met, state, restart), *steps.parted())
+        last, ys = loop(select(met, state, restart))
         return select(any_valid, last, state), ys
+
+    def _loop(
+        self, cell: Layer, params: Any, xs: jax.Array, x: Any, state: Any, steps: Steps
+    ) -> tuple[Callable[[Any], tuple[Any, Any]], str, str]:
+        """The loop over all steps, as a function of the state before it; and which schedule that is, and why."""
+        note = ""
+        if self._reads(cell, xs):
+            step = read_step(cell, params, x, state, steps)
+            if isinstance(step, Step):
+                name, reason = step.choose(state, xs, steps, self.backend)
+                if name is not None:
+                    restart = None if steps.resets is None else cell.initial_state(params, self.batch_shape)
+                    return lambda state: step.run(name, xs, state, restart, steps), name, reason
+                note = f"; {reason}"
+            else:
+                note = f"; its step is not read as that of an affine cell: {step}"
+        try:
+            name, reason = choose(cell, params, xs, steps, self.backend)
+        except ValueError as error:
+            raise ValueError(f"{error}{note}") from None
+        return lambda state: _loop(name, cell, params, xs, state, *steps.parted()), name, reason + note
+
+    def _reads(self, cell: Layer, xs: jax.Array) -> bool:
+        """Whether a cell's step is read: where it says nothing of its form, and a schedule could use that."""
+        some = isinstance(xs.shape[0], int) and xs.shape[0] > 0
+        return some and self.backend in (None, "hoisted", "native") and not getattr(cell, "is_affine", False)
 
     def child(self, index: int) -> Run:
         """The run of a layer's part, with randomness of its own."""

@@ -357,7 +357,7 @@ def equinox(name):
 
 
 NO_BATCH = ((4,), (), (2, 3))
-TWO = "it has a product of something computed from the state"
+TWO = "a product of something computed from its state"
 BODIES = (
     Body("elman", elman, batches=NO_BATCH),
     Body("concatenated_lstm", concatenated_lstm, batches=NO_BATCH),
@@ -374,6 +374,7 @@ BODIES = (
     Body("scaled", scaled),
     Body("fixed_carry", fixed_carry),
     Body("random_mask", random_mask),
+    Body("memory_readout", memory_readout),
     Body("linen_lstm", linen("LSTMCell"), batches=NO_BATCH, peer="flax"),
     Body("linen_optimized_lstm", linen("OptimizedLSTMCell"), batches=NO_BATCH, peer="flax"),
     Body("linen_gru", linen("GRUCell"), batches=NO_BATCH, peer="flax"),
@@ -391,7 +392,6 @@ BODIES = (
     Body("normalised", normalised, 1, "'reduce_sum'"),
     Body("held", held, 1, "held where a flag says so"),
     Body("random_steps", random_steps, 2, "not of one shape and dtype"),
-    Body("memory_readout", memory_readout, 1, "a leaf of its carry that is not multiplied"),
     # What is not read: these run as jax.lax.scan, and say why.
     Body("no_product", no_product, None, "it has no product of its state with weights"),
     Body("control_flow", control_flow, None, "it has no product of its state with weights"),

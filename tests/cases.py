@@ -67,6 +67,33 @@ class Counting(jrnn.Cell):
 
 
 @dataclasses.dataclass(frozen=True)
+class StepLSTM(jrnn.Cell):
+    """A user's LSTM as nothing but a step: one product of ``[x, h]``, a readout, and the memory put out beside it."""
+
+    hidden: int
+    uses_key: ClassVar[Any] = False
+
+    def init(self, key, in_features):
+        k_w, k_out = jax.random.split(key)
+        return {
+            "w": 0.5 * jax.random.normal(k_w, (in_features + self.hidden, 4 * self.hidden)),
+            "b": jnp.ones(4 * self.hidden),
+            "out": jax.random.normal(k_out, (self.hidden, 2)),
+        }
+
+    def initial_state(self, params, batch_shape):
+        zeros = jnp.zeros((*batch_shape, self.hidden), params["w"].dtype)
+        return {"memory": zeros + jnp.array(0.5, zeros.dtype), "h": zeros}
+
+    def step(self, params, state, x, key=None):
+        z = jrnn.product(jnp.concatenate([x, state["h"].astype(x.dtype)], -1), params["w"])
+        i, f, g, o = jnp.split(z + jnp.broadcast_to(params["b"].astype(z.dtype), z.shape), 4, -1)
+        c = jax.nn.sigmoid(f) * state["memory"] + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return {"memory": c, "h": h}, jnp.concatenate([jrnn.product(h, params["out"]).astype(c.dtype), c], -1)
+
+
+@dataclasses.dataclass(frozen=True)
 class ProjectAndUpdate(jrnn.Cell):
     """A user's cell that declares its projection."""
 
@@ -210,6 +237,7 @@ CASES = (
     Case("tdnn_one", jrnn.tdnn(4, window=1)),
     Case("step_only", StepOnly(0.5), full=True),
     Case("counting", Counting(), full=True),
+    Case("step_lstm", StepLSTM(4), full=True),
     Case("project_and_update", ProjectAndUpdate(4)),
     Case("leaky", Leaky(4)),
     Case("no_inputs", jrnn.stack(jrnn.lstm(4), jrnn.gru(3)), 0),  # autonomous: its inputs are (T, *B, 0)

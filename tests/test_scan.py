@@ -1,5 +1,7 @@
 """`jrnn.scan` against `jax.lax.scan`, on every body of the table: values, every gradient, and what transforms them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 import jrnn
 from jrnn.jaxprs.flat import flatten
-from tests.bodies import BODIES, elman, params, relu_readout, reset_lstm
+from tests.bodies import BODIES, elman, held, params, relu_readout, reset_lstm
 from tests.conftest import count_compilations
 
 T, F, H = 5, 3, 4
@@ -69,30 +71,34 @@ def close(got, expected, tolerance=3e-5):
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
+def values_and_gradients(function, *args):
+    """In one program, which is compiled once."""
+    return jax.jit(lambda *args: (function(*args), gradients(function, *args)))(*args)
+
+
 @interpreted
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("body", READ)
-def test_values_and_gradients(body, reverse):
-    for batch in body.batches:
+def test_values_and_gradients(body):
+    for i, batch in enumerate(body.batches):
         weights, carry, step, xs = built(body, batch)
+        reverse = i % 2 == 1 or (len(body.batches) == 1 and "gru" in body.name)
         got, expected = (
-            run(jrnn.scan, step, reverse=reverse, backend="hoisted"), run(jax.lax.scan, step, reverse=reverse)
-        )  # fmt: skip
-        close(got(weights, carry, xs), expected(weights, carry, xs))
-        close(gradients(got, weights, carry, xs), gradients(expected, weights, carry, xs))
+            run(jrnn.scan, step, reverse=reverse, backend="hoisted"),
+            run(jax.lax.scan, step, reverse=reverse),
+        )
+        close(values_and_gradients(got, weights, carry, xs), values_and_gradients(expected, weights, carry, xs))
 
 
 @pytest.mark.parametrize("body", READ)
 def test_native(body):
     weights, carry, step, xs = built(body)
     got = run(jrnn.scan, step, backend="native")
-    expected = run(jax.lax.scan, step)
     if body.native or body.reason:
         with pytest.raises(ValueError, match=body.native or body.reason):
             got(weights, carry, xs)
         return
-    close(got(weights, carry, xs), expected(weights, carry, xs))
-    close(gradients(got, weights, carry, xs), gradients(expected, weights, carry, xs))
+    expected = run(jax.lax.scan, step)
+    close(values_and_gradients(got, weights, carry, xs), values_and_gradients(expected, weights, carry, xs))
 
 
 @interpreted
@@ -115,17 +121,19 @@ def test_transformations(body):
     weights, carry, step, xs = built(body, time=3)
     got, expected = run(jrnn.scan, step, backend="hoisted"), run(jax.lax.scan, step)
     args = (weights, carry, xs)
-    (got_of, leaves), (expected_of, _) = of_floats(got, *args), of_floats(expected, *args)
+    _, leaves = of_floats(got, *args)
     moving = [jnp.cos(leaf) for leaf in leaves]
-    close(jax.jvp(got_of, leaves, moving)[1], jax.jvp(expected_of, leaves, moving)[1])
-
-    def direction(function):
-        return jax.jvp(gradient_of(function), leaves, moving)[1]
-
-    close(direction(got_of), direction(expected_of), 2e-4)
     several = jax.tree.map(lambda a: jnp.stack([a, a * 0.5 if is_float(a) else a]), args)
-    close(jax.vmap(got)(*several), jax.vmap(expected)(*several))
-    close(jax.vmap(got, (None, 0, 0))(weights, *several[1:]), jax.vmap(expected, (None, 0, 0))(weights, *several[1:]))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def transformed(function):
+        of, _ = of_floats(function, *args)
+        forward = jax.jvp(of, leaves, moving)[1]
+        second = jax.jvp(gradient_of(of), leaves, moving)[1]
+        everything = jax.vmap(function)(*several)
+        return forward, second, everything, jax.vmap(function, (None, 0, 0))(weights, *several[1:])
+
+    close(transformed(got), transformed(expected), 2e-4)
 
 
 def products_in_loops(closed):
@@ -184,27 +192,25 @@ def test_other_gates_are_another_program():
 
 
 @interpreted
-def test_float64(x64):
-    for body in (row for row in BODIES if row.products is not None and not row.missing):
-        weights, carry, step, xs = jax.tree.map(
-            lambda a: a.astype(jnp.float64) if hasattr(a, "dtype") and is_float(a) else a, built(body)
-        )
-        got, expected = run(jrnn.scan, step, backend="hoisted"), run(jax.lax.scan, step)
-        close(got(weights, carry, xs), expected(weights, carry, xs), 1e-12)
-        close(gradients(got, weights, carry, xs), gradients(expected, weights, carry, xs), 1e-11)
+@pytest.mark.parametrize("body", params(body for body in BODIES if body.name in ("sliced_lstm", "reset_gru", "held")))
+def test_float64(x64, body):
+    weights, carry, step, xs = jax.tree.map(
+        lambda a: a.astype(jnp.float64) if hasattr(a, "dtype") and is_float(a) else a, built(body)
+    )
+    got, expected = run(jrnn.scan, step, backend="hoisted"), run(jax.lax.scan, step)
+    close(values_and_gradients(got, weights, carry, xs), values_and_gradients(expected, weights, carry, xs), 1e-11)
 
 
 @interpreted
-@pytest.mark.parametrize("remat", [2, "sqrt", 9])
-def test_remat(remat):
-    for make in (elman, reset_lstm, relu_readout):
-        weights, carry, step = make(jax.random.key(1), F, H, (4,))
-        xs = jax.random.normal(jax.random.key(2), (7, 4, F))
-        expected = run(jax.lax.scan, step)
-        for backend in ("hoisted", "reference"):
-            got = run(jrnn.scan, step, remat=remat, backend=backend)
-            close(got(weights, carry, xs), expected(weights, carry, xs))
-            close(gradients(got, weights, carry, xs), gradients(expected, weights, carry, xs))
+@pytest.mark.parametrize(
+    ("remat", "backend", "make"),
+    [(2, "hoisted", reset_lstm), ("sqrt", "hoisted", held), (9, "hoisted", relu_readout), (3, "reference", elman)],
+)
+def test_remat(remat, backend, make):
+    weights, carry, step = make(jax.random.key(1), F, H, (4,))
+    xs = jax.random.normal(jax.random.key(2), (7, 4, F))
+    got, expected = run(jrnn.scan, step, remat=remat, backend=backend), run(jax.lax.scan, step)
+    close(values_and_gradients(got, weights, carry, xs), values_and_gradients(expected, weights, carry, xs))
 
 
 def test_a_reset_lets_no_nan_pass():
@@ -213,6 +219,15 @@ def test_a_reset_lets_no_nan_pass():
     got = run(jrnn.scan, step, backend="hoisted")
     bad = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), carry)
     close(got(weights, bad, xs), got(weights, carry, xs), 0)
+
+
+def raised(function, *args):
+    """The type of an exception, and the first line of its message."""
+    try:
+        function(*args)
+    except Exception as error:
+        return type(error), str(error).splitlines()[0]
+    return None
 
 
 def test_arguments_and_errors_are_those_of_lax_scan():
@@ -229,11 +244,7 @@ def test_arguments_and_errors_are_those_of_lax_scan():
         (count, 0.0, None),
         (lambda c, x: undefined, 0.0, jnp.ones(3)),  # noqa: F821
     ):
-        with pytest.raises(Exception, match="") as expected:
-            jax.lax.scan(*arguments)
-        with pytest.raises(type(expected.value)) as got:
-            jrnn.scan(*arguments)
-        assert str(got.value).splitlines()[0] == str(expected.value).splitlines()[0]
+        assert raised(jrnn.scan, *arguments) == raised(jax.lax.scan, *arguments)
 
 
 def test_options_are_checked():

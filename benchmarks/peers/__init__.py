@@ -31,6 +31,7 @@ PEERS: dict[str, Entry] = {
     "jrnn reference": Entry("jrnn", "Reference", "jrnn", "jrnn"),
     "jrnn own cell": Entry("jrnn", "OwnCell", "jrnn", "jrnn"),
     "jrnn own cell hoisted": Entry("jrnn", "OwnHoisted", "jrnn", "jrnn"),
+    "jrnn own step": Entry("jrnn", "OwnStep", "jrnn", "jrnn"),
     "jrnn remat": Entry("jrnn", "WithRemat", "jrnn", "jrnn"),
     "jrnn hoisted remat": Entry("jrnn", "HoistedWithRemat", "jrnn", "jrnn"),
     "hand": Entry("hand", "Hand", "jax", "jax"),
@@ -42,6 +43,14 @@ PEERS: dict[str, Entry] = {
     "keras": Entry("keras", "Keras", "keras", "keras"),
     "torch": Entry("torch", "Torch", "torch", "torch"),
     "torch padded": Entry("torch", "Padded", "torch", "torch"),
+    "hand in lax.scan": Entry("scans", "HandInLax", "jax", "jax"),
+    "hand in jrnn.scan": Entry("scans", "HandInJrnn", "jax", "jax"),
+    "flax.linen in lax.scan": Entry("scans", "LinenInLax", "flax", "flax"),
+    "flax.linen in jrnn.scan": Entry("scans", "LinenInJrnn", "flax", "flax"),
+    "haiku in lax.scan": Entry("scans", "HaikuInLax", "haiku", "dm-haiku"),
+    "haiku in jrnn.scan": Entry("scans", "HaikuInJrnn", "haiku", "dm-haiku"),
+    "equinox in lax.scan": Entry("scans", "EquinoxInLax", "equinox", "equinox"),
+    "equinox in jrnn.scan": Entry("scans", "EquinoxInJrnn", "equinox", "equinox"),
     "empty": Entry("hand", "Empty", "jax", "jax"),
     "products": Entry("hand", "Products", "jax", "jax"),
 }
@@ -78,4 +87,4 @@ def create(name: str) -> Peer:
 
 def is_jrnn(name: str) -> bool:
     """Whether a peer is jrnn itself in one of its forms, or a measure of the machine: none of these is a competitor."""
-    return name.startswith("jrnn") or name in ("empty", "products")
+    return "jrnn" in name or name in ("empty", "products")

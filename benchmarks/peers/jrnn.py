@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 import jrnn
 from benchmarks import data
-from benchmarks.grid import Point
+from benchmarks.grid import STEPS, Point
 from benchmarks.peers.base import JaxPeer, products
 
 
@@ -77,6 +78,38 @@ class OwnCell(Own, Jrnn):
     """A user's AffineCell with the equations of the built-in one."""
 
     form = "a user's AffineCell with the LSTM's equations (eight lines), run as jrnn above"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepLSTM(jrnn.Cell):
+    """The LSTM's equations as nothing but a step, with the parameters of the built-in one."""
+
+    hidden: int
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
+        zeros = jnp.zeros((*batch_shape, self.hidden))
+        return jrnn.LSTMState(zeros, zeros)
+
+    def step(self, params: Any, state: Any, x: Any, key: Any = None) -> Any:
+        weights = jnp.concatenate([params["w_ih"], params["w_hh"]])
+        z = jnp.concatenate([x, state.h], -1) @ weights + params["b"]
+        i, f, g, o = jnp.split(z, 4, -1)
+        c = jax.nn.sigmoid(f) * state.c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return jrnn.LSTMState(h, c), h
+
+
+class OwnStep(Jrnn):
+    """A user's cell that says nothing but its step."""
+
+    form = "a user's Cell with a step alone ([x, h] in one product), run as jrnn above"
+    cells: ClassVar[tuple[str, ...]] = ("lstm",)
+
+    def cell(self, point: Point) -> Any:
+        return StepLSTM(point.hidden)
+
+    def refuses(self, point: Point) -> str | None:
+        return super().refuses(point) if point.section == STEPS else "takes part in its own section"
 
 
 class Named(Jrnn):

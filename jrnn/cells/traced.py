@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jrnn.cells.base import Cell, product
+from jrnn.cells.base import Cell, output, product
 from jrnn.jaxprs.recipes import spread
 
 __all__ = ["TracedCell"]
@@ -28,8 +28,8 @@ class TracedCell(Cell):
     hidden: int
     field: int
     projected: bool
+    emitted: tuple[int, ...]
 
-    emits = "h"
     uses_key = False
     is_affine: ClassVar[bool] = True
     elementwise: ClassVar[bool | None] = True
@@ -39,6 +39,11 @@ class TracedCell(Cell):
     @property
     def sums(self) -> tuple[bool, ...]:
         return self.gates.summed
+
+    @property
+    def emits(self) -> tuple[str, ...]:
+        names = self.state_type._fields
+        return tuple(names[i] for i in self.emitted)
 
     @property
     def state_type(self) -> Any:
@@ -85,7 +90,7 @@ class TracedCell(Cell):
     def update(self, params: Any, state: Any, p: Any, key: Any = None) -> tuple[Any, jax.Array]:
         v = self.split(product(state.h, params["w_hh"]))
         state = self.combine(params["theta"], p, v, state, key)
-        return state, state.h
+        return state, output(self, state)
 
 
 @functools.lru_cache(maxsize=64)

@@ -61,7 +61,8 @@ class Affine:
 
     ``leaves`` are the leaves of the carry that change, all ``(*batch, units)``, ``hidden`` is the one that is
     multiplied, and ``fixed`` are those that no step changes. ``kinds`` says of each variable what it depends on.
-    ``after`` are the variables of the loop, the hidden leaf as it was or as it is, that the outputs are computed from.
+    ``after`` are the variables of the loop that the outputs are computed from: of each, the leaf of the carry that it
+    is, and whether that as the step leaves it (True) or as the step meets it.
 
     Forms are compared by their program, from which everything else follows.
     """
@@ -79,21 +80,11 @@ class Affine:
     gates: Gates = field(compare=False)
     parts: Parts = field(compare=False)
     resets: Resets | None = field(compare=False)
-    after: tuple[int, ...] = field(compare=False)
+    after: dict[int, tuple[int, bool]] = field(compare=False)
 
     @property
     def outputs(self) -> tuple[int | Const, ...]:
         return self.program.results[self.carry :]
-
-    @property
-    def old_hidden(self) -> int:
-        """The variable of the hidden leaf as the step meets it."""
-        return self.consts + self.hidden
-
-    @property
-    def new_hidden(self) -> int | Const:
-        """The variable of the hidden leaf as the step leaves it."""
-        return self.program.results[self.hidden]
 
 
 def read(program: Program, consts: int, carry: int) -> Affine:
@@ -139,7 +130,7 @@ class _Reader:
         resets = self._resets(new)
         gates, parts, hidden = assemble(new, self.leaves, self.units, self.kinds)
         self._check_inputs()
-        after = self._after({results[hidden], self.consts + hidden})
+        after = self._after()
         return Affine(
             self.program, self.consts, self.carry, self.leaves, self.fixed, hidden, self.batch, self.units, self.dtype,
             tuple(self.kinds), gates, parts, resets, after,
@@ -232,18 +223,18 @@ class _Reader:
             raise Refusal("flags replace a part of its carry and not another part, or with other values")
         return Resets(first.flags, first.on, tuple(values[i] for i in self.leaves))
 
-    def _after(self, given: set[int | Const]) -> tuple[int, ...]:
-        """Those of the given variables that the outputs are computed from."""
-        wanted = {a for a in self.program.results[self.carry :] if self.kind(a) == STATE}
+    def _after(self) -> dict[int, tuple[int, bool]]:
+        """The leaves of the carry, as they were or as they are, that the outputs are computed from."""
+        results = self.program.results
+        given: dict[Any, tuple[int, bool]] = {self.consts + i: (i, False) for i in self.leaves}
+        given |= {results[i]: (i, True) for i in self.leaves}
+        wanted = {a for a in results[self.carry :] if isinstance(a, int) and self.kinds[a] == STATE}
         for op in reversed(self.program.ops):
-            if wanted.intersection(op.outs) - given:
+            if wanted.intersection(op.outs) - set(given):
                 if op.name in UNMAPPABLE:
                     raise Refusal(f"its output depends on {op.name!r} of its state")
-                wanted.update(a for a in op.ins if self.kind(a) == STATE)
-        inside = {a for a in wanted - given if a < self.program.inputs}  # type: ignore[operator]
-        if inside:
-            raise Refusal("its output depends on a leaf of its carry that is not multiplied")
-        return tuple(sorted(wanted & given))  # type: ignore[arg-type]
+                wanted.update(a for a in op.ins if isinstance(a, int) and self.kinds[a] == STATE)
+        return {a: given[a] for a in sorted(wanted & set(given))}
 
     def _check_inputs(self) -> None:
         for op in self.program.ops:

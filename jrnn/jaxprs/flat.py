@@ -34,6 +34,10 @@ class Shaped(tuple):
     def dtype(self) -> Any:
         return self[1]
 
+    @property
+    def weak(self) -> bool:
+        return self[2]
+
 
 @dataclass(frozen=True, eq=False)
 class Const:

@@ -1,8 +1,4 @@
-"""A step that was read, as something to run over all steps.
-
-A step is a function ``(consts, carry, x) -> (carry, y)`` on lists of arrays. Read whole, it is a recurrent cell
-(`Body`), which every schedule of cells can run. Otherwise it is cut into parts (`Parts`).
-"""
+"""A step that was read as a recurrent cell, as something that every schedule of cells can run."""
 
 from __future__ import annotations
 
@@ -21,12 +17,13 @@ from jrnn.jaxprs.affine import Affine
 from jrnn.jaxprs.blocks import Piece
 from jrnn.jaxprs.flat import Op, evaluate
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, Recipe, needed, spread
-from jrnn.jaxprs.sites import Sites
-from jrnn.schedules import SCHEDULES
-from jrnn.schedules import sites as schedule
-from jrnn.schedules.steps import Steps, checkpointed
+from jrnn.schedules import SCHEDULES, native
+from jrnn.schedules.steps import Steps
 
-__all__ = ["Body", "Parts"]
+__all__ = ["WORK", "Body"]
+
+# From how many floating-point operations of a step's product of the state on it is taken apart without being asked for.
+WORK = 2**18
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,14 @@ class Body:
 
     @functools.cached_property
     def cell(self) -> TracedCell:
-        hidden = self.form.leaves.index(self.form.hidden)
-        return TracedCell(self.form.gates, self.form.units, hidden, self.product is None)
+        form = self.form
+        places = tuple(form.leaves.index(leaf) for leaf in self.emitted)
+        return TracedCell(form.gates, form.units, form.leaves.index(form.hidden), self.product is None, places)
+
+    @functools.cached_property
+    def emitted(self) -> tuple[int, ...]:
+        """The leaves of the carry that the outputs need, of all steps; the hidden one where they need none."""
+        return tuple(sorted({leaf for leaf, _ in self.form.after.values()})) or (self.form.hidden,)
 
     @functools.cached_property
     def product(self) -> Any:
@@ -88,14 +91,37 @@ class Body:
             params["b"] = jnp.concatenate([vector(bias) for bias in biases])
         return params, inputs, self.cell.state_type(*(carry[i] for i in form.leaves)), resets
 
-    def run(self, name: str, consts: Any, carry: Any, xs: Any, steps: Steps) -> tuple[list[Any], list[Any]]:
-        """The carry after the last step, and the outputs of all steps."""
+    def choose(self, params: Any, inputs: Any, steps: Steps, backend: str | None) -> tuple[str | None, str]:
+        """The schedule that runs the cell, or None, and why; a named backend where that serves."""
+        if backend is not None:
+            served, reason = SCHEDULES[backend].serves(self.cell, params, inputs, steps)
+            return backend if served else None, reason
+        for decide in (native.pays, native.serves):
+            chosen, reason = decide(self.cell, params, inputs, steps)
+            if not chosen:
+                break
+        if chosen:
+            return "native", reason
+        if self.work < WORK:
+            return None, f"not native: {reason}; not hoisted: {small(self.work)}"
+        return "hoisted", f"what needs no state is taken out of the loop; not native: {reason}"
+
+    def run(
+        self, name: str, consts: Any, carry: Any, xs: Any, steps: Steps, restart: Any = None
+    ) -> tuple[list[Any], list[Any]]:
+        """The carry after the last step, and the outputs of all steps.
+
+        Resets are those of ``steps``, to the leaves ``restart`` of a carry, where the step has none of its own.
+        """
         params, inputs, state, resets = self.operands(consts, carry, xs)
-        last, hs = SCHEDULES[name].run(self.cell, params, inputs, state, replace(steps, resets=resets))
+        if restart is not None:
+            params["restart"] = tuple(restart[i] for i in self.form.leaves)
+        steps = replace(steps, resets=steps.resets if resets is None else resets)
+        last, hs = SCHEDULES[name].run(self.cell, params, inputs, state, steps)
         leaves = list(carry)
         for leaf, value in zip(self.form.leaves, last, strict=True):
             leaves[leaf] = value
-        return leaves, self._outputs(self._invariant(consts, carry), state.h, hs, xs, steps.reverse)
+        return leaves, self._outputs(self._invariant(consts, carry), carry, hs, xs, steps.reverse)
 
     def _invariant(self, consts: Sequence[Any], carry: Sequence[Any]) -> dict[int, Any]:
         """The variables that are the same at each step. What is not used costs nothing once it is compiled."""
@@ -116,15 +142,13 @@ class Body:
 
         return jax.vmap(at_one)(xs) if recipes else []
 
-    def _outputs(self, env: dict[int, Any], first: jax.Array, hs: jax.Array, xs: Any, reverse: bool) -> list[Any]:
-        """The outputs of all steps at once, from the hidden state before the first step and after each."""
+    def _outputs(self, env: dict[int, Any], carry: Sequence[Any], hs: jax.Array, xs: Any, reverse: bool) -> list[Any]:
+        """The outputs of all steps at once, from the carry before the first step and what the cell emits."""
         form = self.form
+        states = dict(zip(self.emitted, jnp.split(hs, len(self.emitted), -1), strict=True))
         given: dict[Any, jax.Array] = {}
-        if form.new_hidden in form.after:
-            given[form.new_hidden] = hs
-        if form.old_hidden in form.after:
-            first = lax.expand_dims(first, (0,))
-            given[form.old_hidden] = jnp.concatenate([hs[1:], first] if reverse else [first, hs[:-1]])
+        for variable, (leaf, is_new) in form.after.items():
+            given[variable] = states[leaf] if is_new else _before(states[leaf], carry[leaf], reverse)
         rest = [out for out in form.outputs if out not in given]
         ops = _after(form, rest, given)
 
@@ -137,52 +161,14 @@ class Body:
         return [given[out] if out in given else next(made) for out in form.outputs]
 
 
-@dataclass(frozen=True)
-class Parts:
-    """A step that is no cell, cut into what leaves the loop and what stays in it."""
+def _before(states: jax.Array, first: jax.Array, reverse: bool) -> jax.Array:
+    """The state that each step meets, from the state after each."""
+    first = lax.expand_dims(first, (0,))
+    return jnp.concatenate([states[1:], first] if reverse else [first, states[:-1]])
 
-    form: Sites
 
-    @property
-    def work(self) -> int:
-        """Floating-point operations of the products of the state, a step."""
-        forms, found = self.form.program.forms, 0
-        for site in self.form.sites:
-            op = self.form.loop[site.place]
-            vector, _ = site.operands(op)
-            axes = op.params["dimension_numbers"][0][1 - site.weights]
-            found += 2 * math.prod(forms[op.outs[0]].shape) * math.prod(forms[vector].shape[axis] for axis in axes)
-        return found
-
-    def run(self, consts: Any, carry: Any, xs: Any, steps: Steps) -> tuple[list[Any], list[Any]]:
-        """The carry after the last step, and the outputs of all steps."""
-        form = self.form
-        env = dict(enumerate(consts))
-        evaluate((op for op in form.program.ops if form.kinds[op.outs[0]] == INVARIANT), env)
-        invariant = tuple(env[name] for name in form.invariant)
-        plan = schedule.Plan(form, steps.reverse, steps.unroll)
-
-        def at(x: Any) -> dict[int, Any]:
-            inside = env | dict(enumerate(jax.tree.leaves(x), form.consts + form.carry))
-            evaluate(form.before, inside)
-            return inside
-
-        def before(x: Any) -> Any:
-            inside = at(x)
-            return tuple(inside[name] for name in form.inputs)
-
-        def after(x: Any, emitted: Any) -> Any:
-            inside = at(x) | dict(zip(form.emitted, emitted, strict=True))
-            evaluate(form.after, inside)
-            return [inside[out] if isinstance(out, int) else jnp.asarray(out.value) for out in form.outputs]
-
-        def segment(state: Any, xs: Any) -> tuple[Any, Any]:
-            last, emitted = schedule.run(plan, invariant, jax.vmap(before)(xs), state)
-            return last, jax.vmap(after)(xs, emitted)
-
-        time = jax.tree.leaves(xs)[0].shape[0]
-        last, ys = checkpointed(segment, tuple(carry), xs, time, steps)
-        return list(last), ys
+def small(work: int) -> str:
+    return f"{work:.2g} floating-point operations a step are too few to take it apart for (from {WORK:.2g} on)"
 
 
 def over_batch(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:

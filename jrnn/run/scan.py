@@ -10,19 +10,16 @@ from typing import Any
 import jax
 from jax import lax
 
-from jrnn._device import is_placed
 from jrnn.jaxprs import affine, sites
 from jrnn.jaxprs.blocks import Refusal
-from jrnn.jaxprs.flat import Program, flatten
-from jrnn.run.body import Body, Parts
-from jrnn.schedules import SCHEDULES, native
+from jrnn.jaxprs.flat import Program
+from jrnn.run.body import WORK, Body, small
+from jrnn.schedules.parts import Parts, trace
 from jrnn.schedules.steps import Steps, checkpointed, times_in_a_body
 
 __all__ = ["choose_scan_backend", "scan"]
 
 BACKENDS = ("hoisted", "native", "reference")
-# From how many floating-point operations of a step's recurrent product on the hoisted schedule is chosen.
-WORK = 2**18
 
 
 def scan(
@@ -149,7 +146,7 @@ def _choose(
                 raise
             parts = Parts(sites.read(program, len(consts), len(carry)))
             if backend is None and parts.work < WORK:
-                return _Choice("reference", f"{reason}; {_small(parts.work)}")
+                return _Choice("reference", f"{reason}; {small(parts.work)}")
             count = len(parts.form.sites)
             stays = "one product of its state stays" if count == 1 else f"{count} products of its state stay"
             reason = f"{reason}; {stays} in the loop, and the gradients of the weights leave it"
@@ -160,27 +157,11 @@ def _choose(
             raise ValueError(_cannot(backend, reason)) from None
         return _Choice("reference", reason)
     params, inputs, _, resets = jax.eval_shape(body.operands, consts, carry, xs)
-    steps = Steps(None, resets, bool(reverse), remat=remat)
-    if backend is not None:
-        served, reason = SCHEDULES[backend].serves(body.cell, params, inputs, steps)
-        if not served:
-            raise ValueError(_cannot(backend, reason))
-        return _Choice(backend, reason, body, consts, ys)
-    for decide in (native.pays, native.serves):
-        chosen, reason = decide(body.cell, params, inputs, steps)
-        if not chosen:
-            break
-    if chosen:
-        return _Choice("native", f"the body is a recurrent cell: {reason}", body, consts, ys)
-    if body.work < WORK:
-        reason = f"the body is a recurrent cell; not native: {reason}; not hoisted: {_small(body.work)}"
-        return _Choice("reference", reason)
-    found = "the body is a recurrent cell, and what needs no state is taken out of the loop"
-    return _Choice("hoisted", f"{found}; not native: {reason}", body, consts, ys)
-
-
-def _small(work: int) -> str:
-    return f"{work:.2g} floating-point operations a step are too few to take it apart for (from {WORK:.2g} on)"
+    name, reason = body.choose(params, inputs, Steps(None, resets, bool(reverse), remat=remat), backend)
+    if name is None and backend is not None:
+        raise ValueError(_cannot(backend, reason))
+    reason = f"the body is a recurrent cell: {reason}"
+    return _Choice("reference", reason) if name is None else _Choice(name, reason, body, consts, ys)
 
 
 def _cannot(backend: str, reason: str) -> str:
@@ -195,30 +176,7 @@ def _trace(f: Any, init: Any, xs: Any, length: Any) -> tuple[Program, Any, list[
     lengths = {leaf.shape[0] for leaf in leaves} | ({length} if length is not None else set())
     if len(lengths) != 1 or not all(isinstance(n, int) and n > 0 for n in lengths):
         raise Refusal("its steps are not one known number, or there is none")
-    if not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(init)):
-        raise Refusal("its carry has leaves that are not arrays")
-    if any(map(is_placed, jax.tree.leaves((init, xs)))):
-        raise Refusal("its operands lie on a mesh")
-    x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), xs)
-    try:
-        closed, out = jax.make_jaxpr(f, return_shape=True)(init, x)
-    except Exception as error:  # jax.lax.scan raises it again, in its own words
-        raise Refusal(f"it cannot be traced ({type(error).__name__})") from error
-    if closed.effects:
-        raise Refusal("it has effects, which stay in order")
-    trees: list[Any] = [
-        jax.tree.structure(init),
-        jax.tree.structure(out[0] if isinstance(out, tuple) and out else None),
-    ]
-    if not (isinstance(out, tuple) and len(out) == 2) or trees[0] != trees[1]:
-        raise Refusal("it does not return a carry like the one it is given, and an output")
-    program, consts = flatten(closed)
-    if any(map(is_placed, consts)):
-        raise Refusal("its constants lie on a mesh")
-    carry = len(jax.tree.leaves(init))
-    if [program.form(r) for r in program.results[:carry]] != list(program.forms[len(consts) : len(consts) + carry]):
-        raise Refusal("its new carry has other shapes or dtypes than the one it is given")
-    return program, jax.tree.structure(out[1]), consts
+    return trace(f, init, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), xs), xs)
 
 
 # --- running -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jrnn.cells.base import compute_params, emitted
-from jrnn.schedules import affine
+from jrnn.schedules import affine, parts
 from jrnn.schedules.steps import Steps, scan
 
 
@@ -22,5 +22,5 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
     if getattr(cell, "is_affine", False):
         state, ys = affine.run(cell, params, xs, state, steps)
         return state, emitted(ys, xs)
-    state, ys = scan(cell, params, xs, state, steps, cell.project, cell.update)
+    state, ys = scan(cell, params, xs, state, steps, cell.project, cell.update, parts.scan)
     return state, emitted(ys, xs)

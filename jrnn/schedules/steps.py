@@ -123,8 +123,12 @@ def scan(
     steps: Steps,
     project: Callable[[Any, jax.Array], Any],
     step: Callable[..., tuple[Any, jax.Array]],
+    loop: Callable[..., tuple[Any, Any]] = lax.scan,
 ) -> tuple[Any, jax.Array]:
-    """``step(params, state, p, key)`` over what ``project(params, xs)`` gives, under the sequence contract."""
+    """``step(params, state, p, key)`` over what ``project(params, xs)`` gives, under the sequence contract.
+
+    ``loop`` runs a body as `jax.lax.scan` does.
+    """
     length = xs.shape[0]
     batch_shape = xs.shape[1 : xs.ndim - cell.event_ndim]
     restart = None if steps.resets is None else cell.initial_state(params, batch_shape)
@@ -143,7 +147,7 @@ def scan(
         # The projection is made inside the segment, so that with remat it is recomputed and not kept for all T.
         xs, *rest = inputs
         unroll = times_in_a_body(steps.unroll, xs.shape[0])
-        return lax.scan(body, state, (project(params, xs), *rest), None, steps.reverse, unroll)
+        return loop(body, state, (project(params, xs), *rest), None, steps.reverse, unroll)
 
     inputs = (xs, steps.valid, steps.resets, steps.times(length))
     return checkpointed(segment, state, inputs, length, steps)

@@ -1,4 +1,4 @@
-"""The loop of any step, with the gradients of the weights of its products taken out of it.
+"""The loop of any step in parts, with the gradients of the weights of its products taken out of it.
 
 The step is given by its parts (see `jrnn.jaxprs.sites`): the loop computes, from the state ``s`` and what it is given
 from outside ``p``, products ``z_k = a_k(s, p, z_1, ..., z_{k-1}) W_k`` at its sites, and the new state from these.
@@ -16,6 +16,8 @@ follow, since the rule is made of ordinary JAX.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,10 +27,127 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jrnn.jaxprs.flat import bind, evaluate
-from jrnn.jaxprs.sites import Sites
+from jrnn._device import is_placed
+from jrnn.jaxprs.blocks import Refusal
+from jrnn.jaxprs.flat import Program, bind, evaluate, flatten
+from jrnn.jaxprs.recipes import INVARIANT
+from jrnn.jaxprs.sites import Sites, read
+from jrnn.schedules.steps import Steps, checkpointed
 
-__all__ = ["Plan", "run"]
+__all__ = ["Parts", "scan", "trace"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A step that is no cell, cut into what leaves the loop and what stays in it."""
+
+    form: Sites
+
+    @property
+    def work(self) -> int:
+        """Floating-point operations of the products of the state, a step."""
+        forms, found = self.form.program.forms, 0
+        for site in self.form.sites:
+            op = self.form.loop[site.place]
+            vector, _ = site.operands(op)
+            axes = op.params["dimension_numbers"][0][1 - site.weights]
+            found += 2 * math.prod(forms[op.outs[0]].shape) * math.prod(forms[vector].shape[axis] for axis in axes)
+        return found
+
+    def run(self, consts: Any, carry: Any, xs: Any, steps: Steps) -> tuple[list[Any], list[Any]]:
+        """The carry after the last step, and the outputs of all steps."""
+        form = self.form
+        env = dict(enumerate(consts))
+        evaluate((op for op in form.program.ops if form.kinds[op.outs[0]] == INVARIANT), env)
+        invariant = tuple(env[name] for name in form.invariant)
+        plan = Plan(form, steps.reverse, steps.unroll)
+
+        def at(x: Any) -> dict[int, Any]:
+            inside = env | dict(enumerate(jax.tree.leaves(x), form.consts + form.carry))
+            evaluate(form.before, inside)
+            return inside
+
+        def before(x: Any) -> Any:
+            inside = at(x)
+            return tuple(inside[name] for name in form.inputs)
+
+        def after(x: Any, emitted: Any) -> Any:
+            inside = at(x) | dict(zip(form.emitted, emitted, strict=True))
+            evaluate(form.after, inside)
+            return [inside[out] if isinstance(out, int) else jnp.asarray(out.value) for out in form.outputs]
+
+        def segment(state: Any, xs: Any) -> tuple[Any, Any]:
+            last, emitted, _ = loop(plan, Inputs(invariant, jax.vmap(before)(xs), state))
+            return last, jax.vmap(after)(xs, emitted)
+
+        time = jax.tree.leaves(xs)[0].shape[0]
+        last, ys = checkpointed(segment, tuple(carry), xs, time, steps)
+        return list(last), ys
+
+
+def scan(
+    f: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: Any, length: Any, reverse: bool, unroll: int
+) -> tuple[Any, Any]:
+    """`jax.lax.scan`, in parts where the body has products of its state with weights."""
+    leaves, tree = jax.tree.flatten(init)
+    inputs = jax.tree.leaves(xs)
+    if not inputs or not isinstance(inputs[0].shape[0], int) or not inputs[0].shape[0]:
+        return lax.scan(f, init, xs, length, reverse, unroll)
+    try:
+        x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), xs)
+        program, ys, consts = trace(f, init, x, xs)
+        parts = Parts(read(program, len(consts), len(leaves)))
+    except Refusal:
+        return lax.scan(f, init, xs, length, reverse, unroll)
+    last, outs = parts.run(consts, leaves, xs, Steps(reverse=reverse, unroll=unroll))
+    return jax.tree.unflatten(tree, last), jax.tree.unflatten(ys, outs)
+
+
+def trace(f: Callable[[Any, Any], Any], init: Any, x: Any, operands: Any = ()) -> tuple[Program, Any, list[Any]]:
+    """A step ``(carry, x) -> (carry, y)`` as a program, the tree of its outputs, and the values of its constants.
+
+    Args:
+      f: the step.
+      init, x: its arguments, as arrays or by shape.
+      operands: other arrays that it will be run on.
+
+    Raises:
+      Refusal: where it cannot be run in parts, with the reason.
+    """
+    if not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(init)):
+        raise Refusal("its carry has leaves that are not arrays")
+    if any(map(is_placed, jax.tree.leaves((init, operands)))):
+        raise Refusal("its operands lie on a mesh")
+    try:
+        closed, out = jax.make_jaxpr(f, return_shape=True)(init, x)
+    except Exception as error:  # which is raised again, in its own words, where it is run as it is
+        raise Refusal(f"it cannot be traced ({type(error).__name__})") from error
+    if closed.effects:
+        raise Refusal("it has effects, which stay in order")
+    trees: list[Any] = [
+        jax.tree.structure(init),
+        jax.tree.structure(out[0] if isinstance(out, tuple) and out else None),
+    ]
+    if not (isinstance(out, tuple) and len(out) == 2) or trees[0] != trees[1]:
+        raise Refusal("it does not return a carry like the one it is given, and an output")
+    program, consts = flatten(closed)
+    if any(map(is_placed, consts)):
+        raise Refusal("its constants lie on a mesh")
+    leaves = jax.tree.leaves(init)
+    old = program.forms[len(consts) : len(consts) + len(leaves)]
+    new = [program.form(result) for result in program.results[: len(leaves)]]
+    if any(a[:2] != b[:2] for a, b in zip(old, new, strict=True)):
+        raise Refusal("its new carry has other shapes or dtypes than the one it is given")
+    if any(a != b for a, b in zip(old, new, strict=True)):
+        # Weakly typed at first, as the array of a Python number is: then it is taken for what it becomes.
+        if not any(a.weak for a in old):
+            raise Refusal("its new carry is weakly typed")
+        strong = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), init)
+        return trace(f, strong, x, operands)
+    return program, jax.tree.structure(out[1]), consts
+
+
+# --- the loop and its derivative ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -55,12 +174,6 @@ class Kept(NamedTuple):
     state: Any
     vectors: Any
     products: Any
-
-
-def run(plan: Plan, invariant: Any, inputs: Any, state: Any) -> tuple[Any, Any]:
-    """The state after the last step, and the emitted variables of all steps ``(T, ...)``."""
-    last, emitted, _ = loop(plan, Inputs(invariant, inputs, state))
-    return last, emitted
 
 
 def step(plan: Plan, invariant: Any, inputs: Any, state: Any, site: Any) -> tuple[Any, Any]:
