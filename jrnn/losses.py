@@ -437,8 +437,8 @@ def _ctc(
 ) -> jax.Array:
     time, batch, classes, most = scores.shape[0], scores.shape[1:-1], scores.shape[-1], spelling.shape[0]
     # Sanitised on the way in: Optax multiplies by its padding, and 0 * NaN is NaN.
-    valid = counted & jnp.asarray(valid_steps(lengths, None, time, batch))
-    labelled = counted & jnp.asarray(valid_steps(label_lengths, None, most, batch))
+    valid = counted[None] & jnp.asarray(valid_steps(lengths, None, time, batch))
+    labelled = counted[None] & jnp.asarray(valid_steps(label_lengths, None, most, batch))
     scores = jnp.where(valid[..., None], scores, jnp.zeros((), scores.dtype))
     spelling = jnp.where(labelled, spelling.astype(jnp.int32), -1)
     repeats = (labelled[1:] & (spelling[1:] == spelling[:-1])).sum(0, dtype=jnp.int32)
@@ -450,8 +450,8 @@ def _ctc(
     spelling = jnp.pad(spelling.reshape(most, size), ((0, 1), (0, 0)), constant_values=-1).T
     padding = 1 - jnp.pad(valid.reshape(time, size), ((0, 1), (0, 0))).T.astype(scores.dtype)
     unlabelled = 1 - jnp.pad(labelled.reshape(most, size), ((0, 1), (0, 0))).T.astype(scores.dtype)
-    # Optax mixes its own float32 with the default float, which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"):
+    # Optax mixes its own float32 with the default float, and ranks, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         values = optax.losses.ctc_loss(scores, padding, spelling, unlabelled, blank_id=blank)
     values = values.astype(scores.dtype).reshape(batch)
     return _mean(jnp.where(feasible, values, jnp.array(jnp.inf, scores.dtype)), counted)

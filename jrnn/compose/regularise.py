@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn._check import describe, rate
-from jrnn.cells.base import AffineCell, Cell, Drawn, compute_params, emitted, product, stable
+from jrnn.cells.base import AffineCell, Cell, Drawn, compute_params, emitted, product, stable, vector
 from jrnn.compose.combine import fold
 from jrnn.compose.timewise import drop
 
@@ -254,7 +254,7 @@ class Variational(Wrapper):
 
     def _masked(self, params: Any, xs: jax.Array) -> jax.Array:
         if isinstance(params, Drawn) and "inputs" in params.noise:
-            xs = xs * params.noise["inputs"].astype(xs.dtype)
+            xs = xs * vector(params.noise["inputs"], xs)
         return xs
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:

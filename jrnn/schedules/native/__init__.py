@@ -20,7 +20,7 @@ from jrnn.schedules import promises
 from jrnn.schedules.native import build, emit, operation
 from jrnn.schedules.native.chunks import Chunks
 from jrnn.schedules.native.loop import Flags, Inputs, Plan, loop
-from jrnn.schedules.steps import Steps, zeroed
+from jrnn.schedules.steps import Steps, restarts, zeroed
 
 __all__ = ["pays", "run", "serves"]
 
@@ -98,6 +98,7 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
     time, *batch, features = xs.shape
     if not xs.size:
         return _empty(xs, state)
+    restart = restarts(cell, params, xs, steps)
     params = compute_params(params, xs.dtype)
     count = math.prod(batch)
     length = steps.chunk(time)
@@ -108,11 +109,9 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
     theta, mask = cell.theta(params), cell.recurrent_mask(params)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (*batch, w_hh.shape[0])).reshape(count, -1)
-    restart = None if steps.resets is None else _rows(cell.initial_state(params, tuple(batch)), count)
-
     valid, resets = (None if f is None else f.reshape(time, count) for f in (steps.valid, steps.resets))
     xs_rows = _float32(cell.entering(params, xs)).reshape(time, count, features)
-    inputs = Inputs(xs_rows, w_ih, b, w_hh, theta, _rows(state, count), restart)
+    inputs = Inputs(xs_rows, w_ih, b, w_hh, theta, _rows(state, count), _rows(restart, count))
     last, ys = loop(plan, inputs, Flags(valid, resets, mask))
     if valid is not None:
         ys = zeroed(valid, ys)
