@@ -38,7 +38,7 @@ from jrnn.cells.lstm import ProjectionLSTM
 from jrnn.compose.combine import Bidirectional, Highway, Residual, Stack
 from jrnn.compose.regularise import DropConnect, LearnedState, Variational, Wrapper
 from jrnn.compose.timewise import Timewise
-from jrnn.schedules.steps import scan, select
+from jrnn.schedules.steps import restarts, scan, select
 from jrnn.unroll import unroll
 
 __all__ = [
@@ -688,7 +688,9 @@ class _Tap(Layer):
             new, out = step(params, old, p, extra, key)
             return (new if valid is None else select(valid, new, old)), out
 
-        return scan(self.cell, params, xs, state, steps, lambda w, xs: (project(w, xs), extra, run.steps.valid), held)
+        restart = restarts(self.cell, params, xs, steps)
+        inputs = lambda w, xs: (project(w, xs), extra, run.steps.valid)
+        return scan(self.cell, params, xs, state, restart, steps, inputs, held)
 
 
 class _Shifted(_Tap):

@@ -451,8 +451,8 @@ def _ctc(
 ) -> jax.Array:
     time, batch, classes, most = scores.shape[0], scores.shape[1:-1], scores.shape[-1], spelling.shape[0]
     # What stands in padding is replaced before any arithmetic, because the gradient through NaN is NaN.
-    valid = counted & jnp.asarray(valid_steps(lengths, None, time, batch))
-    labelled = counted & jnp.asarray(valid_steps(label_lengths, None, most, batch))
+    valid = counted[None] & jnp.asarray(valid_steps(lengths, None, time, batch))
+    labelled = counted[None] & jnp.asarray(valid_steps(label_lengths, None, most, batch))
     scores = jnp.where(valid[..., None], scores, jnp.zeros((), scores.dtype))
     ids = jnp.where(labelled, _class_ids(spelling, classes), blank)
     unknown = (labelled & ((ids == classes) | (ids == blank))).any(0)

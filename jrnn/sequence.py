@@ -68,7 +68,7 @@ def valid_steps(
             )
         steps = jnp.arange(time, dtype=jnp.int32).reshape((time,) + (1,) * lengths.ndim)
         # In int32 whatever comes: a uint8 count could not be compared with a longer T.
-        valid = steps < lengths.astype(jnp.int32)
+        valid = steps < lengths.astype(jnp.int32)[None]
     if mask is not None:
         mask = _booleans("mask", mask)
         if mask.shape != (time, *batch_shape):
@@ -472,7 +472,7 @@ def reverse(xs: ArrayLike, lengths: ArrayLike | None = None) -> jax.Array:
     _check_lengths(lengths, time, xs.shape[1 : 1 + _ndim(lengths)])
     count = jnp.asarray(lengths).astype(jnp.int32)
     steps = jnp.arange(time, dtype=jnp.int32).reshape((time,) + (1,) * count.ndim)
-    source = jnp.where(steps < count, count - 1 - steps, steps)
+    source = jnp.where(steps < count[None], count[None] - 1 - steps, steps)
     return jnp.take_along_axis(xs, _trailing(source, xs.ndim), axis=0)
 
 

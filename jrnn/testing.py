@@ -290,7 +290,7 @@ class _Mix:
                 return self.layer.merged(*ys)
             if isinstance(self.layer, Residual):
                 return x + ys[0]
-            gate = jax.nn.sigmoid(jnp.matmul(x, params["w"]) + params["b"])
+            gate = jax.nn.sigmoid(jnp.matmul(x, params["w"]) + jnp.broadcast_to(params["b"], x.shape))
             return gate * ys[0] + (1 - gate) * x
 
         y, pull = jax.vjp(mix, params, x, ys)

@@ -19,7 +19,7 @@ from jrnn.schedules import affine, promises
 from jrnn.schedules.layout import Rows, Units
 from jrnn.schedules.steps import Steps
 from jrnn.unroll import _loop, _unroll
-from tests.cases import CASES, Leaky
+from tests.cases import CASES, Leaky, ProjectAndUpdate
 
 LAYOUTS = {
     "units": affine.Limits(sequences=1, units=0, parts=10**9, backward=0, read=0, width=1, rows=(8, 8)),
@@ -429,6 +429,16 @@ class Owned(jrnn.AffineCell):
 
     def gates(self, theta, u, v, state):
         return Carry(jnp.tanh(u[0] + v[0]))
+
+
+def test_a_reset_restores_a_state_of_weights_that_are_not_rounded():
+    """The initial state of this cell has the dtype of a weight, which 16-bit inputs round for products."""
+    cell, flags = ProjectAndUpdate(4), {"resets": np.arange(12).reshape(6, 2) % 3 == 0}
+    params, xs = cell.init(jax.random.key(0), 3), jax.random.normal(jax.random.key(1), (6, 2, 3), jnp.bfloat16)
+    state, ys = jrnn.unroll(cell, params, xs, backend="hoisted", **flags)
+    assert state.h.dtype == jnp.float32
+    expected = jrnn.unroll(cell, params, xs, backend="reference", **flags)
+    chex.assert_trees_all_close((state, ys), expected, atol=2e-2)
 
 
 def test_states_of_all_cells_are_known_to_export():

@@ -103,6 +103,14 @@ def product(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=stable(x.dtype))
 
 
+def vector(v: jax.Array, like: jax.Array) -> jax.Array:
+    """A vector ``(H,)`` for arithmetic with ``like (*B, H)``: in its dtype, and with axes of size one for ``*B``.
+
+    The axes are written out for users who set ``jax_numpy_rank_promotion`` to "raise".
+    """
+    return lax.broadcast_to_rank(v.astype(like.dtype), like.ndim)
+
+
 def compute_params(params: Any, dtype: Any) -> Any:
     """Weights (leaves named ``w`` or ``w_...``) in a 16-bit input's dtype, so that every product runs in it."""
     if not is_low(dtype):
@@ -512,7 +520,7 @@ class AffineCell(Cell):
     def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
         """``u = x W_ih + b``, one array a gate, for one step or for all T in one product."""
         u = product(xs, params["w_ih"])
-        return self.split(u + params["b"].astype(u.dtype))
+        return self.split(u + vector(params["b"], u))
 
     def recur(self, params: Any, h: jax.Array) -> tuple[jax.Array, ...]:
         """``v = h W_hh``, one array a gate."""

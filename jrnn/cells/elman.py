@@ -10,7 +10,17 @@ import jax.numpy as jnp
 
 from jrnn import activations, initializers
 from jrnn._check import batch_axes, non_negative_int, positive_int
-from jrnn.cells.base import AffineCell, Cell, HiddenState, check_affine, check_features, check_named, product, stable
+from jrnn.cells.base import (
+    AffineCell,
+    Cell,
+    HiddenState,
+    check_affine,
+    check_features,
+    check_named,
+    product,
+    stable,
+    vector,
+)
 
 __all__ = ["ElmanState", "IndRNNState", "JordanState", "elman", "indrnn", "jordan"]
 
@@ -101,12 +111,12 @@ class Jordan(Cell):
 
     def project(self, params: Any, xs: jax.Array) -> jax.Array:
         u = product(xs, params["w_ih"])
-        return u + params["b"].astype(u.dtype)
+        return u + vector(params["b"], u)
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         z = activations.resolve(self.activation)(p + product(state.h, params["w_hh"]))
         o = product(z, params["w_ho"])
-        y = activations.resolve(self.out_activation)(o + params["b_o"].astype(o.dtype)).astype(state.h.dtype)
+        y = activations.resolve(self.out_activation)(o + vector(params["b_o"], o)).astype(state.h.dtype)
         return HiddenState(y), y
 
 
@@ -172,10 +182,10 @@ class IndRNN(Cell):
 
     def project(self, params: Any, xs: jax.Array) -> jax.Array:
         u = product(xs, params["w_ih"])
-        return u + params["b"].astype(u.dtype)
+        return u + vector(params["b"], u)
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
-        h = activations.resolve(self.activation)(p + params["w_hh"].astype(p.dtype) * state.h)
+        h = activations.resolve(self.activation)(p + vector(params["w_hh"], p) * state.h)
         return HiddenState(h), h
 
 

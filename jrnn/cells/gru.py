@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn import _check, activations, initializers
-from jrnn.cells.base import AffineCell, Cell, HiddenState, check_affine, check_features, product
+from jrnn.cells.base import AffineCell, Cell, HiddenState, check_affine, check_features, product, vector
 from jrnn.cells.norm import layer_norm, layer_norm_gates
 
 __all__ = ["GRUState", "MGUState", "UGRNNState", "gru", "layer_norm_gru", "mgu", "ugrnn"]
@@ -52,7 +52,7 @@ class GRU(_Gated):
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
         sigma, tanh = self.functions
         r, z = sigma(u[0] + v[0]), sigma(u[1] + v[1])
-        n = tanh(u[2] + r * (v[2] + theta["b_hn"].astype(r.dtype)))
+        n = tanh(u[2] + r * (v[2] + vector(theta["b_hn"], r)))
         return HiddenState((1 - z) * n + z * state.h)
 
 
@@ -154,7 +154,7 @@ class LayerNormGRU(GRU):
 
     def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
         u = layer_norm(product(xs, params["w_ih"]), params["scale_ih"], self.epsilon)
-        return self.split(u + params["b"].astype(u.dtype))
+        return self.split(u + vector(params["b"], u))
 
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
         v = layer_norm_gates(v, self.split(theta["scale_hh"]), self.epsilon)
@@ -190,7 +190,7 @@ class MGU(_Gated):
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
         sigma, tanh = self.functions
         f = sigma(u[0] + v[0])
-        n = tanh(u[1] + f * (v[1] + theta["b_hn"].astype(f.dtype)))
+        n = tanh(u[1] + f * (v[1] + vector(theta["b_hn"], f)))
         return HiddenState((1 - f) * state.h + f * n)
 
 

@@ -10,7 +10,17 @@ import jax.numpy as jnp
 
 from jrnn import _check, activations, initializers
 from jrnn._check import batch_axes, non_negative_int, positive_int
-from jrnn.cells.base import AffineCell, Cell, check_affine, check_features, check_named, exported, product, stable
+from jrnn.cells.base import (
+    AffineCell,
+    Cell,
+    check_affine,
+    check_features,
+    check_named,
+    exported,
+    product,
+    stable,
+    vector,
+)
 from jrnn.cells.norm import layer_norm, layer_norm_gates
 
 __all__ = ["LSTMState", "coupled_lstm", "layer_norm_lstm", "lstm", "peephole_lstm", "projection_lstm"]
@@ -96,10 +106,10 @@ class PeepholeLSTM(LSTM):
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
         sigma, tanh = self.functions
         i, f, g, o = (a + b for a, b in zip(u, v, strict=True))
-        i = sigma(i + theta["p_i"].astype(i.dtype) * state.c)
-        f = sigma(f + theta["p_f"].astype(f.dtype) * state.c)
+        i = sigma(i + vector(theta["p_i"], i) * state.c)
+        f = sigma(f + vector(theta["p_f"], f) * state.c)
         c = f * state.c + i * tanh(g)
-        return LSTMState(sigma(o + theta["p_o"].astype(o.dtype) * c) * tanh(c), c)
+        return LSTMState(sigma(o + vector(theta["p_o"], o) * c) * tanh(c), c)
 
 
 def peephole_lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) -> PeepholeLSTM:
@@ -170,14 +180,14 @@ class LayerNormLSTM(LSTM):
 
     def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
         u = layer_norm(product(xs, params["w_ih"]), params["scale_ih"], self.epsilon)
-        return self.split(u + params["b"].astype(u.dtype))
+        return self.split(u + vector(params["b"], u))
 
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
         sigma, tanh = self.functions
         v = layer_norm_gates(v, self.split(theta["scale_hh"]), self.epsilon)
         i, f, g, o = (a + b for a, b in zip(u, v, strict=True))
         c = sigma(f) * state.c + sigma(i) * tanh(g)
-        normed = layer_norm(c, theta["scale_c"], self.epsilon) + theta["shift_c"].astype(c.dtype)
+        normed = layer_norm(c, theta["scale_c"], self.epsilon) + vector(theta["shift_c"], c)
         return LSTMState(sigma(o) * tanh(normed), c)
 
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jrnn.cells.base import vector
+
 
 def layer_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """``(x - mean) / sqrt(variance + epsilon) * scale`` over the last axis."""
@@ -19,4 +21,4 @@ def layer_norm_gates(xs: tuple[jax.Array, ...], scales: tuple[jax.Array, ...], e
     centred = tuple(x - mean for x in xs)
     variance = sum(jnp.sum(x * x, -1, keepdims=True) for x in centred) / count
     inverse = lax.rsqrt(variance + epsilon)
-    return tuple(x * inverse * scale.astype(x.dtype) for x, scale in zip(centred, scales, strict=True))
+    return tuple(x * inverse * vector(scale, x) for x, scale in zip(centred, scales, strict=True))

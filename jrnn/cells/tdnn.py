@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jrnn import activations, initializers
 from jrnn._check import batch_axes, positive_int
-from jrnn.cells.base import Cell, check_features, check_named, exported, product, stable
+from jrnn.cells.base import Cell, check_features, check_named, exported, product, stable, vector
 
 __all__ = ["TDNNState", "tdnn"]
 
@@ -83,8 +83,9 @@ class TDNN(Cell):
             shape = (*p.shape[:-2], delays, p.shape[-1])
             later = jnp.zeros(shape, p.dtype).at[..., self.dilation - 1 :: self.dilation, :].set(later)
         queue = jnp.pad(state.pending, [*padding, (0, 1), (0, 0)])
-        y = queue[..., 0, :] + p[..., 0, :] + params["b"].astype(p.dtype)
-        return TDNNState(queue[..., 1:, :] + later), activations.resolve(self.activation)(y)
+        y = queue[..., 0, :] + p[..., 0, :]
+        y = activations.resolve(self.activation)(y + vector(params["b"], y))
+        return TDNNState(queue[..., 1:, :] + later), y
 
 
 def tdnn(

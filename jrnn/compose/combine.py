@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn._check import describe, module_level, positive_int
-from jrnn.cells.base import Layer, check_state, compute_params, emitted, product
+from jrnn.cells.base import Layer, check_state, compute_params, emitted, product, vector
 
 __all__ = ["Bidirectional", "Highway", "Residual", "Stack", "bidirectional", "highway", "residual", "stack"]
 
@@ -375,7 +375,7 @@ class Highway(Combinator):
 
     def _mix(self, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         z = product(x, compute_params(params["w"], x.dtype))
-        gate = emitted(jax.nn.sigmoid(z + params["b"].astype(z.dtype)), x)
+        gate = emitted(jax.nn.sigmoid(z + vector(params["b"], z)), x)
         return gate * y + (1 - gate) * x
 
     def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:

@@ -22,6 +22,7 @@ from jrnn.cells.base import (
     output,
     product,
     stable,
+    vector,
 )
 from jrnn.compose.combine import fold
 from jrnn.compose.timewise import drop
@@ -296,7 +297,7 @@ class Variational(Wrapper):
 
     def _masked(self, params: Any, xs: jax.Array) -> jax.Array:
         if isinstance(params, Drawn) and "inputs" in params.noise:
-            xs = xs * params.noise["inputs"].astype(xs.dtype)
+            xs = xs * vector(params.noise["inputs"], xs)
         return xs
 
     @property

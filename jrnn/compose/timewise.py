@@ -13,7 +13,7 @@ import numpy as np
 from jrnn import _check, activations, initializers
 from jrnn._check import batch_axes, describe, positive_int, rate, readable
 from jrnn.cells import norm
-from jrnn.cells.base import Layer, check_features, check_named, compute_params, emitted, product, stable
+from jrnn.cells.base import Layer, check_features, check_named, compute_params, emitted, product, stable, vector
 from jrnn.sequence import _known_steps
 
 __all__ = ["Timewise", "activation", "dense", "dropout", "embed", "layer_norm"]
@@ -98,7 +98,7 @@ class Dense(Timewise):
 
     def apply(self, params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         y = product(x, compute_params(params, x.dtype)["w"])
-        return emitted(y + params["b"].astype(y.dtype), x)
+        return emitted(y + vector(params["b"], y), x)
 
 
 def dense(features: int, **options: Any) -> Dense:
@@ -202,7 +202,7 @@ class LayerNorm(Timewise):
 
     def apply(self, params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         wide = x.astype(stable(x.dtype))
-        return emitted(norm.layer_norm(wide, params["scale"], self.epsilon) + params["shift"].astype(wide.dtype), x)
+        return emitted(norm.layer_norm(wide, params["scale"], self.epsilon) + vector(params["shift"], wide), x)
 
 
 def layer_norm(epsilon: float = 1e-5) -> LayerNorm:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jrnn._device import default_device
@@ -88,10 +89,8 @@ class Schedule(NamedTuple):
     resets: Any
 
 
-def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tuple[Any, jax.Array]:
+def run(cell: Any, params: Any, xs: jax.Array, state: Any, restart: Any, steps: Steps) -> tuple[Any, jax.Array]:
     """An affine cell over all steps; ``ys`` in the state's dtype."""
-    batch_shape = xs.shape[1 : xs.ndim - cell.event_ndim]
-    restart = None if steps.resets is None else cell.initial_state(params, batch_shape)
     weights = (cell.theta(params), cell.recurrent_weights(params), cell.recurrent_mask(params))
 
     def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
@@ -306,8 +305,8 @@ def fields(cell: Any, state: Any) -> tuple[jax.Array, ...]:
 
 
 def fed(h: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """What goes into the recurrent product."""
-    return h if mask is None else h * mask
+    """What goes into the recurrent product, of one step or of several."""
+    return h if mask is None else h * lax.broadcast_to_rank(mask, h.ndim)
 
 
 def both(pairs: Any) -> tuple[Any, ...]:

@@ -101,7 +101,7 @@ def _sequences(weights: Any, xs: Any, valid: Any, state: Any, reverse: bool) -> 
         return type(state)(h, c), y.swapaxes(0, 1)
     lengths = valid.sum(0, dtype=jnp.int32)
     # Where each step goes, the valid ones first: a permutation, undone by its inverse.
-    place = jnp.where(valid, jnp.cumsum(valid, 0), lengths + jnp.cumsum(~valid, 0)).astype(jnp.int32) - 1
+    place = jnp.where(valid, jnp.cumsum(valid, 0), lengths[None] + jnp.cumsum(~valid, 0)).astype(jnp.int32) - 1
     order = jnp.argsort(place, axis=0)
     # cuDNN may refuse a sequence without steps: it gets one of zeros, and its answer is thrown away.
     y, h, c = _lstm(_permute(xs, order).swapaxes(0, 1), *state, weights, jnp.maximum(lengths, 1))
@@ -111,7 +111,7 @@ def _sequences(weights: Any, xs: Any, valid: Any, state: Any, reverse: bool) -> 
 
 def _permute(a: jax.Array, order: jax.Array) -> jax.Array:
     """``a[order[t, b], b]`` for ``a (T, B, …)``."""
-    columns = jnp.arange(a.shape[1], dtype=jnp.int32)
+    columns = jnp.arange(a.shape[1], dtype=jnp.int32)[None]
     return a.at[order, columns].get(unique_indices=True, mode="promise_in_bounds")
 
 

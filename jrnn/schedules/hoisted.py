@@ -8,7 +8,7 @@ import jax
 
 from jrnn.cells.base import compute_params, emitted
 from jrnn.schedules import affine, parts
-from jrnn.schedules.steps import Steps, scan
+from jrnn.schedules.steps import Steps, restarts, scan
 
 
 def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
@@ -18,9 +18,10 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
 
 
 def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tuple[Any, jax.Array]:
+    restart = restarts(cell, params, xs, steps)
     params = compute_params(params, xs.dtype)
     if getattr(cell, "is_affine", False):
-        state, ys = affine.run(cell, params, xs, state, steps)
+        state, ys = affine.run(cell, params, xs, state, restart, steps)
         return state, emitted(ys, xs)
-    state, ys = scan(cell, params, xs, state, steps, cell.project, cell.update, parts.scan)
+    state, ys = scan(cell, params, xs, state, restart, steps, cell.project, cell.update, parts.scan)
     return state, emitted(ys, xs)

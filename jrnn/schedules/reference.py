@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jrnn.cells.base import emitted
-from jrnn.schedules.steps import Steps, scan
+from jrnn.schedules.steps import Steps, restarts, scan
 
 
 def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
@@ -15,5 +15,7 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
 
 
 def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tuple[Any, jax.Array]:
-    state, ys = scan(cell, params, xs, state, steps, lambda params, xs: xs, cell.step)
+    state, ys = scan(
+        cell, params, xs, state, restarts(cell, params, xs, steps), steps, lambda params, xs: xs, cell.step
+    )
     return state, emitted(ys, xs)

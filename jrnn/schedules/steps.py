@@ -110,6 +110,11 @@ def select(flags: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(expand(flags, o), n, o), new, old)
 
 
+def restarts(cell: Any, params: Any, xs: jax.Array, steps: Steps) -> Any:
+    """The state that a reset restores, or None where nothing resets; of parameters that are not yet rounded."""
+    return None if steps.resets is None else cell.initial_state(params, xs.shape[1 : xs.ndim - cell.event_ndim])
+
+
 def zeroed(valid: jax.Array, tree: Any) -> Any:
     """Zeros at what is not valid, leaf by leaf."""
     return jax.tree.map(lambda a: jnp.where(expand(valid, a), a, jnp.zeros((), a.dtype)), tree)
@@ -120,6 +125,7 @@ def scan(
     params: Any,
     xs: jax.Array,
     state: Any,
+    restart: Any,
     steps: Steps,
     project: Callable[[Any, jax.Array], Any],
     step: Callable[..., tuple[Any, jax.Array]],
@@ -130,8 +136,6 @@ def scan(
     ``loop`` runs a body as `jax.lax.scan` does.
     """
     length = xs.shape[0]
-    batch_shape = xs.shape[1 : xs.ndim - cell.event_ndim]
-    restart = None if steps.resets is None else cell.initial_state(params, batch_shape)
 
     def body(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
         p, valid, resets, time = inputs

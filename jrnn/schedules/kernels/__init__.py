@@ -27,7 +27,7 @@ from jrnn.cells.base import compute_params, emitted
 from jrnn.schedules import promises
 from jrnn.schedules.kernels import body, rule
 from jrnn.schedules.kernels.plan import Chip, Plan
-from jrnn.schedules.steps import Steps, checkpointed, zeroed
+from jrnn.schedules.steps import Steps, checkpointed, restarts, zeroed
 
 # What the kernels' language has in every JAX that is supported, besides what `body` rewrites.
 # fmt: off
@@ -88,9 +88,9 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps, target:
     target = target or present()
     if target is None:
         raise ValueError(f"backend: expected a Hopper GPU or a TPU for 'kernel', got {describe(default_device())}")
+    restart = restarts(cell, params, xs, steps)
     params = compute_params(params, xs.dtype)
     batch = xs.shape[1:-1]
-    restart = None if steps.resets is None else cell.initial_state(params, batch)
     theta, w_hh = cell.theta(params), cell.recurrent_weights(params)
     plan = make_plan(cell, theta, state, steps, target)
 

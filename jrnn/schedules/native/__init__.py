@@ -20,7 +20,7 @@ from jrnn.schedules import promises
 from jrnn.schedules.native import build, emit, operation
 from jrnn.schedules.native.chunks import Chunks
 from jrnn.schedules.native.loop import Flags, Inputs, Plan, loop
-from jrnn.schedules.steps import Steps, zeroed
+from jrnn.schedules.steps import Steps, restarts, zeroed
 
 __all__ = ["pays", "run", "serves"]
 
@@ -99,6 +99,7 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
     16-bit inputs and weights are as exact in float32, in which this processor multiplies faster.
     """
     time, *batch, features = xs.shape
+    restart = restarts(cell, params, xs, steps)
     count = math.prod(batch)
     if time == 0 or count == 0:
         return _empty(cell, xs, state)
@@ -111,11 +112,9 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
     theta, mask = cell.theta(params), cell.recurrent_mask(params)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (*batch, w_hh.shape[0])).reshape(count, -1)
-    restart = None if steps.resets is None else _rows(cell.initial_state(params, tuple(batch)), count)
-
     valid, resets = (None if f is None else f.reshape(time, count) for f in (steps.valid, steps.resets))
     xs_rows = _float32(cell.entering(params, xs)).reshape(time, count, features)
-    inputs = Inputs(xs_rows, w_ih, b, w_hh, theta, _rows(state, count), restart)
+    inputs = Inputs(xs_rows, w_ih, b, w_hh, theta, _rows(state, count), _rows(restart, count))
     last, outs = loop(plan, inputs, Flags(valid, resets, mask))
     ys = side_by_side(outs)
     if valid is not None:
