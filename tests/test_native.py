@@ -106,6 +106,8 @@ def assert_near(got, expected, tolerance=2e-5):
     ("cell", "time", "batch", "features", "marked"),
     [
         (jrnn.lstm(64), 40, 16, 0, True),  # no input features
+        (jrnn.lstm(200), 9, 16, 70, True),  # an odd number of blocks of units for two threads
+        (jrnn.variational(jrnn.gru(224), recurrent=0.4), 9, 5, 300, True),
         (jrnn.lstm(64), 9, 16, 70, False),  # the batch shared by threads, in several chunks
         (jrnn.gru(150), 6, 33, 100, True),  # the units shared, in blocks of which the last is short
         (jrnn.gru(96), 5, 2, 600, False),
@@ -194,10 +196,11 @@ def test_16_bits_are_as_exact(dtype):
     assert ours <= 2 * theirs
 
 
-def test_the_same_twice():
+@pytest.mark.parametrize(("hidden", "time"), [(64, 40), (200, 10)])
+def test_the_same_twice(hidden, time):
     """Bit for bit, and by calls at the same time, whose threads are their own."""
-    cell = jrnn.gru(64)
-    params, xs, state, marks = data(cell, 40, 16, 40)
+    cell = jrnn.gru(hidden)
+    params, xs, state, marks = data(cell, time, 16, 40)
     run = jax.jit(jax.value_and_grad(loss(cell, "native", marks), (0, 1, 2)))
     first = run(params, xs, state)
     with ThreadPoolExecutor(3) as pool:

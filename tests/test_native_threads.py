@@ -30,9 +30,9 @@ def checks(tmp_path_factory):
     return program
 
 
-@pytest.mark.parametrize("check", ["threads", "quotas", "memory"])
+@pytest.mark.parametrize("check", ["threads", "quotas", "memory", "split", "sleep"])
 def test_threads_and_memory(checks, check, tmp_path):
-    """Threads that cannot be started are done without; quotas of control groups count; little memory is kept."""
+    """What the functions of ``threads.cc`` say of themselves: each is a check."""
     # Leaks are not looked for: threads that wait for work hold their memory until the process ends.
     options = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
     subprocess.run([checks, check, tmp_path / "groups"], env=options, timeout=60, check=True)

@@ -67,6 +67,49 @@ static bool reads_quotas(const std::string& folder) {
   return now() == 2.5;
 }
 
+// Every row of every block is done once. Where threads take their own pieces alone, none does more than its part, except
+// for one row of each block that is left over.
+static bool splits_evenly() {
+  for (long threads : {1, 2, 3, 4, 8})
+    for (long blocks : {1, 2, 5, 7, 8, 13})
+      for (long rows : {1, 2, 7, 48}) {
+        const Split split{blocks, threads, rows};
+        std::vector<int> done(blocks * rows);
+        for (long thread = 0; thread < threads; ++thread) {
+          const auto [p0, p1] = share(split.pieces(), threads, thread);
+          long own = 0;
+          const auto work = [&](long b0, long b1, long r0, long r1) {
+            for (long b = b0; b < b1; ++b)
+              for (long r = r0; r < r1; ++r) ++done[b * rows + r], ++own;
+          };
+          const long middle = (p0 + p1) / 2;  // taken in two goes
+          split.each(p0, middle, work), split.each(middle, p1, work);
+          if (own > blocks * rows / threads + blocks % threads) return false;
+        }
+        for (int times : done)
+          if (times != 1) return false;
+      }
+  return true;
+}
+
+// Threads meet again and again, one of them late: the others sleep, and are woken.
+static bool wakes_those_that_sleep() {
+  Crew crew(3);
+  Barrier barrier;
+  barrier.reset(3);
+  std::atomic<long> sum{0}, wrong{0};
+  crew.run(3, [&](long id) {
+    for (long i = 0; i < 300; ++i) {
+      if (id == i % 3 && i % 10 == 0) usleep(1000);
+      sum += 1;
+      barrier.wait();
+      if (sum < 3 * (i + 1)) wrong += 1;
+      barrier.wait();
+    }
+  });
+  return wrong == 0 && sum == 900;
+}
+
 static size_t bytes_kept() {
   size_t sum = 0;
   for (const auto& block : kept().blocks) sum += block.second;
@@ -89,6 +132,8 @@ int main(int, char** arguments) {
   const std::string check = arguments[1];
   if (check == "threads") return !runs_with_the_threads_there_are();
   if (check == "quotas") return !reads_quotas(arguments[2]);
+  if (check == "split") return !splits_evenly();
+  if (check == "sleep") return !wakes_those_that_sleep();
   if (check == "memory") return !keeps_little_memory();
   return 2;
 }

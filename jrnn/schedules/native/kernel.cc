@@ -395,6 +395,7 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
       part.all.wait();
     }
     const long rows = n1 - n0;
+    const Split split{blocks, part.units, rows};
     float* us = projected[id / run.units];
     float* tile = mine[id];
     float* fed = tile + Scratch::rounded(tile_size);
@@ -409,16 +410,16 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
 
     for (long start = 0; start < T; start += chunk) {
       const long count = std::min(chunk, T - start), low = run.reverse ? T - start - count : start;
-      // The input product of some blocks, for all steps of the chunk.
-      const auto project = [&](long first, long end) {
+      // The input product of some blocks and rows, for all steps of the chunk.
+      const auto project = [&](long first, long end, long r0, long r1) {
         for (long p = first * G; p < end * G; ++p) {
           const float *panel = p_ih + p * F * UB, *next = far ? panel + F * UB : nullptr;
-          if (rows == N)
+          if (r1 - r0 == N)
             multiply(count * N, F, f.x + low * N * F, F, panel, p_b + p * UB, 0, us + p * UB, u_row, next);
           else
             for (long i = 0; i < count; ++i)
-              multiply(rows, F, f.x + ((low + i) * N + n0) * F, F, panel, p_b + p * UB, 0,
-                       us + i * rows * u_row + p * UB, u_row, next);
+              multiply(r1 - r0, F, f.x + ((low + i) * N + n0 + r0) * F, F, panel, p_b + p * UB, 0,
+                       us + (i * rows + r0) * u_row + p * UB, u_row, next);
         }
       };
       // Both products of a step, onto the bias.
@@ -447,36 +448,42 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
           }
           h = fed;
         }
-        // Blocks in pieces of at_once: those of few rows one for each thread.
-        const long pieces = at_once == 1 ? blocks : part.units;
+        // Some blocks and rows of the step.
+        const auto advance = [&](long ub, long end, long r0, long r1) {
+          const float *u = us + ((t - low) * rows + r0) * u_row + ub * G * UB, *from = h + r0 * H;
+          float* parts = f.parts ? f.parts + (t * N + n0 + r0) * f.parts_row + ub * P * UB : tile;
+          const long row = f.parts ? f.parts_row : at_once * P * UB;
+          if (in_place)
+            product(ub, end, f.x + t * N * F, h, parts, row);
+          else if (rows <= FEW)
+            narrow(rows, H, h, H, p_hh + ub * G * H * UB, at, (end - ub) * G, u, u_row, parts, row);
+          else
+            for (long g = 0; g < G; ++g)
+              multiply(r1 - r0, H, from, H, p_hh + (ub * G + g) * H * UB, at.from[g] < 0 ? nullptr : u + at.from[g],
+                       u_row, parts + at.to[g], row, far ? p_hh + (ub * G + g + 1) * H * UB : nullptr);
+          for (long p = 0; p < (end - ub) * G && !in_place; ++p)
+            if (at.from[p] < 0)
+              for (long n = 0; n < r1 - r0; ++n)
+                std::memcpy(parts + n * row + (p / G * P + p % G) * UB, u + n * u_row + p * UB, 4 * UB);
+          cell.forward({n0 + r0, n0 + r1, ub, end, H, valid, resets, p_theta, hidden, parts, row, old.data(),
+                        f.restart.data(), now.data()});
+          // Nobody reads what lengthens a row, but it is returned, and memory that was never written may hold NaN.
+          for (long n = 0; n < r1 - r0 && f.parts && end == blocks; ++n)
+            std::fill(parts + n * row + (end - ub) * P * UB, parts + n * row + row - ub * P * UB, 0.0f);
+        };
+        // Of few rows each thread has one piece, of as many blocks as the others.
+        const long pieces = at_once == 1 ? split.pieces() : part.units;
         for (;;) {
           const auto [p0, p1] = part.steps.take(i + 1, pieces, part.unit);
           if (p0 == p1) break;
-          const long b0 = blocks * p0 / pieces, b1 = blocks * p1 / pieces;
-          if (i == start && !in_place) project(b0, b1);
-          for (long ub = b0; ub < b1; ub += at_once) {
-            const long end = std::min(b1, ub + at_once);
-            const float* u = us + (t - low) * rows * u_row + ub * G * UB;
-            float* parts = f.parts ? f.parts + (t * N + n0) * f.parts_row + ub * P * UB : tile;
-            const long row = f.parts ? f.parts_row : at_once * P * UB;
-            if (in_place)
-              product(ub, end, f.x + t * N * F, h, parts, row);
-            else if (rows <= FEW)
-              narrow(rows, H, h, H, p_hh + ub * G * H * UB, at, (end - ub) * G, u, u_row, parts, row);
-            else
-              for (long g = 0; g < G; ++g)
-                multiply(rows, H, h, H, p_hh + (ub * G + g) * H * UB, at.from[g] < 0 ? nullptr : u + at.from[g], u_row,
-                         parts + at.to[g], row, far ? p_hh + (ub * G + g + 1) * H * UB : nullptr);
-            for (long p = 0; p < (end - ub) * G && !in_place; ++p)
-              if (at.from[p] < 0)
-                for (long n = 0; n < rows; ++n)
-                  std::memcpy(parts + n * row + (p / G * P + p % G) * UB, u + n * u_row + p * UB, 4 * UB);
-            cell.forward({n0, n1, ub, end, H, valid, resets, p_theta, hidden, parts, row, old.data(), f.restart.data(),
-                          now.data()});
-            // Nobody reads what lengthens a row, but it is returned, and memory that was never written may hold NaN.
-            for (long n = 0; n < rows && f.parts && end == blocks; ++n)
-              std::fill(parts + n * row + (end - ub) * P * UB, parts + n * row + row - ub * P * UB, 0.0f);
-          }
+          const auto work = [&](long b0, long b1, long r0, long r1) {
+            if (i == start && !in_place) project(b0, b1, r0, r1);
+            for (long ub = b0; ub < b1; ub += at_once) advance(ub, std::min(b1, ub + at_once), r0, r1);
+          };
+          if (at_once == 1)
+            split.each(p0, p1, work);
+          else
+            work(blocks * p0 / pieces, blocks * p1 / pieces, 0L, rows);
         }
         part.group.wait();
       }
@@ -557,6 +564,7 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
       for (long p = i0; p < i1; ++p) pack_transposed(run, f.w_ih, F, p * UB, p_ih + p * K * UB);
       if (id == 0) pack_theta(run, f.theta, p_theta);
     }
+    const Split split{blocks, part.units, n1 - n0};
     Inputs &old = olds[id], &dafter = dafters[id];
     Panels at;
     for (long ub = b0; ub < b1; ++ub) {
@@ -598,11 +606,13 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
           narrow(n1 - n0, K, dv + place, row, p_hh + b0 * K * UB, at, b1 - b0, dh, hidden, through, hidden);
         } else {
           for (;;) {
-            const auto [p0, p1] = part.steps.take(i + 1, blocks, part.unit);
+            const auto [p0, p1] = part.steps.take(i + 1, split.pieces(), part.unit);
             if (p0 == p1) break;
-            float* to = through + p0 * UB;
-            multiply_long(n1 - n0, K, dv + place, row, p_hh + p0 * K * UB, p1 - p0, f.mask ? nullptr : to, hidden, to,
-                          hidden);
+            split.each(p0, p1, [&](long first, long end, long r0, long r1) {
+              float* to = through + r0 * hidden + first * UB;
+              multiply_long(r1 - r0, K, dv + place + r0 * row, row, p_hh + first * K * UB, end - first,
+                            f.mask ? nullptr : to, hidden, to, hidden);
+            });
           }
           // What others took of these units is read below, and by the gates of the next step.
           part.group.wait();

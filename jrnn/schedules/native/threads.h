@@ -2,12 +2,16 @@
 
 #pragma once
 
+#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <climits>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
@@ -77,24 +81,52 @@ inline std::pair<long, long> share(long count, long parts, long i) {
   return {count * i / parts, count * (i + 1) / parts};
 }
 
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Where threads wait for each other. All are there within microseconds while each has a processor: so a thread looks for
+// the others at first. Where one has lost its processor, to another process or to the threads of another library, the
+// others sleep: to go on looking would keep the processors that it could run on.
 class Barrier {
  public:
   void reset(int count) { count_ = count; }
+
+  // Tells the others that this thread is there. Whether it is the last of them.
+  bool arrive() {
+    const int count = count_;  // read before the others can go on, and one of them reset the barrier
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < count) return false;
+    arrived_.store(0, std::memory_order_relaxed);
+    turn_.fetch_add(1);
+    if (asleep_.load()) wake();
+    return true;
+  }
+
   void wait() {
     if (count_ == 1) return;
     const int turn = turn_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      turn_.store(turn + 1, std::memory_order_release);
-      return;
+    if (arrive()) return;
+    for (int looks = 0; looks < LOOKS; ++looks) {
+      if (turn_.load(std::memory_order_acquire) != turn) return;
+      relax();
     }
-    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins)
-      if (spins > 4000) sched_yield();
+    asleep_.fetch_add(1);
+    while (turn_.load() == turn) sleep(turn);
+    asleep_.fetch_sub(1);
   }
 
  private:
+  static constexpr int LOOKS = 2000;  // some 20 to 50 microseconds
+  static_assert(sizeof(std::atomic<int>) == sizeof(int), "the kernel looks at turn_ as it lies in memory");
+
+  // Returns at once where turn_ is no longer `turn`.
+  void sleep(int turn) { syscall(SYS_futex, &turn_, FUTEX_WAIT_PRIVATE, turn, nullptr, nullptr, 0); }
+  void wake() { syscall(SYS_futex, &turn_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
+
   int count_ = 1;
-  std::atomic<int> arrived_{0}, turn_{0};
+  std::atomic<int> arrived_{0}, turn_{0}, asleep_{0};
 };
 
 // Work that threads take piece by piece, each of its own share first and then of what the others have not begun: a core
@@ -134,14 +166,35 @@ class alignas(64) Pieces {
   long alone_ = 0;  // the last phase of one thread
 };
 
+// The pieces of a step that the threads of a group share. Each thread has as many whole blocks of units as the others. Of
+// the blocks that are left over, each thread has a part of the rows. Which rows are multiplied together changes no result.
+struct Split {
+  long blocks, threads, rows;
+  long whole = blocks / threads, rest = blocks % threads;
+  long pieces() const { return threads * (whole + rest); }  // a thread's own stand one after another
+
+  // work(b0, b1, r0, r1) on blocks and rows, for the pieces p0 to p1.
+  template <class Function>
+  void each(long p0, long p1, Function work) const {
+    while (p0 < p1) {
+      const long thread = p0 / (whole + rest), place = p0 % (whole + rest);
+      if (place < whole) {
+        const long b0 = thread * whole + place, count = std::min(p1 - p0, whole - place);
+        work(b0, b0 + count, 0L, rows);
+        p0 += count;
+      } else {
+        const auto [r0, r1] = ::share(rows, threads, thread);
+        const long b0 = threads * whole + place - whole;
+        if (r0 < r1) work(b0, b0 + 1, r0, r1);
+        ++p0;
+      }
+    }
+  }
+};
+
 // --- threads -----------------------------------------------------------------------------------------------------
 
 using Work = std::function<void(long)>;
-
-struct Job {
-  const Work* work;
-  std::atomic<int> left;
-};
 
 // Threads that wait for work between calls: to begin one costs more than a short call. They never end, so a team is
 // never freed.
@@ -162,7 +215,7 @@ class Team {
     CPU_ZERO(&others);
     const bool known = sched_getaffinity(0, sizeof others, &others) == 0 && CPU_COUNT(&others) > 1;
     if (known) CPU_CLR(sched_getcpu(), &others);
-    Job job{&work, {static_cast<int>(count - 1)}};
+    done_.reset(count);
     for (long i = 0; i < count - 1; ++i) {
       Helper& helper = *helpers_[i];
       if (known && !CPU_EQUAL(&others, &helper.processors)) {
@@ -170,20 +223,20 @@ class Team {
         pthread_setaffinity_np(helper.thread, sizeof others, &others);
       }
       std::lock_guard<std::mutex> lock(helper.mutex);
-      helper.job.store(&job, std::memory_order_release);
+      helper.work.store(&work, std::memory_order_release);
       if (helper.sleeps) helper.wake.notify_one();
     }
     work(0);
-    for (int spins = 0; job.left.load(std::memory_order_acquire); ++spins)
-      if (spins > 4000) sched_yield();
+    done_.wait();
   }
 
  private:
   struct Helper {
     long id = 0;
+    Barrier* done = nullptr;  // its team's
     std::mutex mutex;
     std::condition_variable wake;
-    std::atomic<Job*> job{nullptr};
+    std::atomic<const Work*> work{nullptr};
     bool sleeps = false;
     pthread_t thread{};
     cpu_set_t processors{};  // where it may run, once it was said
@@ -195,6 +248,7 @@ class Team {
     helpers_.reserve(helpers_.size() + 1);
     auto helper = std::make_unique<Helper>();
     helper->id = size();
+    helper->done = &done_;
     if (pthread_create(&helper->thread, nullptr, serve, helper.get())) return false;
     pthread_detach(helper->thread);
     helpers_.push_back(helper.release());  // its thread's for good
@@ -205,26 +259,20 @@ class Team {
     Helper* self = static_cast<Helper*>(helper);
     for (;;) {
       // The next call often comes at once; then sleep, which costs nothing.
-      for (int spins = 0; spins < 1000 && !self->job.load(std::memory_order_acquire); ++spins) relax();
+      for (int spins = 0; spins < 1000 && !self->work.load(std::memory_order_acquire); ++spins) relax();
       {
         std::unique_lock<std::mutex> lock(self->mutex);
         self->sleeps = true;
-        self->wake.wait(lock, [&] { return self->job.load(std::memory_order_relaxed) != nullptr; });
+        self->wake.wait(lock, [&] { return self->work.load(std::memory_order_relaxed) != nullptr; });
         self->sleeps = false;
       }
-      Job& job = *self->job.exchange(nullptr, std::memory_order_acq_rel);
-      (*job.work)(self->id);
-      job.left.fetch_sub(1, std::memory_order_acq_rel);  // after which there may be no job
+      (*self->work.exchange(nullptr, std::memory_order_acq_rel))(self->id);
+      self->done->arrive();  // after which the work may be gone, but not the team
     }
   }
 
-  static void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-
   std::vector<Helper*> helpers_;
+  Barrier done_;
 };
 
 // What is kept between calls. The child of a fork, which has no threads but its own, begins anew.
