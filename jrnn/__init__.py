@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import jrnn.diagnose as diagnose
     import jrnn.interop as interop
     import jrnn.losses as losses
+    import jrnn.native as native
     import jrnn.testing as testing
     import jrnn.training as training
     from jrnn.training import optimizer
@@ -40,6 +41,7 @@ _LAZY = {
     "diagnose": "jrnn.diagnose",
     "interop": "jrnn.interop",
     "losses": "jrnn.losses",
+    "native": "jrnn.native",
     "testing": "jrnn.testing",
     "training": "jrnn.training",
 }
@@ -83,6 +85,7 @@ __all__ = [
     "losses",
     "lstm",
     "mgu",
+    "native",
     "optimizer",
     "peephole_lstm",
     "product",
