@@ -23,6 +23,13 @@ def positive_int(value: Any, argument: str) -> None:
         raise ValueError(f"{argument}: expected a positive int, got {value}")
 
 
+def non_negative_int(value: Any, argument: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument}: expected a non-negative int, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{argument}: expected a non-negative int, got {value}")
+
+
 def rate(value: Any, argument: str) -> None:
     """A probability of dropping: 1 would drop everything and divide by zero."""
     if isinstance(value, bool) or not isinstance(value, int | float):

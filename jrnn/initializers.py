@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jrnn._check import module_level
 
-__all__ = ["constant", "glorot_uniform", "identity", "normal", "orthogonal", "resolve", "uniform", "zeros"]
+__all__ = ["constant", "draw", "glorot_uniform", "identity", "normal", "orthogonal", "resolve", "uniform", "zeros"]
 
 Initializer = str | Callable[..., jax.Array]
 
@@ -127,6 +127,15 @@ _NAMES: dict[str, Callable[..., jax.Array]] = {
     "uniform": uniform(),
     "zeros": zeros,
 }
+
+
+def draw(init: Initializer, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A float32 array from an initialiser, which is not called for an array without elements: most divide by a size.
+
+    >>> draw("glorot_uniform", jax.random.key(0), (0, 4)).shape
+    (0, 4)
+    """
+    return resolve(init)(key, shape, jnp.float32) if 0 not in shape else jnp.zeros(shape, jnp.float32)
 
 
 def resolve(init: Initializer, argument: str = "init") -> Callable[..., jax.Array]:

@@ -127,6 +127,7 @@ CASES = (
     Case("counting", Counting(), full=True),
     Case("project_and_update", ProjectAndUpdate(4)),
     Case("leaky", Leaky(4)),
+    Case("no_inputs", jrnn.stack(jrnn.lstm(4), jrnn.gru(3)), 0),  # autonomous: its inputs are (T, *B, 0)
     # Layers without recurrence.
     Case("dense", jrnn.dense(4), full=True),
     Case("embed", jrnn.embed(5, 4), None, full=True),

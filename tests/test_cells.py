@@ -259,3 +259,32 @@ def test_initialisers_by_name():
     np.testing.assert_allclose(np.linalg.svd(scaled)[1], 1.5, atol=1e-5)
     with pytest.raises(ValueError, match=r"recurrent_init: expected one of .*orthogonal.* got 'orthonormal'"):
         jrnn.lstm(H, recurrent_init="orthonormal")
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        jrnn.elman(H),
+        jrnn.jordan(H, 3),
+        jrnn.peephole_lstm(H),
+        jrnn.projection_lstm(H, 3),
+        jrnn.layer_norm_lstm(H),
+        jrnn.gru(H, "before"),
+        jrnn.indrnn(H, "tanh"),
+        jrnn.learned_state(jrnn.variational(jrnn.mgu(H), inputs=0.5)),
+    ],
+    ids=repr,
+)
+def test_no_input_features(cell):
+    """An autonomous network equals one whose only input is zero, in values and gradients."""
+    params = jax.tree.map(lambda a: a + 0.3, cell.init(jax.random.key(0), 0))
+    one = jax.tree.map(lambda a: jnp.ones((1, a.shape[1])) if a.ndim == 2 and a.shape[0] == 0 else a, params)
+
+    def total(params, features):
+        _, ys = jrnn.unroll(cell, params, jnp.zeros((T, 2, features)), key=jax.random.key(1) if cell.uses_key else None)
+        return jnp.sum(jnp.sin(ys))
+
+    (value, got), (expected, wanted) = (jax.value_and_grad(total)(p, n) for p, n in ((params, 0), (one, 1)))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b if a.size else np.zeros_like(a), rtol=1e-4, atol=1e-6)

@@ -25,7 +25,7 @@ SERVED = {
     "variational", "variational_gru", "zoneout", "zoneout_gru", "learned_and_wrapped", "highway", "wrapped_thrice",
     "zoneout_of_learned", "residual_of_wrapped", "highway_of_random", "stack_random", "bidirectional_random",
     "bidirectional_nested", "dense", "embed", "layer_norm", "activation", "dropout", "bidirectional_embed",
-    "bidirectional_different", "residual_of_bidirectional", "variational_twice",
+    "bidirectional_different", "residual_of_bidirectional", "variational_twice", "no_inputs",
 }  # fmt: skip
 WITH_A_KEY = {
     "dropconnect", "variational", "variational_gru", "residual_of_wrapped", "highway_of_random", "dropout",
@@ -103,6 +103,7 @@ def assert_near(got, expected, tolerance=2e-5):
 @pytest.mark.parametrize(
     ("cell", "time", "batch", "features", "marked"),
     [
+        (jrnn.lstm(64), 40, 16, 0, True),  # no input features
         (jrnn.lstm(64), 9, 16, 70, False),  # the batch shared by threads, in several chunks
         (jrnn.gru(150), 6, 33, 100, True),  # the units shared, in blocks of which the last is short
         (jrnn.gru(96), 5, 2, 600, False),

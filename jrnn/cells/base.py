@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn import initializers
-from jrnn._check import positive_int
+from jrnn._check import non_negative_int, positive_int
 from jrnn._weigh import weigh
 
 __all__ = ["AffineCell", "Cell", "Drawn", "HiddenState", "Layer"]
@@ -313,8 +313,11 @@ class AffineCell(Cell):
     # What follows from it.
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
-        """``{"w_ih": (F, G*H), "w_hh": (H, G*H), "b": (G*H,), **theta}`` in float32."""
-        positive_int(in_features, "in_features")
+        """``{"w_ih": (F, G*H), "w_hh": (H, G*H), "b": (G*H,), **theta}`` in float32.
+
+        Without input features (F = 0) the network is autonomous: its inputs, ``(T, *B, 0)``, say how many steps to run.
+        """
+        non_negative_int(in_features, "in_features")
         k_ih, k_hh, k_b, k_theta = jax.random.split(key, 4)
         return {
             "w_ih": self._per_gate(self.input_init, k_ih, (in_features, self.hidden)),
@@ -400,7 +403,7 @@ class AffineCell(Cell):
 
     def _per_gate(self, init: initializers.Initializer, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         keys = jax.random.split(key, len(self.gate_names))
-        return jnp.concatenate([initializers.resolve(init)(k, shape, jnp.float32) for k in keys], axis=-1)
+        return jnp.concatenate([initializers.draw(init, k, shape) for k in keys], axis=-1)
 
 
 def check_named(cell: Any, params: Any, shapes: dict[str, tuple[int, ...]]) -> None:

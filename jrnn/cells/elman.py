@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn import activations, initializers
-from jrnn._check import positive_int
+from jrnn._check import non_negative_int, positive_int
 from jrnn.cells.base import AffineCell, Cell, HiddenState, check_affine, check_features, check_named, product, stable
 
 __all__ = ["ElmanState", "IndRNNState", "JordanState", "elman", "indrnn", "jordan"]
@@ -78,15 +78,14 @@ class Jordan(Cell):
             initializers.resolve(getattr(self, name), name)
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
-        positive_int(in_features, "in_features")
+        non_negative_int(in_features, "in_features")
         k_ih, k_hh, k_ho, k_b, k_bo = jax.random.split(key, 5)
-        w_in, w_rec, b = (initializers.resolve(init) for init in (self.input_init, self.recurrent_init, self.bias_init))
         return {
-            "w_ih": w_in(k_ih, (in_features, self.hidden), jnp.float32),
-            "w_hh": w_rec(k_hh, (self.out, self.hidden), jnp.float32),
-            "b": b(k_b, (self.hidden,), jnp.float32),
-            "w_ho": w_in(k_ho, (self.hidden, self.out), jnp.float32),
-            "b_o": b(k_bo, (self.out,), jnp.float32),
+            "w_ih": initializers.draw(self.input_init, k_ih, (in_features, self.hidden)),
+            "w_hh": initializers.draw(self.recurrent_init, k_hh, (self.out, self.hidden)),
+            "b": initializers.draw(self.bias_init, k_b, (self.hidden,)),
+            "w_ho": initializers.draw(self.input_init, k_ho, (self.hidden, self.out)),
+            "b_o": initializers.draw(self.bias_init, k_bo, (self.out,)),
         }
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> HiddenState:
@@ -153,12 +152,12 @@ class IndRNN(Cell):
             initializers.resolve(getattr(self, name), name)
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
-        positive_int(in_features, "in_features")
+        non_negative_int(in_features, "in_features")
         k_ih, k_hh, k_b = jax.random.split(key, 3)
         return {
-            "w_ih": initializers.resolve(self.input_init)(k_ih, (in_features, self.hidden), jnp.float32),
-            "w_hh": initializers.resolve(self.recurrent_init)(k_hh, (self.hidden,), jnp.float32),
-            "b": initializers.resolve(self.bias_init)(k_b, (self.hidden,), jnp.float32),
+            "w_ih": initializers.draw(self.input_init, k_ih, (in_features, self.hidden)),
+            "w_hh": initializers.draw(self.recurrent_init, k_hh, (self.hidden,)),
+            "b": initializers.draw(self.bias_init, k_b, (self.hidden,)),
         }
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> HiddenState:

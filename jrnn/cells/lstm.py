@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn import _check, activations, initializers
-from jrnn._check import positive_int
+from jrnn._check import non_negative_int, positive_int
 from jrnn.cells.base import AffineCell, Cell, check_affine, check_features, check_named, product, stable
 from jrnn.cells.norm import layer_norm, layer_norm_gates
 
@@ -224,7 +224,7 @@ class ProjectionLSTM(Cell):
         return LSTM(self.hidden, self.forget_bias, **inits)
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
-        positive_int(in_features, "in_features")
+        non_negative_int(in_features, "in_features")
         k_ih, k_hh, k_b, k_hr = jax.random.split(key, 4)
         gates = self._lstm
         return {

@@ -31,6 +31,8 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves((params, xs))})
     if dtypes != ["float32"]:
         return False, f"cuDNN takes float32 parameters and inputs here, not {' and '.join(dtypes)}"
+    if xs.shape[-1] == 0:
+        return False, "cuDNN takes at least one input feature"
     if steps.resets is not None:
         return False, "cuDNN cannot restart inside a sequence, as resets ask"
     missing = unavailable()

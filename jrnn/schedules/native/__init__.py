@@ -93,10 +93,10 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
     16-bit inputs and weights are as exact in float32, in which this processor multiplies faster.
     """
     time, *batch, features = xs.shape
-    if not xs.size:
+    count = math.prod(batch)
+    if time == 0 or count == 0:
         return _empty(xs, state)
     params = compute_params(params, xs.dtype)
-    count = math.prod(batch)
     length = steps.chunk(time)
     chunks = None if length is None else Chunks.of(time, count, length)
     sums = promises.sums(cell, cell.theta(params), state)

@@ -25,7 +25,8 @@ __all__ = ["available", "load"]
 
 # Not -ffast-math: a NaN must stay one.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
-LOOP, HEADERS = ("bind.cc", "kernel.cc"), ("kernel.h", "vectors.h")
+LOOP, LOOP_HEADERS = ("bind.cc", "kernel.cc"), ("kernel.h", "threads.h", "vectors.h")
+CELL, CELL_HEADERS = ("cell.cc",), ("kernel.h", "vectors.h")
 
 
 def compiler() -> str | None:
@@ -99,7 +100,7 @@ def load(header: str) -> Kernel:
 
 @functools.lru_cache(maxsize=256)
 def _kernel_name(header: str) -> str:
-    return f"jrnn_{_digest(header, *_texts(*LOOP, 'cell.cc', *HEADERS).values())}"
+    return f"jrnn_{_digest(header, *_texts(*LOOP, *LOOP_HEADERS, *CELL).values())}"
 
 
 @functools.lru_cache(maxsize=256)
@@ -145,12 +146,12 @@ class Library:
 def _loop_library(path: str) -> Library:
     """The loop, and what XLA calls."""
     flags = ("-pthread", f"-I{jax.ffi.include_dir()}")
-    return Library("loop", path, LOOP, _texts(*LOOP, *HEADERS), flags, jaxlib.__version__)
+    return Library("loop", path, LOOP, _texts(*LOOP, *LOOP_HEADERS), flags, jaxlib.__version__)
 
 
 def _cell_library(header: str, path: str) -> Library:
     """A cell's gates."""
-    return Library("cell", path, ("cell.cc",), {**_texts("cell.cc", *HEADERS), "cell.h": header})
+    return Library("cell", path, CELL, {**_texts(*CELL, *CELL_HEADERS), "cell.h": header})
 
 
 def _texts(*names: str) -> dict[str, str]:

@@ -7,25 +7,9 @@
 
 #include "kernel.h"
 
-#include <pthread.h>
-#include <sched.h>
-#include <sys/mman.h>
-
-#include <algorithm>
-#include <atomic>
-#include <condition_variable>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <deque>
-#include <functional>
-#include <memory>
-#include <mutex>
-#include <new>
-#include <thread>
-#include <utility>
-#include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
@@ -246,194 +230,7 @@ void stream(long rows, Arguments... arguments) {
   if (rows == 3) stream<3, 4>(arguments...);
 }
 
-// --- threads and memory ------------------------------------------------------------------------------------------
-
-inline std::pair<long, long> share(long count, long parts, long i) {
-  return {count * i / parts, count * (i + 1) / parts};
-}
-
-class Barrier {
- public:
-  void reset(int count) { count_ = count; }
-  void wait() {
-    if (count_ == 1) return;
-    const int turn = turn_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      turn_.store(turn + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins)
-      if (spins > 4000) sched_yield();
-  }
-
- private:
-  int count_ = 1;
-  std::atomic<int> arrived_{0}, turn_{0};
-};
-
-using Work = std::function<void(long)>;
-
-struct Job {
-  const Work* work;
-  std::atomic<int> left;
-};
-
-// Threads that wait for work between calls: to begin one costs more than a short call.
-class Team {
- public:
-  // work(0) … work(count - 1) at once, each on a thread of its own; 0 on this one.
-  void run(long count, const Work& work) {
-    while (static_cast<long>(helpers_.size()) < count - 1) {
-      auto helper = std::make_unique<Helper>();
-      std::thread thread(serve, helper.get(), helpers_.size() + 1);
-      helper->thread = thread.native_handle();
-      thread.detach();
-      helpers_.push_back(std::move(helper));
-    }
-    // Not on this processor: a thread is often woken on that of the one that wakes it, and moved only after milliseconds.
-    cpu_set_t others;
-    CPU_ZERO(&others);
-    const bool known = sched_getaffinity(0, sizeof others, &others) == 0 && CPU_COUNT(&others) > 1;
-    if (known) CPU_CLR(sched_getcpu(), &others);
-    Job job{&work, {static_cast<int>(count - 1)}};
-    for (long i = 0; i < count - 1; ++i) {
-      Helper& helper = *helpers_[i];
-      if (known && !CPU_EQUAL(&others, &helper.processors)) {
-        helper.processors = others;
-        pthread_setaffinity_np(helper.thread, sizeof others, &others);
-      }
-      std::lock_guard<std::mutex> lock(helper.mutex);
-      helper.job.store(&job, std::memory_order_release);
-      if (helper.sleeps) helper.wake.notify_one();
-    }
-    work(0);
-    for (int spins = 0; job.left.load(std::memory_order_acquire); ++spins)
-      if (spins > 4000) sched_yield();
-  }
-
- private:
-  struct Helper {
-    std::mutex mutex;
-    std::condition_variable wake;
-    std::atomic<Job*> job{nullptr};
-    bool sleeps = false;
-    pthread_t thread{};
-    cpu_set_t processors{};  // where it may run, once it was said
-  };
-
-  static void serve(Helper* self, long i) {
-    for (;;) {
-      // The next call often comes at once; then sleep, which costs nothing.
-      for (int spins = 0; spins < 1000 && !self->job.load(std::memory_order_acquire); ++spins) relax();
-      {
-        std::unique_lock<std::mutex> lock(self->mutex);
-        self->sleeps = true;
-        self->wake.wait(lock, [&] { return self->job.load(std::memory_order_relaxed) != nullptr; });
-        self->sleeps = false;
-      }
-      Job& job = *self->job.exchange(nullptr, std::memory_order_acq_rel);
-      (*job.work)(i);
-      job.left.fetch_sub(1, std::memory_order_acq_rel);  // after which there may be no job
-    }
-  }
-
-  static void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-
-  std::vector<std::unique_ptr<Helper>> helpers_;
-};
-
-// What is kept between calls. Never freed, as its threads never end; the child of a fork, which has no threads but its
-// own, begins anew.
-struct Kept {
-  std::mutex mutex;
-  std::vector<std::pair<float*, size_t>> blocks;
-  std::vector<std::unique_ptr<Team>> teams;  // a call takes one: calls at the same time have teams of their own
-};
-
-Kept& kept() {
-  static std::atomic<Kept*> instance{[] {
-    pthread_atfork(nullptr, nullptr, [] { instance.store(new Kept); });
-    return new Kept;
-  }()};
-  return *instance.load();
-}
-
-void parallel(long count, const Work& work) {
-  if (count == 1) return work(0);
-  Kept& from = kept();
-  std::unique_ptr<Team> team;
-  {
-    std::lock_guard<std::mutex> lock(from.mutex);
-    if (!from.teams.empty()) {
-      team = std::move(from.teams.back());
-      from.teams.pop_back();
-    }
-  }
-  if (!team) team = std::make_unique<Team>();
-  team->run(count, work);
-  std::lock_guard<std::mutex> lock(from.mutex);
-  from.teams.push_back(std::move(team));
-}
-
-// Fewer and larger pages for memory that is written for the first time: a page costs more than what is written to it.
-void in_large_pages(void* data, size_t bytes) {
-  constexpr uintptr_t large = 1 << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + large - 1) / large * large,
-                  end = (reinterpret_cast<uintptr_t>(data) + bytes) / large * large;
-  if (data && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
-
-// Memory for the time of a call, kept for the next.
-class Scratch {
- public:
-  explicit Scratch(size_t floats) : bytes_((floats * 4 + 4095) / 4096 * 4096), from_(kept()) {
-    std::lock_guard<std::mutex> lock(from_.mutex);
-    auto& blocks = from_.blocks;
-    for (auto& block : blocks)
-      if (block.second >= bytes_ && block.second <= 4 * bytes_) {
-        data_ = block.first, bytes_ = block.second;
-        std::swap(block, blocks.back());
-        blocks.pop_back();
-        return;
-      }
-    const size_t alignment = bytes_ >= 1 << 21 ? 1 << 21 : 4096;
-    bytes_ = (std::max<size_t>(bytes_, 1) + alignment - 1) / alignment * alignment;
-    data_ = static_cast<float*>(std::aligned_alloc(alignment, bytes_));
-    if (!data_) throw std::bad_alloc();
-    in_large_pages(data_, bytes_);
-  }
-  ~Scratch() {
-    std::lock_guard<std::mutex> lock(from_.mutex);
-    auto& blocks = from_.blocks;
-    if (blocks.size() >= 8) {
-      std::free(blocks.front().first);
-      blocks.erase(blocks.begin());
-    }
-    blocks.push_back({data_, bytes_});
-  }
-  Scratch(const Scratch&) = delete;
-  float* take(size_t floats) {
-    float* p = data_ + used_;
-    used_ += rounded(floats);
-    return p;
-  }
-  static size_t rounded(size_t floats) { return (floats + 15) / 16 * 16; }
-
- private:
-  float* data_ = nullptr;
-  size_t bytes_, used_ = 0;
-  Kept& from_;
-};
-
-int processors() {
-  cpu_set_t set;
-  return sched_getaffinity(0, sizeof set, &set) ? 1 : std::max(1, CPU_COUNT(&set));
-}
+// --- how threads share a run ---------------------------------------------------------------------------------------
 
 // The sizes of a run, and how threads share it: `across` parts of the batch times `units` parts of the units.
 struct Run {
@@ -445,52 +242,17 @@ struct Run {
   long threads() const { return across * units; }
   long time(long i) const { return reverse ? T - 1 - i : i; }
 
-  void plan() {
+  // How many threads pay, of at most `most`, and what they share.
+  void plan(long most) {
     const double work = 2.0 * T * N * (F + H) * width, step = 2.0 * N * H * width;
-    const long most = std::min<long>(processors(), std::max(1.0, work / 4e6));
     const double weights = 4.0 * width * (F + H);
+    most = std::min<long>(most, std::max(1.0, work / 4e6));
+    units = 1;
     while (units * 2 <= most && (weights / units > 5e5 || N / (most / units) < 4) && blocks >= 2 * units &&
            step / units > 1.5e5)
       units *= 2;
     across = std::max(1L, std::min(most / units, N / 4));
   }
-};
-
-// Work that threads take piece by piece, each of its own share first and then of what the others have not begun: a core
-// that is slower for a while (its twin is busy, it was interrupted) is not waited for. Who takes a piece changes no result.
-class alignas(64) Pieces {
- public:
-  explicit Pieces(long threads) : next_(threads) {}
-  // The next piece of `count` for thread `me`, or an empty one at the end: half of what is left of a share, and no less
-  // than `least`. There is a barrier between one phase and the next.
-  std::pair<long, long> take(long phase, long count, long me, long least = 1) {
-    const long threads = next_.size();
-    if (threads == 1) {  // nobody to share with, and the whole is a piece
-      if (alone_ == phase) return {0, 0};
-      alone_ = phase;
-      return {0, count};
-    }
-    for (long i = 0; i < threads; ++i) {
-      const long owner = (me + i) % threads;
-      const auto [begin, end] = share(count, threads, owner);
-      auto& next = next_[owner].value;
-      for (uint64_t seen = next.load(std::memory_order_relaxed);;) {
-        const long from = static_cast<long>(seen >> 32) == phase ? static_cast<uint32_t>(seen) : begin;
-        if (from >= end) break;
-        const long to = std::min(end, from + std::max(least, (end - from) / 2));
-        if (next.compare_exchange_weak(seen, uint64_t(phase) << 32 | uint64_t(to), std::memory_order_relaxed))
-          return {from, to};
-      }
-    }
-    return {0, 0};
-  }
-
- private:
-  struct alignas(64) Next {
-    std::atomic<uint64_t> value{0};  // the phase, from 1 on, and where its next piece begins
-  };
-  std::vector<Next> next_;
-  long alone_ = 0;  // the last phase of one thread
 };
 
 // What one thread of a run does: sequences n0 to n1, and of all else what it shares with others.
@@ -502,7 +264,7 @@ struct Part {
 };
 
 template <class Function>
-void divide(const Run& run, Function work) {
+void divide(const Run& run, Crew& crew, Function work) {
   const long threads = run.threads();
   Barrier all;
   std::vector<Barrier> groups(run.across);
@@ -513,7 +275,7 @@ void divide(const Run& run, Function work) {
     group.reset(run.units);
     steps.emplace_back(run.units);
   }
-  parallel(threads, [&](long id) {
+  crew.run(threads, [&](long id) {
     const long across = id / run.units;
     const auto [n0, n1] = share(run.N, run.across, across);
     work(Part{id, threads, n0, n1, id % run.units, run.units, all, groups[across], steps[across], panels, rows});
@@ -597,7 +359,9 @@ Weights forward_weights(const Run& run) {
 }
 
 void forward_steps(Run run, const Forward& f, Weights& weights) {
-  run.plan();
+  run.plan(processors());
+  Crew crew(run.threads());
+  if (crew.size() < run.threads()) run.plan(crew.size());
   const Cell& cell = run.cell;
   const long T = run.T, N = run.N, F = run.F, H = run.H, G = run.G, blocks = run.blocks, threads = run.threads();
   const long P = cell.parts, S = cell.states, hidden = blocks * UB;
@@ -619,7 +383,7 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
   std::vector<int> own_places(G);
   for (long g = 0; g < G; ++g) own_places[g] = g;
 
-  divide(run, [&](const Part& part) {
+  divide(run, crew, [&](const Part& part) {
     const long id = part.id, n0 = part.n0, n1 = part.n1;
     if (!weights.packed) {
       const auto [k0, k1] = part.share(blocks * G);
@@ -710,6 +474,9 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
                   std::memcpy(parts + n * row + (p / G * P + p % G) * UB, u + n * u_row + p * UB, 4 * UB);
             cell.forward({n0, n1, ub, end, H, valid, resets, p_theta, hidden, parts, row, old.data(), f.restart.data(),
                           now.data()});
+            // Nobody reads what lengthens a row, but it is returned, and memory that was never written may hold NaN.
+            for (long n = 0; n < rows && f.parts && end == blocks; ++n)
+              std::fill(parts + n * row + (end - ub) * P * UB, parts + n * row + row - ub * P * UB, 0.0f);
           }
         }
         part.group.wait();
@@ -758,7 +525,9 @@ Weights backward_weights(const Run& run, bool by_inputs) {
 }
 
 void backward_steps(Run run, const Backward& f, Weights& weights) {
-  run.plan();
+  run.plan(processors());
+  Crew crew(run.threads());
+  if (crew.size() < run.threads()) run.plan(crew.size());
   const Cell& cell = run.cell;
   const long T = run.T, N = run.N, F = run.F, H = run.H, G = run.G, blocks = run.blocks, threads = run.threads();
   const long S = cell.states, thetas = cell.thetas, h_state = cell.hidden_state;
@@ -779,7 +548,7 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
         *panels = scratch.take(sizes[6]), *masked = scratch.take(sizes[7]);
   std::vector<Inputs> olds(threads, Inputs(S));
 
-  divide(run, [&](const Part& part) {
+  divide(run, crew, [&](const Part& part) {
     const long id = part.id, n0 = part.n0, n1 = part.n1;
     const auto [b0, b1] = ::share(blocks, part.units, part.unit);
     if (!weights.packed) {

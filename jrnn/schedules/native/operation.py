@@ -88,12 +88,29 @@ def _primitive() -> Any:
     batching.primitive_batchers[primitive] = _batch
     mlir.register_lowering(primitive, mlir.lower_fun(_plain, multiple_results=True))
     mlir.register_lowering(primitive, _lower, platform="cpu")
+    _check_floats(primitive)
     return primitive
+
+
+def _check_floats(primitive: Any) -> None:
+    """Makes the float checks of `jax.experimental.checkify` look at the results, where JAX keeps a table of checks."""
+    try:
+        from jax._src.checkify import error_checks, nan_error_check
+    except ImportError:
+        return
+    error_checks[primitive] = functools.partial(nan_error_check, primitive)
 
 
 @functools.lru_cache(maxsize=256)
 def _jitted(operation: Operation) -> Any:
-    return jax.jit(lambda *leaves: jax.tree.leaves(operation.bind(leaves)))
+    def call(*leaves: Any) -> Any:
+        return jax.tree.leaves(operation.bind(leaves))
+
+    # With jax_debug_nans, JAX runs a jitted function whose results hold NaN again without jit, which would come back
+    # here for ever. Of a function marked like this it knows that there is nothing inside to be found: it raises.
+    call._apply_primitive = True  # type: ignore[attr-defined]
+    call.__qualname__ = f'jrnn_native ({type(operation).__name__} of the native loop; backend="reference" shows more)'
+    return jax.jit(call)
 
 
 def _eager(*leaves: Any, operation: Operation) -> Any:
