@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not build.available()[0], reason=build.available
 def answering(number):
     """A library that is compiled in no time."""
     text = f'extern "C" int answer() {{ return {number}; }}'
-    return build.Library("test", build.compiler(), ("answer.cc",), {"answer.cc": text})
+    return build.Library("test", build.compiler(), {"answer.cc": ()}, {"answer.cc": text})
 
 
 def answer(number, *directories):
@@ -295,7 +295,7 @@ import os, signal
 from pathlib import Path
 from jrnn.schedules.native import build
 build._run = lambda commands: os.kill(os.getpid(), signal.SIGKILL)
-build._loaded(build.Library("test", build.compiler(), ("a.cc",), {{"a.cc": ""}}), (Path({str(private)!r}),))
+build._loaded(build.Library("test", build.compiler(), {{"a.cc": ()}}, {{"a.cc": ""}}), (Path({str(private)!r}),))
 """
     subprocess.run([sys.executable, "-c", code], check=False)
     (folder,) = private.iterdir()
