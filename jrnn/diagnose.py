@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrnn import activations, sequence
-from jrnn.cells.base import AffineCell, Layer, compute_params, emitted
+from jrnn.cells.base import AffineCell, Layer, compute_params, emitted, output
 from jrnn.cells.elman import Elman, IndRNN, Jordan
 from jrnn.cells.gru import ResetBeforeGRU
 from jrnn.cells.lstm import ProjectionLSTM
@@ -704,8 +704,8 @@ class _Shifted(_Tap):
             for before, after in zip(jax.tree.leaves(new), jax.tree.leaves(shifted), strict=True):
                 if y is before:  # the very array: reading it is reading the state
                     return shifted, after
-            if getattr(self.cell, "emits", None) == "h":
-                return shifted, shifted.h.astype(y.dtype)
+            if getattr(self.cell, "emits", None) is not None:
+                return shifted, output(self.cell, shifted).astype(y.dtype)
             return shifted, y
 
         state, ys = self.scan(run, params, xs, _add(state, shifts.initial), shifts.steps, step)

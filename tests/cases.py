@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import jrnn
+from jrnn.compose.regularise import Wrapper
 
 
 class Case(NamedTuple):
@@ -101,6 +102,41 @@ class Leaky(jrnn.AffineCell):
         return state._replace(h=z * state.h + (1 - z) * n)
 
 
+class HiddenAndMemory(type(jrnn.lstm(1))):
+    """A user's LSTM that puts out its whole state."""
+
+    emits: ClassVar[Any] = ("h", "c")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory(Wrapper):
+    """A user's wrapper that puts out the memory of a cell."""
+
+    cell: Any
+    emits: ClassVar[Any] = "c"
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubled(Wrapper):
+    """A user's wrapper whose update is its own."""
+
+    cell: Any
+
+    def update(self, params, state, p, key=None):
+        state, y = super().update(params, state, p, key)
+        return state, 2 * y
+
+
+@dataclasses.dataclass(frozen=True)
+class Clipped(Wrapper):
+    """A user's wrapper whose projection is its own."""
+
+    cell: Any
+
+    def project(self, params, xs):
+        return super().project(params, jnp.clip(xs, -1, 1))
+
+
 CASES = (
     # Cells.
     Case("elman", jrnn.elman(4), full=True),
@@ -128,6 +164,12 @@ CASES = (
     Case("project_and_update", ProjectAndUpdate(4)),
     Case("leaky", Leaky(4)),
     Case("no_inputs", jrnn.stack(jrnn.lstm(4), jrnn.gru(3)), 0),  # autonomous: its inputs are (T, *B, 0)
+    Case("emits_all", HiddenAndMemory(4), full=True),
+    Case("emits_memory", Memory(jrnn.peephole_lstm(4))),
+    Case("emits_memory_of_projection", Memory(jrnn.projection_lstm(4, 3))),
+    Case("emits_all_wrapped", jrnn.zoneout(jrnn.variational(HiddenAndMemory(4), recurrent=0.3), h=0.2, c=0.3)),
+    Case("wrapper_with_an_update", Doubled(jrnn.lstm(4))),
+    Case("wrapper_with_a_projection", Clipped(jrnn.lstm(4))),
     # Layers without recurrence.
     Case("dense", jrnn.dense(4), full=True),
     Case("embed", jrnn.embed(5, 4), None, full=True),

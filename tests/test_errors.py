@@ -60,6 +60,12 @@ class WithArray(StepOnly):
     weights: object = dataclasses.field(default_factory=lambda: np.ones(2))
 
 
+class Emits(type(LSTM)):
+    """It emits a field that its state does not have."""
+
+    emits = ("h", "m")
+
+
 @dataclasses.dataclass(frozen=True)
 class Nothing(jrnn.Cell):
     """It defines no step."""
@@ -248,6 +254,7 @@ ERRORS = {
     "zoneout_rate": (lambda: jrnn.zoneout(LSTM, h=1.0), ValueError, "h: expected a rate in [0, 1)"),
     "zoneout_memory": (lambda: jrnn.zoneout(jrnn.gru(4), c=0.1), ValueError, "c: expected 0", "('h',)"),
     "zoneout_stack": (lambda: jrnn.zoneout(MODEL), TypeError, "cell: expected a cell for zoneout", "one by one"),
+    "emits": (lambda: Emits(4), ValueError, "emits: expected one of the fields ('h', 'c')", "got ('h', 'm')"),
     "zoneout_tdnn": (lambda: jrnn.zoneout(jrnn.tdnn(4, 2), h=0.1), TypeError, "cell: expected", 'emits = "h"'),
     "variational_rate": (lambda: jrnn.variational(LSTM, inputs=2.0), ValueError, "inputs: expected a rate"),
     "variational_recurrent": (

@@ -13,7 +13,7 @@ import jrnn
 from jrnn import testing
 from jrnn.schedules import native, read
 from jrnn.schedules.native import build
-from tests.cases import CASES, Leaky, softsign
+from tests.cases import CASES, HiddenAndMemory, Leaky, softsign
 
 pytestmark = pytest.mark.skipif(not build.available()[0], reason=build.available()[1] or "")
 
@@ -26,6 +26,7 @@ SERVED = {
     "zoneout_of_learned", "residual_of_wrapped", "highway_of_random", "stack_random", "bidirectional_random",
     "bidirectional_nested", "dense", "embed", "layer_norm", "activation", "dropout", "bidirectional_embed",
     "bidirectional_different", "residual_of_bidirectional", "variational_twice", "no_inputs",
+    "emits_all", "emits_memory", "emits_all_wrapped",
 }  # fmt: skip
 WITH_A_KEY = {
     "dropconnect", "variational", "variational_gru", "residual_of_wrapped", "highway_of_random", "dropout",
@@ -143,6 +144,7 @@ def test_however_it_is_shared(cell, time, batch, features, marked):
         (jrnn.gru(8), 3, 1, 2),  # nothing but a rest
         (jrnn.lstm(32), 8, 1, 1),  # steps that read the weights where they are, made again by one that packs them
         (jrnn.elman(64), 4, 2, 1),
+        (HiddenAndMemory(20), 25, 3, 4),
         (jrnn.variational(jrnn.gru(20), inputs=0.3, recurrent=0.4), 40, 2, 3),
     ],
     ids=lambda value: getattr(value, "hidden", value),

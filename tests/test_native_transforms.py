@@ -12,7 +12,7 @@ import jrnn
 from jrnn import _interpret, testing
 from jrnn.schedules import native
 from jrnn.schedules.native import build
-from tests.cases import Leaky
+from tests.cases import HiddenAndMemory, Leaky
 from tests.test_native import assert_near, data, loss
 
 pytestmark = pytest.mark.skipif(not build.available()[0], reason=build.available()[1] or "")
@@ -125,7 +125,7 @@ def test_eager():
 
 def test_one_call_is_the_whole_loop():
     """Of a cell of one's own too: one call forward, one backward, and around them no loop and no product."""
-    for cell in (jrnn.lstm(32), Leaky(32)):
+    for cell in (jrnn.lstm(32), Leaky(32), HiddenAndMemory(32)):
         params, xs, state, marks = data(cell, 80, 4, 8)
         step = jax.jit(jax.value_and_grad(loss(cell, None, marks), (0, 1, 2)))
         text = step.lower(params, xs, state).as_text()

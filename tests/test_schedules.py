@@ -34,6 +34,7 @@ CELLS = {
     "leaky": ("units_in_parts", "units_forward"),
     "variational": ("units_in_parts", "rows_kept"),
     "zoneout": ("units", "units_forward"),
+    "emits_all": ("units_in_parts", "units_forward"),
 }
 # What turns on the layout; the other laws are about what stands before it.
 LAWS = (

@@ -199,7 +199,8 @@ class Cell(Layer):
     returns is thrown away: its step must have finite values and derivatives there, or gradients turn NaN. (For the
     same reason inputs that are NaN at *valid* steps make the gradients of parameters NaN, resets or not.)
 
-    Promises: ``emits = "h"`` says that ``y`` is the field ``h`` of the new state, which zoneout needs.
+    Promises: ``emits = "h"`` says that ``y`` is the field ``h`` of the new state, which zoneout needs. Another field
+    can be named, or several, ``emits = ("h", "c")``: then ``y`` is these fields side by side along the features.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Leaky(jrnn.Cell):
@@ -242,6 +243,21 @@ class Cell(Layer):
         return type(self).update is not Cell.update
 
 
+def emitted_fields(cell: Any) -> tuple[str, ...]:
+    """The fields of its new state that a cell puts out, in order (see `Cell`)."""
+    return (cell.emits,) if isinstance(cell.emits, str) else tuple(cell.emits)
+
+
+def output(cell: Any, state: Any) -> jax.Array:
+    """``y`` of a cell that says which fields of its new state it emits: these, side by side along the features."""
+    check_emits(cell, getattr(state, "_fields", ()))
+    return side_by_side([getattr(state, name) for name in emitted_fields(cell)])
+
+
+def side_by_side(fields: Any) -> jax.Array:
+    return fields[0] if len(fields) == 1 else jnp.concatenate(fields, -1)
+
+
 def emitted(y: jax.Array, x: jax.Array) -> jax.Array:
     """Outputs leave in the dtype in which 16-bit inputs came, so that the next layer computes in it too."""
     return y.astype(x.dtype) if is_low(x.dtype) else y
@@ -255,6 +271,9 @@ class AffineCell(Cell):
     tuples with one ``(*B, H)`` array per gate::
 
         u = x W_ih + b    for all T in one product        v = h W_hh    once a step        y = the new h
+
+    ``y`` is another field of the new state, or several side by side, where ``emits`` names them: for example
+    ``emits = "c"`` or ``emits = ("h", "c")`` in a subclass of an LSTM.
 
     ``theta`` holds the other parameters (vectors), which ``init_theta`` makes. States are ``state_type``, by default
     ``HiddenState(h)``, every field ``(*B, H)`` and zero at first.
@@ -293,6 +312,8 @@ class AffineCell(Cell):
 
     def __post_init__(self) -> None:
         positive_int(self.hidden, "hidden")
+        if self.is_affine:
+            check_emits(self, self.state_type._fields)
         for name in ("input_init", "recurrent_init", "bias_init"):
             initializers.resolve(getattr(self, name), name)
 
@@ -333,7 +354,7 @@ class AffineCell(Cell):
         return self.state_type(*(jnp.zeros(shape, dtype) for _ in self.state_type._fields))
 
     def out_features(self, in_features: Any) -> int:
-        return self.hidden
+        return self.hidden * len(emitted_fields(self)) if self.is_affine else super().out_features(in_features)
 
     def check(self, params: Any, x: Any) -> None:
         check_affine(self, params, (self.hidden, len(self.gate_names) * self.hidden))
@@ -355,7 +376,7 @@ class AffineCell(Cell):
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         state = self.gates(self.theta(params), p, self.recur(params, state.h), state)
-        return state, state.h
+        return state, output(self, state)
 
     # What a fast schedule asks, of this cell or of a wrapper round it.
 
@@ -404,6 +425,15 @@ class AffineCell(Cell):
     def _per_gate(self, init: initializers.Initializer, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         keys = jax.random.split(key, len(self.gate_names))
         return jnp.concatenate([initializers.draw(init, k, shape) for k in keys], axis=-1)
+
+
+def check_emits(cell: Any, fields: tuple[str, ...]) -> None:
+    """Raises where what a cell emits is not one or several different fields of its state."""
+    names = emitted_fields(cell) if isinstance(cell.emits, str | tuple) else ()
+    if not names or len(set(names)) < len(names) or not set(names) <= set(fields):
+        raise ValueError(
+            f"emits: expected one of the fields {fields} of the state, or a tuple of different ones, got {cell.emits!r}"
+        )
 
 
 def check_named(cell: Any, params: Any, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jrnn._check import rate
-from jrnn.cells.base import AffineCell, Cell, Drawn, compute_params, emitted, product, stable
+from jrnn.cells.base import (
+    AffineCell,
+    Cell,
+    Drawn,
+    Layer,
+    compute_params,
+    emitted,
+    output,
+    product,
+    stable,
+)
 from jrnn.compose.combine import fold
 from jrnn.compose.timewise import drop
 
@@ -23,6 +33,8 @@ def undrawn(params: Any) -> Any:
 
 class Wrapper(Cell):
     """A cell around a cell, which shares its parameters and state unless a subclass says otherwise.
+
+    A subclass that declares ``emits`` puts out other fields of the state than the cell does.
 
     >>> jrnn.zoneout(jrnn.lstm(4), h=0.1).cell
     LSTM(hidden=4)
@@ -60,7 +72,7 @@ class Wrapper(Cell):
         return self.cell.initial_state(self.inner(params), batch_shape)
 
     def out_features(self, in_features: Any) -> int:
-        return self.cell.out_features(in_features)
+        return self.cell.out_features(in_features) if self._emits_as_cell else Layer.out_features(self, in_features)
 
     def check(self, params: Any, x: Any) -> None:
         self.cell.check(self.inner(params), x)
@@ -76,13 +88,23 @@ class Wrapper(Cell):
         return self.cell.project(self.inner(params), xs)
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
-        return self.cell.update(self.inner(params), state, p, key)
+        state, y = self.cell.update(self.inner(params), state, p, key)
+        return state, y if self._emits_as_cell else output(self, state)
+
+    # The projection and the update that agree with what a fast schedule asks for below. A subclass that overrides one
+    # of them, and what is asked for with it, lists its own; any other override makes a step that no schedule knows.
+    affine_parts: ClassVar[tuple[Any, Any]] = (project, update)
+
+    @property
+    def _emits_as_cell(self) -> bool:
+        return self.emits is None or self.emits == self.cell.emits
 
     # What a fast schedule asks of an affine cell, asked of the wrapped one (see `AffineCell`).
 
     @property
     def is_affine(self) -> bool:
-        return getattr(self.cell, "is_affine", False)
+        own = type(self)
+        return own.step is Wrapper.step and own.update is own.affine_parts[1] and getattr(self.cell, "is_affine", False)
 
     @property
     def elementwise(self) -> bool | None:
@@ -103,6 +125,8 @@ class Wrapper(Cell):
         return self.cell.sums
 
     def input_weights(self, params: Any) -> Any:
+        if type(self).project is not self.affine_parts[0]:
+            return None
         return self.cell.input_weights(self.inner(params))
 
     def recurrent_weights(self, params: Any) -> jax.Array:
@@ -144,10 +168,10 @@ class Zoneout(Wrapper):
         super().__post_init__()
         for name, value in self.rates:
             rate(value, name)
-        if self.cell.emits != "h":
+        if self.cell.emits is None:
             raise TypeError(
-                f'cell: expected a cell that promises emits = "h" (its output is the h of its new state), got '
-                f"{self.cell!r}; set that class attribute if it is true of the cell"
+                f'cell: expected a cell that promises emits = "h" (its output is the h of its new state, or whichever '
+                f"fields it names), got {self.cell!r}; set that class attribute if it is true of the cell"
             )
 
     @property
@@ -164,7 +188,9 @@ class Zoneout(Wrapper):
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         new, _ = self.cell.update(params, state, p, None if self.cell.uses_key is False else fold(key, 0))
         new = self._zone(new, state, key)
-        return new, new.h
+        return new, output(self, new)
+
+    affine_parts = (Wrapper.project, update)
 
     def combine(self, theta: Any, u: Any, v: Any, state: Any, key: jax.Array | None) -> Any:
         return self._zone(super().combine(theta, u, v, state, fold(key, 0)), state, key)
@@ -190,7 +216,7 @@ def zoneout(cell: Cell, *, h: float = 0.0, c: float = 0.0) -> Zoneout:
     key the new state is ``rate * old + (1 - rate) * new``.
 
     Args:
-      cell: a cell whose output is its state's ``h``.
+      cell: a cell whose output is its state's ``h``, or the fields that it names (see `Cell`).
       h: rate for the hidden state.
       c: rate for the memory of an LSTM; an error for cells without one.
 
@@ -259,10 +285,12 @@ class Variational(Wrapper):
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         mask = self.recurrent_mask(params) if self.recurrent else None
         if mask is None:
-            return self.cell.update(self.inner(params), state, p, None if self.cell.uses_key is False else key)
+            return super().update(params, state, p, None if self.cell.uses_key is False else key)
         v = self.split(product(state.h * mask, self.recurrent_weights(params)))
         state = self.combine(self.theta(params), p, v, state, key)
-        return state, state.h
+        return state, output(self, state)
+
+    affine_parts = (project, update)
 
     def recurrent_mask(self, params: Any) -> jax.Array | None:
         # Only what goes through the recurrent weights is dropped: the state itself is carried whole.
@@ -333,7 +361,9 @@ class DropConnect(Wrapper):
         return Drawn(self.cell.draw(dropped, k_cell, batch_shape, in_features), {})
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
-        return self.cell.update(self.inner(params), state, p, None if self.cell.uses_key is False else key)
+        return super().update(params, state, p, None if self.cell.uses_key is False else key)
+
+    affine_parts = (Wrapper.project, update)
 
 
 def dropconnect(cell: Cell, rate: float) -> DropConnect:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jrnn._device import default_device
-from jrnn.cells.base import product
+from jrnn.cells.base import emitted_fields, product, side_by_side
 from jrnn.schedules import promises
 from jrnn.schedules.layout import Rows, Units
 from jrnn.schedules.read import pack, parts, slots, unpack
@@ -98,7 +98,8 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
         xs, valid, resets, times = inputs
         inputs = Inputs(params, xs, *weights, state, restart)
         schedule = Schedule(steps.key, () if steps.key is None else steps.path, times, valid, resets)
-        last, ys, _ = loop(make_plan(cell, inputs, steps), inputs, schedule)
+        last, outs, _ = loop(make_plan(cell, inputs, steps), inputs, schedule)
+        ys = side_by_side(outs)
         return last, ys if valid is None else jnp.where(expand(valid, ys), ys, jnp.zeros((), ys.dtype))
 
     inputs = (xs, steps.valid, steps.resets, steps.times(xs.shape[0]))
@@ -162,7 +163,10 @@ def choose_chunk(time: int, count: int, width: int) -> int:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def loop(plan: Plan, inputs: Inputs, schedule: Schedule) -> tuple[Any, Any, Any]:
-    """The state after the last step, ``h`` after every step, and what a derivative needs if it is to be kept."""
+    """The state after the last step, the fields that the cell emits after every step, and what a derivative needs.
+
+    The last is None unless it is to be kept.
+    """
     cell, layout, batch = plan.cell, plan.forward, inputs.xs.shape[1:-1]
     w_hh = layout.weights(inputs.w_hh)
     masks, restarts = layout.enter(inputs.mask), layout.enter(inputs.restart)
@@ -177,7 +181,7 @@ def loop(plan: Plan, inputs: Inputs, schedule: Schedule) -> tuple[Any, Any, Any]
         if valid is not None:
             new = layout.select(valid, new, state)
         kept = Kept(state, v if plan.read else None) if plan.keep else None
-        return new, (new.h, kept)
+        return new, (fields(cell, new), kept)
 
     def body(states: Any, step: Any) -> tuple[Any, Any]:
         parts, time = step
@@ -189,21 +193,21 @@ def loop(plan: Plan, inputs: Inputs, schedule: Schedule) -> tuple[Any, Any, Any]
         us, flags = layout.enter(u, steps=True), layout.enter_flags((valid, resets), steps=True)
         parts = tuple((u, *flags) for u, flags in zip(us, flags, strict=True))
         last, outs = scan(plan, body, layout.enter(state), (parts, times))
-        hs, kept = (layout.leave(parts, batch, steps=True) for parts in both(outs))
+        ys, kept = (layout.leave(parts, batch, steps=True) for parts in both(outs))
         if plan.keep and plan.read:
             kept = Kept(kept.before, pack(cell, plan.sums, u, kept.read))
-        return layout.leave(last, batch), (hs, kept)
+        return layout.leave(last, batch), (ys, kept)
 
-    last, (hs, kept) = chunks(plan, segment, inputs.state, (inputs.xs, *schedule[2:]))
-    return last, hs, kept
+    last, (ys, kept) = chunks(plan, segment, inputs.state, (inputs.xs, *schedule[2:]))
+    return last, ys, kept
 
 
 @functools.partial(loop.defjvp, symbolic_zeros=True)
 def _loop_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
     inputs, schedule = primals
-    last, hs, kept = loop(replace(plan, keep=True), inputs, schedule)
+    last, ys, kept = loop(replace(plan, keep=True), inputs, schedule)
     d = jax.tree.map(lambda t: None if isinstance(t, SymbolicZero) else t, tangents[0], is_leaf=_is_zero)
-    return (last, hs, kept if plan.keep else None), tangent(plan, inputs, schedule, kept, d)
+    return (last, ys, kept if plan.keep else None), tangent(plan, inputs, schedule, kept, d)
 
 
 # --- its derivative ----------------------------------------------------------------------------------------------
@@ -240,7 +244,7 @@ def tangent(plan: Plan, inputs: Inputs, schedule: Schedule, kept: Kept, d: Input
         dnew, dparts = moved(read, state, inputs.theta, dread, dv, ds, dtheta)
         if valid is not None:
             dnew = layout.select(valid, dnew, ds)
-        return dnew, (dnew.h, Kept(ds, dparts) if plan.keep else None)
+        return dnew, (fields(cell, dnew), Kept(ds, dparts) if plan.keep else None)
 
     def project(params: Any, xs: Any) -> jax.Array:
         return jnp.concatenate(cell.project(params, xs), -1)
@@ -259,14 +263,14 @@ def tangent(plan: Plan, inputs: Inputs, schedule: Schedule, kept: Kept, d: Input
         (flags,) = layout.enter_flags((valid, resets), steps=True)
         (ds,) = layout.enter(ds)
         last, outs = scan(plan, body, ds, (*inside, *flags, times))
-        hs, kept = (layout.leave((part,), batch, steps=True) for part in outs)
+        ys, kept = (layout.leave((part,), batch, steps=True) for part in outs)
         if plan.keep and plan.read:
             kept = Kept(kept.before, jnp.concatenate(kept.read, -1))
-        return layout.leave((last,), batch), (hs, kept)
+        return layout.leave((last,), batch), (ys, kept)
 
     steps = (inputs.xs, d.xs, kept.before, kept.read, *schedule[2:])
-    last, (hs, kept) = chunks(plan, segment, dense(inputs.state, d.state), steps)
-    return last, hs, kept
+    last, (ys, kept) = chunks(plan, segment, dense(inputs.state, d.state), steps)
+    return last, ys, kept
 
 
 def jvp_of(function: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
@@ -294,6 +298,11 @@ def dense(primal: Any, d: Any) -> Any:
     leaves, tree = jax.tree.flatten(primal)
     moving = tree.flatten_up_to(d)
     return tree.unflatten([jnp.zeros_like(p) if t is None else t for p, t in zip(leaves, moving, strict=True)])
+
+
+def fields(cell: Any, state: Any) -> tuple[jax.Array, ...]:
+    """The fields of a state that the cell emits."""
+    return tuple(getattr(state, name) for name in emitted_fields(cell))
 
 
 def fed(h: jax.Array, mask: jax.Array | None) -> jax.Array:

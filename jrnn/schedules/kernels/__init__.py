@@ -58,6 +58,8 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps, target: Target | None 
         return False, f"the Pallas of JAX {jax.__version__} lacks what the kernel needs: {error}"
     if not getattr(cell, "is_affine", False):
         return False, "a kernel takes the library's two products and the cell's gates, and this cell has its own step"
+    if cell.emits != "h":
+        return False, f"a kernel puts out the field h of the state, and the cell emits {cell.emits!r}"
     if steps.key is not None or cell.recurrent_mask(params) is not None:
         return False, "a kernel has no randomness: pass key=None"
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn._device import default_device
-from jrnn.cells.base import compute_params, emitted, is_low
+from jrnn.cells.base import compute_params, emitted, is_low, output, side_by_side
 from jrnn.schedules import promises
 from jrnn.schedules.native import build, emit, operation
 from jrnn.schedules.native.chunks import Chunks
@@ -95,7 +95,7 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
     time, *batch, features = xs.shape
     count = math.prod(batch)
     if time == 0 or count == 0:
-        return _empty(xs, state)
+        return _empty(cell, xs, state)
     params = compute_params(params, xs.dtype)
     length = steps.chunk(time)
     chunks = None if length is None else Chunks.of(time, count, length)
@@ -110,7 +110,8 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
     valid, resets = (None if f is None else f.reshape(time, count) for f in (steps.valid, steps.resets))
     xs_rows = _float32(cell.entering(params, xs)).reshape(time, count, features)
     inputs = Inputs(xs_rows, w_ih, b, w_hh, theta, _rows(state, count), restart)
-    last, ys = loop(plan, inputs, Flags(valid, resets, mask))
+    last, outs = loop(plan, inputs, Flags(valid, resets, mask))
+    ys = side_by_side(outs)
     if valid is not None:
         ys = jnp.where(expand(valid, ys), ys, jnp.zeros((), ys.dtype))
     return jax.tree.map(lambda a: a.reshape(*batch, -1), last), emitted(ys, xs).reshape(time, *batch, -1)
@@ -124,9 +125,10 @@ def _rows(state: Any, count: int) -> Any:
     return jax.tree.map(lambda a: a.reshape(count, -1), state)
 
 
-def _empty(xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+def _empty(cell: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
     """No step, or no sequence."""
-    return state, emitted(jnp.zeros((*xs.shape[:-1], state.h.shape[-1]), state.h.dtype), xs)
+    y = jax.eval_shape(lambda state: output(cell, state), state)
+    return state, emitted(jnp.zeros((*xs.shape[:-1], y.shape[-1]), y.dtype), xs)
 
 
 def _header(cell: Any, params: Any, state: Any) -> str:

@@ -45,13 +45,14 @@ void backward(const BackwardTile& t) {
       float* carry = t.carry + n * t.carry_row + unit;
       vf dnew[STATES], old[STATES], part[PARTS], dpart[PARTS], dold[STATES], dtheta[THETAS + 1];
       for (int s = 0; s < STATES; ++s) dnew[s] = load(carry + s * t.carry_state);
-      dnew[HIDDEN_STATE] += load(t.dhs + n * t.H + unit, lanes);
+      for (int s = 0; s < STATES; ++s)
+        if (t.dafter[s]) dnew[s] += load(t.dafter[s] + n * t.H + unit, lanes);
       if (lanes <= 0 || (t.valid && !t.valid[n])) {
         for (int g = 0; g < GATES; ++g) {
           store(t.du + place + g * UB, vf{});
           if (SUMS != GATES) store(t.dv + place + g * UB, vf{});
         }
-        store(carry + HIDDEN_STATE * t.carry_state, dnew[HIDDEN_STATE]);
+        for (int s = 0; s < STATES; ++s) store(carry + s * t.carry_state, dnew[s]);
         continue;
       }
       const float* const* from = t.resets && t.resets[n] ? t.restart : t.old;

@@ -44,11 +44,11 @@ class Chunks:
 
 
 class Met(NamedTuple):
-    """``h`` after every step, the states that chunks met ``(groups, together, N, H)``, and what is kept of the rest.
+    """Outputs after every step, the states that chunks met ``(groups, together, N, H)``, and what is kept of the rest.
 
     ``rest`` is the state that it met and all that its derivative needs, None where groups take all steps.
     """
 
-    hs: Any
+    outs: Any
     states: Any
     rest: Any

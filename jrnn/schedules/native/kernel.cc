@@ -129,9 +129,8 @@ struct Forward {
   const float* mask;              // (N, H) or null: what h is multiplied by on its way into the recurrent product
   Inputs theta, state, restart;
   Outputs last;
-  float* hs;
   float* parts;   // (T, N, parts_row) or null: what the gates read, for the derivative
-  Outputs after;  // (T, N, H): the states after each step, likewise; hs for h
+  Outputs after;  // (T, N, H): the states after each step; null, but for h, where nobody asks for them
   long parts_row;
 };
 
@@ -281,8 +280,8 @@ struct Backward {
   const float *x, *w_ih, *w_hh;
   const uint8_t *valid, *resets;
   const float* mask;
-  Inputs theta, state, restart, after, dlast;  // after: of h it is hs
-  const float *parts, *dhs;
+  Inputs theta, state, restart, after, dlast, dafter;  // dafter: null where a state is not put out
+  const float* parts;
   long parts_row;
   long kept_rows;  // sequences to a step of parts and after
   float *dx, *dw_ih, *db, *dw_hh;  // dx may be null
@@ -331,7 +330,7 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
   float *du = scratch.take(sizes[0]), *dv = apart ? scratch.take(sizes[1]) : du, *carry = scratch.take(sizes[2]),
         *dtheta = scratch.take(sizes[3]), *strips_x = scratch.take(sizes[4]), *strips_h = scratch.take(sizes[5]),
         *panels = scratch.take(sizes[6]), *masked = scratch.take(sizes[7]);
-  std::vector<Inputs> olds(threads, Inputs(S));
+  std::vector<Inputs> olds(threads, Inputs(S)), dafters(threads, Inputs(S));
 
   divide(run, crew, [&](const Part& part) {
     const long id = part.id, n0 = part.n0, n1 = part.n1;
@@ -343,7 +342,7 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
       for (long p = i0; p < i1; ++p) pack_transposed(run, f.w_ih, F, p * UB, p_ih + p * K * UB);
       if (id == 0) pack_theta(run, f.theta, p_theta);
     }
-    Inputs& old = olds[id];
+    Inputs &old = olds[id], &dafter = dafters[id];
     Panels at;
     for (long ub = b0; ub < b1; ++ub) {
       at.from.push_back(f.mask ? -1 : ub * UB);
@@ -368,11 +367,14 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
         const bool opens = i == T - 1;  // the first step of the loop, the last of its derivative
         const uint8_t* valid = f.valid ? f.valid + t * N : nullptr;
         const uint8_t* resets = f.resets ? f.resets + t * N : nullptr;
-        for (long s = 0; s < S; ++s) old[s] = opens ? f.state[s] : f.after[s] + before * f.kept_rows * H;
+        for (long s = 0; s < S; ++s) {
+          old[s] = opens ? f.state[s] : f.after[s] + before * f.kept_rows * H;
+          dafter[s] = f.dafter[s] ? f.dafter[s] + t * N * H : nullptr;
+        }
         const long place = ((t - low) * N + n0) * row;
         cell.backward({n0, n1, b0, b1, H, valid, resets, p_theta, my_theta, hidden,
                        f.parts + (t * f.kept_rows + n0) * f.parts_row + b0 * cell.parts * UB, f.parts_row, old.data(),
-                       f.restart.data(), f.dhs + t * N * H, carry, N * hidden, hidden, du + place + b0 * G * UB,
+                       f.restart.data(), dafter.data(), carry, N * hidden, hidden, du + place + b0 * G * UB,
                        dv + place + b0 * G * UB, row});
         part.group.wait();
         float* dh = carry + (h_state * N + n0) * hidden;
@@ -516,20 +518,13 @@ struct Chunks {
 // What is kept of a run in chunks: the states (groups, together, N, H) that chunks met; the one that the rest met, and
 // all that its derivative needs.
 struct Met {
-  Outputs states, rest_state;
-  float *rest_hs, *rest_parts;
-  Outputs rest_others;
-  // Of the rest, the states after each step, with h where it belongs.
-  Outputs after(const Cell& cell) const {
-    Outputs all = rest_others;
-    all.insert(all.begin() + cell.hidden_state, rest_hs);
-    return all;
-  }
+  Outputs states, rest_state, rest_after;
+  float* rest_parts;
 };
 
 void forward_in_chunks(const Chunks& chunks, const Forward& f, const Met& met) {
   const Run& run = chunks.run;
-  const long S = run.cell.states, h = run.cell.hidden_state, size = run.N * run.H, count = chunks.groups() * chunks.together;
+  const long S = run.cell.states, size = run.N * run.H, count = chunks.groups() * chunks.together;
   const long rest = chunks.rest();
   Weights weights = forward_weights(run);
   for (long s = 0; s < S; ++s) std::memcpy(count ? met.states[s] : met.rest_state[s], f.state[s], 4 * size);
@@ -538,18 +533,18 @@ void forward_in_chunks(const Chunks& chunks, const Forward& f, const Met& met) {
     for (long s = 0; s < S; ++s) {
       part.state[s] = met.states[s] + i * size;
       part.last[s] = i + 1 < count ? met.states[s] + (i + 1) * size : rest ? met.rest_state[s] : f.last[s];
+      if (f.after[s]) part.after[s] = f.after[s] + chunks.start(i) * size;
     }
-    part.after[h] = part.hs = f.hs + chunks.start(i) * size;
     forward_steps(chunks.steps(chunks.length, run.N), part, weights);
   }
   if (!rest) return;
   Forward part = beginning(run, f, chunks.rest_start());
   for (long s = 0; s < S; ++s) part.state[s] = met.rest_state[s];
-  part.after = met.after(run.cell);
-  part.hs = met.rest_hs;
+  part.after = met.rest_after;
   part.parts = met.rest_parts;
   forward_steps(chunks.steps(rest, run.N), part, weights);
-  std::memcpy(f.hs + chunks.rest_start() * size, met.rest_hs, 4 * rest * size);
+  for (long s = 0; s < S; ++s)
+    if (f.after[s]) std::memcpy(f.after[s] + chunks.rest_start() * size, met.rest_after[s], 4 * rest * size);
 }
 
 // `b` is that of the forward run, `work` has room for what a group makes again.
@@ -562,7 +557,8 @@ void backward_in_chunks(const Chunks& chunks, const Backward& f, const Met& met,
   Weights forward = forward_weights(group_run), backward = backward_weights(run, f.dx != nullptr);
   bool more = false;
   const auto differentiate = [&](long start, long count, Backward part) {
-    part.dhs = f.dhs + start * size;
+    for (long s = 0; s < S; ++s)
+      if (f.dafter[s]) part.dafter[s] = f.dafter[s] + start * size;
     if (f.dx) part.dx = f.dx + start * N * run.F;
     part.more = more;
     if (more)
@@ -572,9 +568,8 @@ void backward_in_chunks(const Chunks& chunks, const Backward& f, const Met& met,
   };
   if (chunks.rest()) {
     Backward part = beginning(run, f, chunks.rest_start());
-    const Outputs after = met.after(cell);
     part.state.assign(met.rest_state.begin(), met.rest_state.end());
-    part.after.assign(after.begin(), after.end());
+    part.after.assign(met.rest_after.begin(), met.rest_after.end());
     part.parts = met.rest_parts;
     differentiate(chunks.rest_start(), chunks.rest(), part);
   }
@@ -585,7 +580,6 @@ void backward_in_chunks(const Chunks& chunks, const Backward& f, const Met& met,
   again.w_ih = f.w_ih, again.b = b, again.w_hh = f.w_hh, again.theta = f.theta;
   again.parts = work, again.parts_row = f.parts_row;
   for (long s = 0; s < S; ++s) again.after.push_back(work + length * wide * (f.parts_row + s * H));
-  again.hs = again.after[cell.hidden_state];
   Scratch beside(Scratch::rounded(length * wide * run.F) + Scratch::rounded(length * wide / 2 + 1) +
                  (2 * S + 1) * Scratch::rounded(wide * H));
   float* xs = beside.take(length * wide * run.F);
@@ -669,9 +663,8 @@ Met take_met(const Chunks& chunks, Arrays& from) {
   from.take(met.states, states);
   if (chunks.rest()) {
     from.take(met.rest_state, states);
-    met.rest_hs = from.take();
+    from.take(met.rest_after, states);
     met.rest_parts = from.take();
-    from.take(met.rest_others, states - 1);
   }
   return met;
 }
@@ -685,14 +678,12 @@ void run_forward(const Cell& cell, const Array* args, const Array* rets, const O
   f.b = in.take();
   f.parts_row = options.parts_row;
   out.take(f.last, cell.states);
-  f.hs = out.take();
+  out.take(f.after, cell.states);
   if (options.chunk) {
     const Chunks chunks{run, options.chunk, options.together};
-    f.after.resize(cell.states);
     return forward_in_chunks(chunks, f, take_met(chunks, out));
   }
   f.parts = out.take();
-  for (int s = 0; s < cell.states; ++s) f.after.push_back(s == cell.hidden_state ? f.hs : out.take());
   Weights weights = forward_weights(run);
   forward_steps(run, f, weights);
 }
@@ -708,14 +699,13 @@ void run_backward(const Cell& cell, const Array* args, const Array* rets, const 
     met = take_met(chunks, in);
     f.after.resize(cell.states);
   } else {
-    const float* hs = in.take();
+    in.take(f.after, cell.states);
     f.parts = in.take();
-    for (int s = 0; s < cell.states; ++s) f.after.push_back(s == cell.hidden_state ? hs : in.take());
   }
   f.parts_row = options.parts_row;
   f.kept_rows = run.N;
   in.take(f.dlast, cell.states);
-  f.dhs = in.take();
+  in.take(f.dafter, cell.states);
   f.dx = out.take();
   f.dw_ih = out.take();
   f.dw_hh = out.take();

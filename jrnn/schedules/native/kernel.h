@@ -30,7 +30,7 @@ struct BackwardTile {
   const float* parts;
   long parts_row;
   const float *const *old, *const *restart;
-  const float* dhs;  // (N, H)
+  const float* const* dafter;  // [state] (N, H), or null: what the state is told from outside the loop
   float* carry;      // [state][sequence][unit]: the gradient of the new state, then that of the old
   long carry_state, carry_row;
   float *du, *dv;  // from n0 and b0: [sequence][block][gate][UB], a sequence every d_row; the same where all gates sum

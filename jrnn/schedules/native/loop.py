@@ -6,13 +6,14 @@ hoisted schedule's loop.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jrnn.cells.base import product
+from jrnn.cells.base import emitted_fields, product
 from jrnn.schedules import affine
 from jrnn.schedules.native import build
 from jrnn.schedules.native.chunks import Chunks, Met
@@ -35,6 +36,15 @@ class Plan:
     header: str = field(repr=False)
     reverse: bool
     chunks: Chunks | None = None
+
+    @property
+    def emits(self) -> tuple[str, ...]:
+        """The fields of the state that the cell emits."""
+        return emitted_fields(self.cell)
+
+    def emitted(self, after: Any) -> tuple[Any, ...]:
+        """Of the states after each step, the fields that the cell emits."""
+        return tuple(getattr(after, name) for name in self.emits)
 
     def row(self, hidden: int) -> int:
         """Floats of a row of what the gates read: whole blocks of units, and no multiple of a page (`kernel.cc`)."""
@@ -80,15 +90,14 @@ class Flags(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the transpose needs of a run: ``h`` after every step, what the gates read, and the other states."""
+    """What the transpose needs of a run: the states after every step, and what the gates read."""
 
-    hs: Any
+    after: Any
     read: Any
-    others: Any
 
 
-def loop(plan: Plan, inputs: Inputs, flags: Flags) -> tuple[Any, jax.Array]:
-    """The state after the last step ``(N, H)`` and ``h`` after every step ``(T, N, H)``."""
+def loop(plan: Plan, inputs: Inputs, flags: Flags) -> tuple[Any, tuple[jax.Array, ...]]:
+    """The state after the last step ``(N, H)``, and each field that the cell emits after every step ``(T, N, H)``."""
     return apply(Forward, plan, (inputs, flags))
 
 
@@ -102,43 +111,58 @@ def apply(kind: Any, plan: Plan, operands: Any, **static: Any) -> Any:
 
 @dataclass(frozen=True)
 class Forward(Operation):
-    """``(inputs, flags)`` to ``(last, hs)``, or to ``(last, kept)`` for a derivative."""
+    """``(inputs, flags)`` to ``(last, outs)``, a field in each of outs, or to ``(last, kept)`` for a derivative."""
 
     plan: Plan
     keep: bool = False
 
     def forms(self, inputs: Inputs, flags: Flags) -> Any:
         (time, count, _), hidden = inputs.xs.shape, inputs.w_hh.shape[0]
-        last, hs = jax.tree.map(_form, inputs.state), _float(time, count, hidden)
-        if not self.keep:
-            return last, hs
+        last = jax.tree.map(_form, inputs.state)
 
         def kept(time: int) -> Kept:
-            others = (_float(time, count, hidden),) * (len(last) - 1)
-            return Kept(_float(time, count, hidden), _float(time, count, self.plan.row(hidden)), others)
+            after = jax.tree.map(lambda _: _float(time, count, hidden), last)
+            return Kept(after, _float(time, count, self.plan.row(hidden)))
 
+        outs = self.plan.emitted(kept(time).after)
+        if not self.keep:
+            return last, outs
         if (chunks := self.plan.chunks) is None:
             return last, kept(time)
         met = jax.tree.map(lambda _: _float(chunks.groups, chunks.together, count, hidden), last)
-        return last, Met(hs, met, (last, kept(chunks.rest)) if chunks.rest else None)
+        return last, Met(outs, met, (last, kept(chunks.rest)) if chunks.rest else None)
 
     def compiled(self, inputs: Inputs, flags: Flags) -> Any:
-        forms = self.forms(inputs, flags)
-        results = jax.tree.leaves(forms)
-        nothing = () if self.keep else (_NOTHING,) * len(inputs.state)  # of what the gates read, and of other states
-        call = jax.ffi.ffi_call(build.load(self.plan.header).forward, [*results, *nothing])
+        last, kept = self.forms(inputs, flags)
+        shape, states = (*inputs.xs.shape[:2], inputs.w_hh.shape[0]), type(inputs.state)
+        # The loop itself reads h after every step.
+        wanted = {"h", *self.plan.emits} if not isinstance(kept, Kept) else set(states._fields)
+        after = [_float(*shape) if name in wanted else _NOTHING for name in states._fields]
+        rest: list[Any] = [_NOTHING]
+        if self.keep:
+            rest = jax.tree.leaves(kept._replace(outs=None) if isinstance(kept, Met) else kept.read)
+        call = jax.ffi.ffi_call(build.load(self.plan.header).forward, [*last, *after, *rest])
         options = self.plan.options(inputs.w_hh.shape[0], chunked=self.keep)
-        outs = call(*_arguments(inputs, flags), inputs.b, **options)
-        return jax.tree.unflatten(jax.tree.structure(forms), outs[: len(results)])
+        results = iter(call(*_arguments(inputs, flags), inputs.b, **options))
+        new, after = (states(*itertools.islice(results, len(last))) for _ in range(2))
+        if not self.keep:
+            return new, self.plan.emitted(after)
+        if isinstance(kept, Kept):
+            return new, Kept(after, next(results))
+        met = jax.tree.unflatten(jax.tree.structure(kept._replace(outs=None)), results)
+        return new, met._replace(outs=self.plan.emitted(after))
 
     def plain(self, inputs: Inputs, flags: Flags) -> Any:
-        last, hs = hoisted(self.plan, inputs, flags)
+        last, outs = hoisted(self.plan, inputs, flags)
         # The plain transpose makes again what it needs.
-        return (last, self.unkept(hs, inputs, flags)) if self.keep else (last, hs)
+        return (last, self.unkept(outs, inputs, flags)) if self.keep else (last, outs)
 
-    def unkept(self, hs: Any, inputs: Inputs, flags: Flags) -> Any:
-        """What is kept, all zeros but ``hs``."""
-        return jax.tree.map(_zeros, self.forms(inputs, flags)[1])._replace(hs=hs)
+    def unkept(self, outs: Any, inputs: Inputs, flags: Flags) -> Any:
+        """What is kept, all zeros but the outputs."""
+        kept = jax.tree.map(_zeros, self.forms(inputs, flags)[1])
+        if isinstance(kept, Met):
+            return kept._replace(outs=outs)
+        return kept._replace(after=kept.after._replace(**dict(zip(self.plan.emits, outs, strict=True))))
 
     def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
         inputs, flags = operands
@@ -148,27 +172,30 @@ class Forward(Operation):
         last, kept = apply(Forward, self.plan, operands, keep=True)
         if self.keep:
             # A derivative of a derivative: what is kept is read by the transpose alone, which has its own.
-            dlast, dhs = tangent(self.plan, inputs, flags, d, dmask)
-            return (last, kept), (dlast, self.unkept(dhs, inputs, flags))
-        # In chunks, the outputs are none of what is kept.
-        needed = kept if self.plan.chunks is None else kept._replace(hs=None)
-        return (last, kept.hs), apply(Tangent, self.plan, (inputs, flags, needed, d))
+            dlast, douts = tangent(self.plan, inputs, flags, d, dmask)
+            return (last, kept), (dlast, self.unkept(douts, inputs, flags))
+        if self.plan.chunks is None:
+            outs, needed = self.plan.emitted(kept.after), kept
+        else:  # the outputs are none of what is kept
+            outs, needed = kept.outs, kept._replace(outs=None)
+        return (last, outs), apply(Tangent, self.plan, (inputs, flags, needed, d))
 
     def sequences(self, inputs: Inputs, flags: Flags) -> tuple[Any, Any]:
         none, first, second, third = ((lambda _, axis=axis: axis) for axis in (-1, 0, 1, 2))
         state, restart = jax.tree.map(first, (inputs.state, inputs.restart))
         axes = jax.tree.map(none, inputs)._replace(xs=1, state=state, restart=restart)
-        kept = Kept(1, 1, (1,) * (len(state) - 1))
-        results: Any = kept if self.keep else 1
+        kept = Kept(jax.tree.map(second, inputs.state), 1)
+        outs = self.plan.emitted(kept.after)
+        results: Any = kept if self.keep else outs
         if self.keep and (chunks := self.plan.chunks) is not None:
-            results = Met(1, jax.tree.map(third, inputs.state), (state, kept) if chunks.rest else None)
+            results = Met(outs, jax.tree.map(third, inputs.state), (state, kept) if chunks.rest else None)
         marks = jax.tree.map(second, flags)._replace(mask=jax.tree.map(first, flags.mask))
         return (axes, marks), (state, results)
 
 
 @dataclass(frozen=True)
 class Tangent(Operation):
-    """``(inputs, flags, kept, d)`` to the derivative of ``(last, hs)`` in the direction ``d``, and linear in that.
+    """``(inputs, flags, kept, d)`` to the derivative of ``(last, outs)`` in the direction ``d``, and linear in that.
 
     ``d`` is an `Inputs` with None where nothing moves.
     """
@@ -176,7 +203,8 @@ class Tangent(Operation):
     plan: Plan
 
     def forms(self, inputs: Inputs, flags: Flags, kept: Kept | Met, d: Inputs) -> Any:
-        return jax.tree.map(_form, inputs.state), _float(*inputs.xs.shape[:2], inputs.w_hh.shape[0])
+        out = _float(*inputs.xs.shape[:2], inputs.w_hh.shape[0])
+        return jax.tree.map(_form, inputs.state), (out,) * len(self.plan.emits)
 
     def plain(self, inputs: Inputs, flags: Flags, kept: Kept | Met, d: Inputs) -> Any:
         return tangent(self.plan, inputs, flags, d)
@@ -203,7 +231,7 @@ class Tangent(Operation):
 
 @dataclass(frozen=True)
 class Backward(Operation):
-    """``(inputs, flags, kept, (dlast, dhs))`` to the gradients by the leaves of inputs that are ``moving``."""
+    """``(inputs, flags, kept, (dlast, douts))`` to the gradients by the leaves of inputs that are ``moving``."""
 
     plan: Plan
     moving: tuple[bool, ...]
@@ -218,12 +246,15 @@ class Backward(Operation):
         return tree.unflatten([leaf if moves else None for leaf, moves in zip(leaves, self.moving, strict=True)])
 
     def compiled(self, inputs: Inputs, flags: Flags, kept: Kept | Met, cotangents: Any) -> Inputs:
-        dlast, dhs = cotangents
+        dlast, douts = cotangents
+        dafter = dict(zip(self.plan.emits, douts, strict=True))
         xs = _form(inputs.xs) if self.moving[0] else _NOTHING
         results = [xs, *map(_form, jax.tree.leaves((inputs.w_ih, inputs.w_hh, inputs.theta, inputs.state)))]
         results += map(_form, inputs.restart or (_NOTHING,) * len(inputs.state))
-        results += [_form(inputs.b), *self.plan.work(len(dlast), *dhs.shape[1:])]
-        operands = (*_arguments(inputs, flags), inputs.b, *jax.tree.leaves(kept), *dlast, dhs)
+        results += [_form(inputs.b), *self.plan.work(len(dlast), *douts[0].shape[1:])]
+        nothing = _zeros(_NOTHING)
+        operands = [*_arguments(inputs, flags), inputs.b, *jax.tree.leaves(kept), *dlast]
+        operands += [dafter.get(name, nothing) for name in type(inputs.state)._fields]
         call = jax.ffi.ffi_call(build.load(self.plan.header).backward, results)
         dxs, dw_ih, dw_hh, *rest = call(*operands, **self.plan.options(inputs.w_hh.shape[0]))
         thetas, states = len(jax.tree.leaves(inputs.theta)), len(inputs.state)
@@ -264,22 +295,22 @@ class Projected:
         return getattr(self.cell, name)
 
 
-def hoisted(plan: Plan, inputs: Inputs, flags: Flags) -> tuple[Any, jax.Array]:
+def hoisted(plan: Plan, inputs: Inputs, flags: Flags) -> tuple[Any, tuple[jax.Array, ...]]:
     """The same as `loop`, and whatever JAX makes of it."""
     xs, w_ih, b, w_hh, theta, state, restart = inputs
     steps = Steps(reverse=plan.reverse, remat=None if plan.chunks is None else plan.chunks.length)
 
-    def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
+    def segment(state: Any, inputs: Any) -> tuple[Any, tuple[jax.Array, ...]]:
         xs, *marks = inputs
         given = affine.Inputs((w_ih, b), xs, theta, w_hh, flags.mask, state, restart)
         chosen = affine.make_plan(Projected(plan.cell), given, steps)
-        last, hs, _ = affine.loop(chosen, given, affine.Schedule(None, (), None, *marks))
-        return last, hs
+        last, outs, _ = affine.loop(chosen, given, affine.Schedule(None, (), None, *marks))
+        return last, outs
 
     return checkpointed(segment, state, (xs, flags.valid, flags.resets), xs.shape[0], steps)
 
 
-def tangent(plan: Plan, inputs: Inputs, flags: Flags, d: Inputs, dmask: Any = None) -> tuple[Any, jax.Array]:
+def tangent(plan: Plan, inputs: Inputs, flags: Flags, d: Inputs, dmask: Any = None) -> tuple[Any, Any]:
     """The derivative of `hoisted` in the direction ``d``, and ``dmask`` of the mask."""
     return affine.jvp_of(
         lambda inputs, mask: hoisted(plan, inputs, flags._replace(mask=mask)), (inputs, flags.mask), (d, dmask)
