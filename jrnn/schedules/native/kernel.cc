@@ -69,26 +69,15 @@ void divide(const Run& run, Crew& crew, Function work) {
 
 // Columns of w (K, G * H), units of one block of one gate, as a panel (K, UB).
 void pack(const Run& run, const float* w, long K, long ub, long g, float* out) {
-  const long n = std::min<long>(UB, run.H - ub * UB);
-  const float* from = w + g * run.H + ub * UB;
-  for (long k = 0; k < K; ++k, from += run.width, out += UB) {
-    if (n == UB)
-      std::memcpy(out, from, 4 * UB);
-    else
-      for (long j = 0; j < UB; ++j) out[j] = j < n ? from[j] : 0.0f;
-  }
+  pack_columns(std::min<long>(UB, run.H - ub * UB), K, w + g * run.H + ub * UB, run.width, out);
 }
 
 // Rows first .. first + UB of w (K, G * H) as a panel (blocks * G * UB, UB) of its transpose.
 void pack_transposed(const Run& run, const float* w, long K, long first, float* out) {
-  const long n = std::min<long>(UB, K - first);
   for (long ub = 0; ub < run.blocks; ++ub)
-    for (long g = 0; g < run.G; ++g)
-      for (long c = 0; c < UB; ++c, out += UB) {
-        const long unit = ub * UB + c;
-        const float* from = w + first * run.width + g * run.H + unit;
-        for (long j = 0; j < UB; ++j) out[j] = j < n && unit < run.H ? from[j * run.width] : 0.0f;
-      }
+    for (long g = 0; g < run.G; ++g, out += UB * UB)
+      pack_rows(std::min<long>(UB, K - first), std::min<long>(UB, run.H - ub * UB),
+                w + first * run.width + g * run.H + ub * UB, run.width, out);
 }
 
 // Vectors (H) of theta, in whole blocks.
@@ -228,7 +217,7 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
           for (long n = n0; n < n1; ++n) {
             const float* from = (resets && resets[n] ? f.restart : old)[cell.hidden_state] + n * H;
             float* to = fed + (n - n0) * H;
-            for (long j = 0; j < H; ++j) to[j] = f.mask ? from[j] * f.mask[n * H + j] : from[j];
+            gather(1, H, from, H, f.mask ? f.mask + n * H : nullptr, to);
           }
           h = fed;
         }
@@ -414,19 +403,16 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
           const bool recurrent = s >= f_strips;
           const long k = (recurrent ? s - f_strips : s) * MR, m = std::min<long>(MR, (recurrent ? H : F) - k);
           float* to = (recurrent ? strips_h : strips_x) + k * most;
-          for (long r = 0; r < rows; ++r, to += m) {
-            const long t = low + r / N, n = r % N;
-            const float *from = f.x + (low * N + r) * F + k, *mask = nullptr;
-            if (recurrent) {
-              mask = f.mask ? f.mask + n * H + k : nullptr;
-              const bool opens = t == run.time(0);
-              const long before = run.reverse ? t + 1 : t - 1;
-              from = f.resets && f.resets[t * N + n] ? f.restart[h_state] + n * H
-                     : opens                         ? f.state[h_state] + n * H
-                                                     : f.after[h_state] + (before * f.kept_rows + n) * H;
-              from += k;
-            }
-            for (long j = 0; j < m; ++j) to[j] = mask ? from[j] * mask[j] : from[j];
+          if (!recurrent) gather(rows, m, f.x + low * N * F + k, F, nullptr, to);
+          for (long t = low; t < low + count && recurrent; ++t) {
+            const float* mask = f.mask ? f.mask + k : nullptr;
+            const long before = run.reverse ? t + 1 : t - 1;
+            const float* from = t == run.time(0) ? f.state[h_state] : f.after[h_state] + before * f.kept_rows * H;
+            gather(N, m, from + k, H, mask, to + (t - low) * N * m);
+            for (long n = 0; n < N && f.resets; ++n)
+              if (f.resets[t * N + n])
+                gather(1, m, f.restart[h_state] + n * H + k, H, mask ? mask + n * H : nullptr,
+                       to + ((t - low) * N + n) * m);
           }
         }
       }
@@ -451,20 +437,14 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
         if (p0 == p1) break;
         for (long p = p0; p < p1; ++p) {
           const long ub = p / G, column = p % G * H + ub * UB;
-          vf sum[2] = {};
-          for (long r = 0; r < rows; ++r)
-            for (int v = 0; v < 2; ++v) {
-              const vf d = load(du + r * row + p * UB + v * VL);
-              store(panel + r * UB + v * VL, d);
-              sum[v] += d;
-            }
+          float sum[UB];
+          gather_block(rows, du + p * UB, row, panel, sum);
           for (long j = 0; j < UB && ub * UB + j < H; ++j)
-            f.db[column + j] = sum[j / VL][j % VL] + (fresh ? 0 : f.db[column + j]);
+            f.db[column + j] = sum[j] + (fresh ? 0 : f.db[column + j]);
           for (long k = 0; k < F; k += MR)
             accumulate(run, std::min<long>(MR, F - k), rows, strips_x + k * most, panel, ub, fresh,
                        f.dw_ih + k * run.width + column);
-          if (apart)
-            for (long r = 0; r < rows; ++r) std::memcpy(panel + r * UB, dv + r * row + p * UB, 4 * UB);
+          if (apart) gather_block(rows, dv + p * UB, row, panel, nullptr);
           for (long k = 0; k < H; k += MR)
             accumulate(run, std::min<long>(MR, H - k), rows, strips_h + k * most, panel, ub, fresh,
                        f.dw_hh + k * run.width + column);

@@ -3,6 +3,7 @@
 #include "products.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace {
 
@@ -205,4 +206,34 @@ void stream(long rows, long K, const float* A, long lda, const float* B, long st
   if (rows == 1) stream<1, 8>(K, A, lda, B, stride, gates, units, blocks, C, ldc, to, place);
   if (rows == 2) stream<2, 4>(K, A, lda, B, stride, gates, units, blocks, C, ldc, to, place);
   if (rows == 3) stream<3, 4>(K, A, lda, B, stride, gates, units, blocks, C, ldc, to, place);
+}
+
+void gather(long rows, long m, const float* from, long stride, const float* mask, float* to) {
+  for (long r = 0; r < rows; ++r, from += stride, to += m)
+    for (long j = 0; j < m; ++j) to[j] = mask ? from[j] * mask[r * stride + j] : from[j];
+}
+
+void gather_block(long rows, const float* from, long stride, float* to, float* sums) {
+  vf sum[2] = {};
+  for (long r = 0; r < rows; ++r)
+    for (int v = 0; v < 2; ++v) {
+      const vf x = load(from + r * stride + v * VL);
+      store(to + r * UB + v * VL, x);
+      sum[v] += x;
+    }
+  if (sums) std::memcpy(sums, sum, sizeof sum);
+}
+
+void pack_columns(long n, long K, const float* w, long stride, float* out) {
+  for (long k = 0; k < K; ++k, w += stride, out += UB) {
+    if (n == UB)
+      std::memcpy(out, w, 4 * UB);
+    else
+      for (long j = 0; j < UB; ++j) out[j] = j < n ? w[j] : 0.0f;
+  }
+}
+
+void pack_rows(long n, long units, const float* w, long stride, float* out) {
+  for (long c = 0; c < UB; ++c, ++w, out += UB)
+    for (long j = 0; j < UB; ++j) out[j] = j < n && c < units ? w[j * stride] : 0.0f;
 }

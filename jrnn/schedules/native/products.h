@@ -1,4 +1,5 @@
-// The products that the loop is made of. In products.cc, since they take another optimisation than the rest of the loop.
+// What the loop is made of: products, and what brings their factors into order. In products.cc, since they take another
+// optimisation than the rest of the loop.
 
 #pragma once
 
@@ -43,5 +44,17 @@ void narrow(long rows, long K, const float* A, long lda, const float* B, const P
 // C has blocks of units, `to` from one to the next and of each gate at its own place.
 void stream(long rows, long K, const float* A, long lda, const float* B, long stride, long gates, long units,
             long blocks, float* C, long ldc, long to, const int* place);
+
+// to (rows, m) = from (rows, m) at a stride, times a mask at the same stride or null.
+void gather(long rows, long m, const float* from, long stride, const float* mask, float* to);
+
+// to (rows, UB) = from (rows, UB) at a stride; and the sums over rows (UB), or null.
+void gather_block(long rows, const float* from, long stride, float* to, float* sums);
+
+// A panel (K, UB) of n columns of w (K, n) at a stride; zeros where there is no column.
+void pack_columns(long n, long K, const float* w, long stride, float* out);
+
+// A panel (UB, UB) of the transpose of w (n, units) at a stride; zeros where there is nothing.
+void pack_rows(long n, long units, const float* w, long stride, float* out);
 
 #pragma GCC visibility pop
