@@ -29,8 +29,8 @@ FLAGS = ("-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math",
 # What each library is compiled from, and how each file is optimised. All files are compiled at the same time, and the
 # first result waits for them. What takes long at run time is in products.cc; the rest of the loop gains nothing that
 # could be measured from -O3, which takes three times as long.
-LOOP = {"bind.cc": ("-O1",), "kernel.cc": ("-Og",), "products.cc": ("-O3",)}
-CELL = {"cell.cc": ("-O3",)}
+LOOP: dict[str, tuple[str, ...]] = {"bind.cc": ("-O1",), "kernel.cc": ("-Og",), "products.cc": ("-O3",)}
+CELL: dict[str, tuple[str, ...]] = {"cell.cc": ("-O3",)}
 LOOP_HEADERS, CELL_HEADERS = ("kernel.h", "products.h", "threads.h", "vectors.h"), ("kernel.h", "vectors.h")
 
 
