@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import jrnn.diagnose as diagnose
     import jrnn.interop as interop
     import jrnn.losses as losses
+    import jrnn.native as native
     import jrnn.testing as testing
     import jrnn.training as training
     from jrnn.training import optimizer
@@ -41,6 +42,7 @@ _LAZY = {
     "diagnose": "jrnn.diagnose",
     "interop": "jrnn.interop",
     "losses": "jrnn.losses",
+    "native": "jrnn.native",
     "testing": "jrnn.testing",
     "training": "jrnn.training",
 }
@@ -86,6 +88,7 @@ __all__ = [
     "losses",
     "lstm",
     "mgu",
+    "native",
     "optimizer",
     "peephole_lstm",
     "product",

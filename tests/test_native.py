@@ -12,7 +12,7 @@ import pytest
 
 import jrnn
 from jrnn import testing
-from jrnn.schedules import SCHEDULES, Steps, native, read
+from jrnn.schedules import native, read
 from jrnn.schedules.native import build
 from tests.cases import CASES, HiddenAndMemory, Leaky, softsign
 
@@ -565,82 +565,6 @@ def test_float64_is_refused():
         params = jax.tree.map(lambda a: a.astype(jnp.float64), cell.init(jax.random.key(0), 3))
         with pytest.raises(ValueError, match="float32 only"):
             jrnn.unroll(cell, params, jnp.ones((4, 2, 3), jnp.float64), backend="native")
-
-
-def test_no_compiler(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    cell = jrnn.lstm(4)
-    served, reason = SCHEDULES["native"].serves(cell, cell.init(jax.random.key(0), 3), jnp.ones((4, 2, 3)), Steps())
-    assert not served
-    assert "needs a C++ compiler" in reason
-
-
-def compiler(path, text):
-    """A compiler that says its version, and otherwise runs the given shell command."""
-    path.mkdir()
-    program = path / "g++"
-    program.write_text(f'#!/bin/sh\ncase "$1" in --version) echo {text!r};; *) {text};; esac\n')
-    program.chmod(0o755)
-    return str(program)
-
-
-@pytest.mark.parametrize(
-    ("command", "directory", "reason"),
-    [
-        ("echo 'x.h:1: error: no such thing' >&2; false", "cache", "no such thing"),
-        ("false", "cache", "compiler failed"),
-        ("true", "file/cache", "file"),
-    ],
-    ids=("error", "silent", "directory"),
-)
-def test_a_machine_that_cannot_compile(monkeypatch, tmp_path, command, directory, reason):
-    """It is said before anything runs."""
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("CXX", compiler(tmp_path / "bin", command))
-    monkeypatch.setenv("JRNN_CACHE_DIR", str(tmp_path / directory))
-    found, why = build.available()
-    assert not found
-    assert reason in why
-    assert "\n" not in why
-
-
-def test_a_directory_of_ones_own(monkeypatch, tmp_path):
-    """Where the cache directory cannot be made, one under the temporary directory, unless others can write to it."""
-    (tmp_path / "file").write_text("")
-    monkeypatch.delenv("JRNN_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(build, "_compiled_loop", lambda directory: directory / "loop.so")
-    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: path)
-    loop = build._loop("c++ 1", *build._directories())
-    assert loop.directory.parent == tmp_path
-    assert loop.directory.stat().st_mode & 0o777 == 0o700
-    loop.directory.chmod(0o777)
-    assert "others may write" in build._loop("c++ 2", *build._directories())
-
-
-def test_switched_off(monkeypatch):
-    monkeypatch.setenv("JRNN_NATIVE", "0")
-    assert build.available() == (False, "switched off by JRNN_NATIVE=0")
-
-
-def test_a_compiler_that_fails_says_so(tmp_path):
-    with pytest.raises(RuntimeError, match=r"(?s)the C\+\+ compiler failed: .*cell.h.*error"):
-        build._compiled("this is no C++", tmp_path)
-    assert not list(tmp_path.glob("*.so"))
-
-
-def test_compiled_once(monkeypatch, tmp_path):
-    """Cells that differ in size alone share a kernel, and a kernel that is there is not made again."""
-    headers = {
-        native._header(c, c.init(jax.random.key(0), 3), c.initial_state({"w_hh": jnp.ones(1)}, ()))
-        for c in map(jrnn.lstm, (4, 8))
-    }
-    assert len(headers) == 1
-    path = build._compiled(*headers, tmp_path)
-    monkeypatch.setattr(build.subprocess, "Popen", None)
-    assert build._compiled(*headers, tmp_path) == path
 
 
 def test_header_of_a_users_cell():

@@ -3,7 +3,7 @@
 XLA runs a loop as a list of operations, about ten a step, on arrays that go through memory. Here one function written
 in C++ holds the whole loop (`kernel.cc`) and calls the cell's own gates, compiled for it (`emit.py`, `cell.cc`); XLA
 calls it as one operation (`loop.py`). The machine's C++ compiler makes the loop once and the gates once for each cell
-(`build.py`). It is what runs on a CPU by default wherever it serves and pays.
+(`build.py`, `cache.py`). It is what runs on a CPU by default wherever it serves and pays.
 """
 
 from __future__ import annotations
@@ -83,13 +83,10 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
         return False, f"it runs on a CPU, and the default device is {default_device().platform}"
     if not operation.available():
         return False, "this version of JAX no longer has what its operation is made of"
-    found, reason = build.available()
-    if not found:
-        return False, reason
     try:
         build.load(header)
-    except (OSError, RuntimeError) as error:
-        return False, f"its gates could not be compiled: {error}"
+    except RuntimeError as error:
+        return False, str(error)
     return True, "the whole loop is one compiled function for this CPU"
 
 

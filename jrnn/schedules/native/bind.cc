@@ -1,58 +1,92 @@
-// The loop as XLA calls it. Compiled once for a version of jaxlib, whose headers it needs.
+// The loop as XLA calls it, through the C interface to XLA's foreign functions: the C++ interface takes seconds to
+// compile. Compiled once for a version of jaxlib, whose header it needs.
 
+#include <cstring>
 #include <exception>
 #include <vector>
 
 #include "kernel.h"
-#include "xla/ffi/api/ffi.h"
+#include "xla/ffi/api/c_api.h"
 
 namespace {
 
-namespace ffi = xla::ffi;
+XLA_FFI_Error* failure(const XLA_FFI_CallFrame& frame, XLA_FFI_Error_Code code, const char* message) {
+  XLA_FFI_Error_Create_Args args{};
+  args.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE;
+  args.errc = code;
+  args.message = message;
+  return frame.api->XLA_FFI_Error_Create(&args);
+}
 
-thread_local const Cell* called;  // the cell of the call that this thread is in
+// XLA asks a function that it is told of which version of the interface it was compiled for.
+XLA_FFI_Error* describe(XLA_FFI_Metadata& metadata) {
+  metadata.api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
+  metadata.traits = 0;
+  metadata.state_type_id = XLA_FFI_UNKNOWN_TYPE_ID;
+  return nullptr;
+}
 
-Array plain(ffi::AnyBuffer buffer) {
-  Array array{buffer.untyped_data(), static_cast<long>(buffer.element_count()), {}};
-  for (size_t i = 0; i < buffer.dimensions().size() && i < 3; ++i) array.dims[i] = buffer.dimensions()[i];
+Array plain(const void* operand) {
+  const auto& buffer = *static_cast<const XLA_FFI_Buffer*>(operand);
+  Array array{buffer.data, 1, {}};
+  for (int64_t i = 0; i < buffer.rank; ++i) {
+    array.count *= buffer.dims[i];
+    if (i < 3) array.dims[i] = buffer.dims[i];
+  }
   return array;
 }
 
-template <auto run>
-ffi::Error call(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t reverse, int64_t parts_row, int64_t chunk,
-                int64_t together) {
-  std::vector<Array> in, out;
-  for (size_t i = 0; i < args.size(); ++i) in.push_back(plain(*args.get<ffi::AnyBuffer>(i)));
-  for (size_t i = 0; i < rets.size(); ++i) out.push_back(plain(**rets.get<ffi::AnyBuffer>(i)));
-  try {
-    run(*called, in.data(), out.data(), Options{reverse != 0, parts_row, chunk, together});
-  } catch (const std::exception& error) {  // no memory, or no threads
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, error.what());
+std::vector<Array> plain(void* const* operands, int64_t count) {
+  std::vector<Array> arrays;
+  for (int64_t i = 0; i < count; ++i) arrays.push_back(plain(operands[i]));
+  return arrays;
+}
+
+// Finds a 64-bit integer among the attributes of a call.
+bool find(const XLA_FFI_Attrs& attrs, const char* name, long& value) {
+  for (int64_t i = 0; i < attrs.size; ++i) {
+    const XLA_FFI_ByteSpan& found = *attrs.names[i];
+    if (found.len != std::strlen(name) || std::memcmp(found.ptr, name, found.len)) continue;
+    const auto* scalar = static_cast<const XLA_FFI_Scalar*>(attrs.attrs[i]);
+    if (attrs.types[i] != XLA_FFI_AttrType_SCALAR || scalar->dtype != XLA_FFI_DataType_S64) return false;
+    value = *static_cast<const int64_t*>(scalar->value);
+    return true;
   }
-  return ffi::Error::Success();
+  return false;
+}
+
+using Run = void (*)(const Cell&, const Array*, const Array*, const Options&);
+
+XLA_FFI_Error* call(XLA_FFI_CallFrame* frame, const Cell* cell, Run run) {
+  if (frame->struct_size != XLA_FFI_CallFrame_STRUCT_SIZE)
+    return failure(*frame, XLA_FFI_Error_Code_FAILED_PRECONDITION, "jrnn: the loop was compiled for another jaxlib");
+  if (frame->extension_start && frame->extension_start->type == XLA_FFI_Extension_Metadata)
+    return describe(*reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start)->metadata);
+  Options options{};
+  long reverse = 0;
+  const XLA_FFI_Attrs& attrs = frame->attrs;
+  if (!find(attrs, "reverse", reverse) || !find(attrs, "parts_row", options.parts_row) ||
+      !find(attrs, "chunk", options.chunk) || !find(attrs, "together", options.together))
+    return failure(*frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, "jrnn: an option of the loop is missing");
+  options.reverse = reverse != 0;
+  try {
+    const std::vector<Array> in = plain(frame->args.args, frame->args.size);
+    const std::vector<Array> out = plain(frame->rets.rets, frame->rets.size);
+    run(*cell, in.data(), out.data(), options);
+  } catch (const std::exception& error) {  // no memory, or no threads
+    return failure(*frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, error.what());
+  }
+  return nullptr;
 }
 
 }  // namespace
 
-#define BIND                              \
-  ffi::Ffi::Bind()                        \
-      .RemainingArgs()                    \
-      .RemainingRets()                    \
-      .Attr<int64_t>("reverse")           \
-      .Attr<int64_t>("parts_row")         \
-      .Attr<int64_t>("chunk")             \
-      .Attr<int64_t>("together")
-XLA_FFI_DEFINE_HANDLER(forward, call<run_forward>, BIND);
-XLA_FFI_DEFINE_HANDLER(backward, call<run_backward>, BIND);
-
 // What a cell's library calls (see cell.cc).
 extern "C" {
 XLA_FFI_Error* jrnn_enter_forward(XLA_FFI_CallFrame* frame, const Cell* cell) {
-  called = cell;
-  return forward(frame);
+  return call(frame, cell, run_forward);
 }
 XLA_FFI_Error* jrnn_enter_backward(XLA_FFI_CallFrame* frame, const Cell* cell) {
-  called = cell;
-  return backward(frame);
+  return call(frame, cell, run_backward);
 }
 }

@@ -5,22 +5,33 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shutil
-import stat
 import subprocess
-import tempfile
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import jax
 import jaxlib
 
-__all__ = ["available", "cache_directory", "load"]
+from jrnn.schedules.native import cache
+
+__all__ = ["available", "load"]
 
 # Not -ffast-math: a NaN must stay one.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
+FLAGS = ("-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
+# What each library is compiled from, and how each file is optimised. All files are compiled at the same time, and the
+# first result waits for them. What takes long at run time is in products.cc; the rest of the loop gains nothing that
+# could be measured from -O3, which takes three times as long.
+LOOP: dict[str, tuple[str, ...]] = {"bind.cc": ("-O1",), "kernel.cc": ("-Og",), "products.cc": ("-O3",)}
+CELL: dict[str, tuple[str, ...]] = {"cell.cc": ("-O3",)}
+LOOP_HEADERS, CELL_HEADERS = ("kernel.h", "products.h", "threads.h", "vectors.h"), ("kernel.h", "vectors.h")
 
 
 def compiler() -> str | None:
@@ -30,127 +41,196 @@ def compiler() -> str | None:
 
 def available() -> tuple[bool, str]:
     """Whether kernels can be compiled here, and why not; the first call in a process loads the loop, or makes it."""
-    if os.environ.get("JRNN_NATIVE") == "0":
-        return False, "switched off by JRNN_NATIVE=0"
-    if platform.system() != "Linux":
-        return False, f"it is compiled on Linux only, and this is {platform.system()}"
-    path = compiler()
-    if path is None:
-        return False, "it needs a C++ compiler, g++ or clang++, on the path (or named by $CXX), and there is none"
-    loop = _loop(path, *_directories())
+    if reason := _missing():
+        return False, reason
+    try:
+        loop = _loop(str(compiler()), cache.directories())
+    except OSError as error:
+        return False, str(error)
     return (False, loop) if isinstance(loop, str) else (True, "")
 
 
-def cache_directory() -> Path:
-    """Where compiled kernels are kept: ``$JRNN_CACHE_DIR``, or ``jrnn`` in the user's cache directory."""
-    return _directories()[0]
-
-
-def _directories() -> tuple[Path, ...]:
-    """The cache directory, and one to fall back to where none was asked for by name."""
-    if named := os.environ.get("JRNN_CACHE_DIR"):
-        return (Path(named),)
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "jrnn", Path(tempfile.gettempdir()) / f"jrnn-{os.getuid()}"
+def _missing() -> str | None:
+    """Why nothing can be compiled here, as far as that is known without an attempt."""
+    if os.environ.get("JRNN_NATIVE") == "0":
+        return "switched off by JRNN_NATIVE=0"
+    if platform.system() != "Linux":
+        return f"it is compiled on Linux only, and this is {platform.system()}"
+    if compiler() is None:
+        return "it needs a C++ compiler, g++ or clang++, on the path (or named by $CXX), and there is none"
+    return None
 
 
 class Kernel:
-    """A compiled kernel: the names of its functions in XLA, and the units of a block of its layout."""
+    """A cell's compiled functions: their names in XLA, and the units of a block of their layout.
+
+    The names say what the functions do and how their operands are laid out, and not what compiled them: an XLA program
+    that was kept in a file finds them wherever it can run.
+    """
 
     def __init__(self, name: str, library: ctypes.CDLL) -> None:
-        self.forward, self.backward = f"{name}_forward", f"{name}_backward"
         self.unit_block: int = library.jrnn_unit_block()
+        self.forward, self.backward = (f"{name}_{self.unit_block}_{which}" for which in ("forward", "backward"))
 
 
-@functools.lru_cache(maxsize=256)
+_lock = threading.Lock()
+_kernels: dict[str, Kernel] = {}  # those that XLA knows, by name: it keeps them for the life of the process
+
+
 def load(header: str) -> Kernel:
     """The kernel for a cell's header (see `emit.header`), compiled unless it was before.
 
     Raises:
-      RuntimeError: where the compiler fails, with its own words.
+      RuntimeError: it cannot be compiled or loaded. The reason is found once, and is the same at every later call.
     """
-    loop = _loop(compiler() or "", *_directories())
+    name = _kernel_name(header)
+    with _lock:
+        if name in _kernels:
+            return _kernels[name]
+        if reason := _missing():
+            raise RuntimeError(reason)
+        try:
+            found = _libraries(header, str(compiler()), cache.directories())
+        except OSError as error:
+            raise RuntimeError(str(error)) from error
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        loop, cell = found
+        cell.jrnn_link(loop.jrnn_enter_forward, loop.jrnn_enter_backward)
+        kernel = Kernel(name, cell)
+        jax.ffi.register_ffi_target(kernel.forward, jax.ffi.pycapsule(cell.jrnn_forward), platform="cpu")
+        jax.ffi.register_ffi_target(kernel.backward, jax.ffi.pycapsule(cell.jrnn_backward), platform="cpu")
+        return _kernels.setdefault(name, kernel)
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel_name(header: str) -> str:
+    return f"jrnn_{_digest(header, *_texts(*LOOP, *LOOP_HEADERS, *CELL).values())}"
+
+
+@functools.lru_cache(maxsize=256)
+def _libraries(header: str, path: str, directories: tuple[Path, ...]) -> tuple[ctypes.CDLL, ctypes.CDLL] | str:
+    """The loop and a cell's gates, or why one of them cannot be had. Both are compiled at the same time."""
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(_loop, path, directories)
+        cell = _loaded(_cell_library(header, path), directories)
+        loop = loading.result()
     if isinstance(loop, str):
-        raise RuntimeError(loop)
-    path = _compiled(header, loop.directory)
-    library = ctypes.CDLL(str(path))
-    library.jrnn_link(loop.library.jrnn_enter_forward, loop.library.jrnn_enter_backward)
-    kernel = Kernel(path.stem, library)
-    jax.ffi.register_ffi_target(kernel.forward, jax.ffi.pycapsule(library.jrnn_forward), platform="cpu")
-    jax.ffi.register_ffi_target(kernel.backward, jax.ffi.pycapsule(library.jrnn_backward), platform="cpu")
-    return kernel
-
-
-class Loop:
-    """The library of the loop, and the directory that it was found in or made in."""
-
-    def __init__(self, library: ctypes.CDLL, directory: Path) -> None:
-        self.library, self.directory = library, directory
+        return loop
+    return f"its gates could not be compiled: {cell}" if isinstance(cell, str) else (loop, cell)
 
 
 @functools.lru_cache(maxsize=8)
-def _loop(path: str, *directories: Path) -> Loop | str:
-    """The loop from the first directory that can hold it, or why from none."""
+def _loop(path: str, directories: tuple[Path, ...]) -> ctypes.CDLL | str:
+    """The loop, or why it cannot be had, in one line."""
+    found = _loaded(_loop_library(path), directories)
+    if not isinstance(found, str):
+        return found
+    lines = found.splitlines()
+    return f"the loop cannot be compiled: {next((line for line in lines if 'error:' in line), lines[0])}"
+
+
+@dataclass(frozen=True)
+class Library:
+    """What a library is compiled from, and by. Its name is a digest of all that its content depends on."""
+
+    stem: str
+    compiler: str
+    sources: dict[str, tuple[str, ...]]  # the files to compile, and how each is optimised
+    files: dict[str, str]
+    flags: tuple[str, ...] = ()
+    version: str = ""
+
+    @property
+    def name(self) -> str:
+        # The processor too: the code is for the one that it is compiled on. And that a digest stands at its end.
+        flags = (*FLAGS, *itertools.chain(*self.sources.values()))
+        depends = ("sealed", *self.files.values(), _version(self.compiler), *flags, self.version, _processor())
+        return f"jrnn_{self.stem}_{_digest(*depends)}.so"
+
+
+def _loop_library(path: str) -> Library:
+    """The loop, and what XLA calls."""
+    flags = ("-pthread", f"-I{jax.ffi.include_dir()}")
+    return Library("loop", path, LOOP, _texts(*LOOP, *LOOP_HEADERS), flags, jaxlib.__version__)
+
+
+def _cell_library(header: str, path: str) -> Library:
+    """A cell's gates."""
+    return Library("cell", path, CELL, {**_texts(*CELL, *CELL_HEADERS), "cell.h": header})
+
+
+def _texts(*names: str) -> dict[str, str]:
+    return {name: _text(name) for name in names}
+
+
+@functools.lru_cache(maxsize=16)
+def _text(name: str) -> str:
+    return (resources.files("jrnn.schedules.native") / name).read_text(encoding="utf-8")
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _loaded(library: Library, directories: tuple[Path, ...]) -> ctypes.CDLL | str:
+    """A library from the first directory that has it or can hold it, or why from none."""
     reasons = []
     for directory in directories:
         try:
-            _own(directory)
-            return Loop(ctypes.CDLL(str(_compiled_loop(directory))), directory)
+            return _loaded_from(library, directory)
         except (OSError, RuntimeError) as error:
-            lines = str(error).splitlines()
-            reasons.append(next((line for line in lines if "error:" in line), lines[0]))
-    return f"the loop cannot be compiled: {'; '.join(reasons)}"
+            reasons.append(str(error))
+    return "; ".join(reasons)
 
 
-def _own(directory: Path) -> None:
-    """Raises where a directory cannot be made, or where another user could put libraries into it."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = directory.stat()
-    if found.st_uid not in (os.geteuid(), 0) or found.st_mode & stat.S_IWOTH:
-        raise PermissionError(f"{directory} belongs to another user, or others may write to it")
+def _loaded_from(library: Library, directory: Path) -> ctypes.CDLL:
+    cache.check_private(directory)
+    path, fault = directory / library.name, None
+    try:
+        fault = cache.fault(path)
+        if fault is None:
+            cache.touch(path)
+            return ctypes.CDLL(str(path))
+    except FileNotFoundError:
+        pass
+    try:
+        _compile(library, path)
+    except (OSError, RuntimeError) as error:
+        raise error if fault is None else RuntimeError(f"{path} {fault}, and cannot be made anew: {error}") from error
+    if fault is not None:
+        warnings.warn(f"jrnn: the compiled library {path} {fault}; it was compiled again", RuntimeWarning, stacklevel=2)
+    return ctypes.CDLL(str(path))
 
 
-def _compiled_loop(directory: Path) -> Path:
-    """The shared library of the loop, and of what XLA calls."""
-    flags = ("-pthread", f"-I{jax.ffi.include_dir()}")
-    headers = ("kernel.h", "threads.h", "vectors.h")
-    return _make("loop", ("bind.cc", "kernel.cc"), headers, "", flags, directory, jaxlib.__version__)
-
-
-def _compiled(header: str, directory: Path) -> Path:
-    """The shared library of a cell's gates."""
-    return _make("cell", ("cell.cc",), ("kernel.h", "vectors.h"), header, (), directory)
-
-
-def _make(
-    stem: str, sources: tuple[str, ...], headers: tuple[str, ...], cell: str, flags: tuple[str, ...], directory: Path,
-    version: str = "",
-) -> Path:  # fmt: skip
-    """A shared library, compiled unless it is there: it is named by all that it depends on."""
-    files = {name: (resources.files("jrnn.schedules.native") / name).read_text() for name in (*sources, *headers)}
-    files["cell.h"] = cell
-    # The processor too: the code is for the one it is compiled on.
-    parts = (*files.values(), _version(compiler() or ""), *FLAGS, version, _processor())
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    target = directory / f"jrnn_{stem}_{digest}.so"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=directory) as work:
-        for name, text in files.items():
-            (Path(work) / name).write_text(text)
-        command = (str(compiler()), *FLAGS, *flags, f"-I{work}")
-        _run([(*command, "-c", f"{work}/{name}", "-o", f"{work}/{name}.o") for name in sources])
-        made = f"{work}/{target.name}"
-        _run([(*command, "-shared", *(f"{work}/{name}.o" for name in sources), "-o", made)])
-        # Another process may have made it meanwhile: the same, put in place whole.
-        os.replace(made, target)
-    return target
+def _compile(library: Library, target: Path) -> None:
+    """Compiles a library and puts it in place whole; another process may have put the same there meanwhile."""
+    with cache.work(target.parent) as folder:
+        for name, text in library.files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        command = (library.compiler, *FLAGS, *library.flags, f"-I{folder}")
+        units = library.sources.items()
+        _run([(*command, *level, "-c", f"{folder / name}", "-o", f"{folder / name}.o") for name, level in units])
+        made = folder / target.name
+        _run([(*command, "-shared", *(f"{folder / name}.o" for name in library.sources), "-o", str(made))])
+        made.write_bytes(cache.seal(made.read_bytes()))
+        made.chmod(0o644)  # whatever the umask is: a library that a group can write to is not loaded
+        made.replace(target)
 
 
 def _run(commands: list[tuple[str, ...]]) -> None:
-    """Commands at once; raises where one fails."""
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    errors = [process.communicate()[1] for process in running]
+    """Runs commands at the same time; raises where one fails."""
+    # In the language of which "error:" is a word, and whatever bytes come with it.
+    environment = {**os.environ, "LC_ALL": "C"}
+    running = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", env=environment)
+        for command in commands
+    ]
+    try:
+        errors = [process.communicate()[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()  # nothing where it has ended
     for command, process, error in zip(commands, running, errors, strict=True):
         if process.returncode:
             raise RuntimeError(f"the C++ compiler failed: {error[:4000]}\n{' '.join(command)}")
@@ -158,13 +238,14 @@ def _run(commands: list[tuple[str, ...]]) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _version(path: str) -> str:
-    return subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    command = [path, "--version"]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False).stdout
 
 
 @functools.lru_cache(maxsize=1)
 def _processor() -> str:
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return platform.processor()
     wanted = ("model name", "flags", "Features")

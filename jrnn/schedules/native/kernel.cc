@@ -9,226 +9,11 @@
 
 #include <deque>
 
+#include "products.h"
 #include "threads.h"
 #include "vectors.h"
 
 namespace {
-
-// Rows of a block of the product: 2 MR accumulators.
-#if defined(__AVX512F__)
-constexpr int MR = 12;
-#else
-constexpr int MR = 6;
-#endif
-
-// --- products ----------------------------------------------------------------------------------------------------
-
-// A block of rows of the left factor (M, K) at the pointer it is taken with: rows apart, or K columns of M side by side.
-struct Rows {
-  long stride;
-  long at(long r, long k, int) const { return r * stride + k; }
-};
-struct Strip {
-  long at(long r, long k, int M) const { return k * M + r; }
-};
-
-// What a block of the product fetches into the second cache meanwhile: it is read next, and comes from far.
-struct Ahead {
-  const float* next = nullptr;
-  long lines = 0;  // of 64 bytes, for every STRIP of K
-};
-constexpr long STRIP = 32;
-
-// In a register, where compilers would rather load it again for every use.
-inline void keep(vf& v) {
-#if defined(__x86_64__)
-  __asm__("" : "+v"(v));
-#endif
-}
-
-// C (M, UB) = init + A B, with B a packed panel (K, UB); no init is zero.
-template <int M, class Left>
-inline void block(long K, const float* A, Left left, const float* B, const float* init, long ldi, float* C, long ldc,
-                  Ahead ahead) {
-  vf acc[M][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < M; ++r) {
-    acc[r][0] = init ? load(init + r * ldi) : vf{};
-    acc[r][1] = init ? load(init + r * ldi + VL) : vf{};
-  }
-  for (long k = 0; k < K;) {
-    for (long i = 0; i < ahead.lines; ++i, ahead.next += 16) __builtin_prefetch(ahead.next, 0, 2);
-    const long end = std::min(K, k + STRIP);
-#pragma GCC unroll 4
-    for (; k < end; ++k) {
-      vf b0 = load(B + k * UB), b1 = load(B + k * UB + VL);
-      keep(b0), keep(b1);
-#pragma GCC unroll 12
-      for (int r = 0; r < M; ++r) {
-        const vf a = splat(A[left.at(r, k, M)]);
-        acc[r][0] += a * b0;
-        acc[r][1] += a * b1;
-      }
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < M; ++r) {
-    store(C + r * ldc, acc[r][0]);
-    store(C + r * ldc + VL, acc[r][1]);
-  }
-}
-
-template <class Left, int M = MR>
-inline void blocks(int rows, long K, const float* A, Left left, const float* B, const float* init, long ldi, float* C,
-                   long ldc, Ahead ahead = {}) {
-  if constexpr (M > 0) {
-    if (rows == M)
-      block<M>(K, A, left, B, init, ldi, C, ldc, ahead);
-    else
-      blocks<Left, M - 1>(rows, K, A, left, B, init, ldi, C, ldc, ahead);
-  }
-}
-
-// The same for any number of rows, A (rows, K) at a stride, in blocks as even as can be; `next` is the panel after this
-// one, where it is far.
-void multiply(long rows, long K, const float* A, long lda, const float* B, const float* init, long ldi, float* C,
-              long ldc, const float* next = nullptr) {
-  if (rows <= 0) return;  // a thread's share of fewer rows than threads
-  const long count = (rows + MR - 1) / MR, strips = (K + STRIP - 1) / STRIP;
-  const long lines = next ? (STRIP * UB / 16 + count - 1) / count : 0;
-  for (long i = 0, r = 0; i < count; ++i) {
-    const long m = (rows - r) / (count - i);
-    blocks(m, K, A + r * lda, Rows{lda}, B, init ? init + r * ldi : nullptr, ldi, C + r * ldc, ldc,
-           Ahead{next + i * strips * lines * 16, lines});
-    r += m;
-  }
-}
-
-// C (rows, count * UB) = init + A B for consecutive panels (K, UB) of a long K, in parts of it: so that what all panels
-// read of A stays in a near cache.
-void multiply_long(long rows, long K, const float* A, long lda, const float* B, long count, const float* init, long ldi,
-                   float* C, long ldc) {
-  const long parts = (K + 511) / 512;
-  for (long part = 0, k = 0; part < parts; ++part) {
-    const long depth = (K - k) / (parts - part);
-    for (long p = 0; p < count; ++p)
-      multiply(rows, depth, A + k, lda, B + (p * K + k) * UB, init ? init + p * UB : nullptr, ldi, C + p * UB, ldc,
-               B + (p + 1 < count ? (p + 1) * K + k : k + depth) * UB);
-    init = C, ldi = ldc;
-    k += depth;
-  }
-}
-
-// Where panels of a product of few rows begin and end: offsets from the pointers that it is given.
-struct Panels {
-  std::vector<long> from, to;  // from: of init, or none (-1), which is zero
-};
-
-// The same for at most FEW rows, whose accumulators for one panel are too few to wait for: P panels, K * UB apart, at
-// once, each in S sums over every S-th k.
-constexpr int FEW = 3;
-template <int M, int P, int S>
-inline void narrow(long K, const float* A, long lda, const float* B, const Panels& at, long p, const float* init,
-                   long ldi, float* C, long ldc) {
-  const long *from = &at.from[p], *to = &at.to[p];
-  vf acc[S][P][M][2];
-#pragma GCC unroll 4
-  for (int q = 0; q < P; ++q)
-#pragma GCC unroll 3
-    for (int r = 0; r < M; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        acc[0][q][r][v] = from[q] < 0 ? vf{} : load(init + from[q] + r * ldi + v * VL);
-#pragma GCC unroll 4
-        for (int s = 1; s < S; ++s) acc[s][q][r][v] = vf{};
-      }
-  const auto add = [&](vf(&sums)[P][M][2], long k) __attribute__((always_inline)) {
-#pragma GCC unroll 3
-    for (int r = 0; r < M; ++r) {
-      const vf a = splat(A[r * lda + k]);
-#pragma GCC unroll 8
-      for (int q = 0; q < P; ++q)
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) sums[q][r][v] += a * load(B + ((p + q) * K + k) * UB + v * VL);
-    }
-  };
-  long k = 0;
-  for (; k + S <= K; k += S)
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) add(acc[s], k + s);
-  for (; k < K; ++k) add(acc[0], k);
-#pragma GCC unroll 4
-  for (int q = 0; q < P; ++q)
-#pragma GCC unroll 3
-    for (int r = 0; r < M; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        vf sum = acc[0][q][r][v];
-#pragma GCC unroll 4
-        for (int s = 1; s < S; ++s) sum += acc[s][q][r][v];
-        store(C + to[q] + r * ldc + v * VL, sum);
-      }
-}
-
-template <int M>
-void narrow(long K, const float* A, long lda, const float* B, const Panels& at, long count, const float* init, long ldi,
-            float* C, long ldc) {
-  constexpr int P = M == 1 ? 4 : 2;
-  long p = 0;
-  for (; p + P <= count; p += P) narrow<M, P, 1>(K, A, lda, B, at, p, init, ldi, C, ldc);
-  if (P > 2 && p + 2 <= count) narrow<M, 2, 2>(K, A, lda, B, at, p, init, ldi, C, ldc), p += 2;
-  if (p < count) narrow<M, 1, P>(K, A, lda, B, at, p, init, ldi, C, ldc);
-}
-
-void narrow(long rows, long K, const float* A, long lda, const float* B, const Panels& at, long count,
-            const float* init, long ldi, float* C, long ldc) {
-  if (rows == 1) narrow<1>(K, A, lda, B, at, count, init, ldi, C, ldc);
-  if (rows == 2) narrow<2>(K, A, lda, B, at, count, init, ldi, C, ldc);
-  if (rows == 3) narrow<3>(K, A, lda, B, at, count, init, ldi, C, ldc);
-}
-
-// C += A B for M rows and B as it is given: K rows at a stride, in which each of `gates` has `units` columns. C has blocks
-// of units, `to` from one to the next and of each gate at its own place. B is read once, in order, R rows at a time.
-template <int M, int R>
-void stream(long K, const float* A, long lda, const float* B, long stride, long gates, long units, long blocks, float* C,
-            long ldc, long to, const int* place) {
-  for (long k = 0; k + R <= K; k += R) {
-    vf a[M][R];
-#pragma GCC unroll 3
-    for (int r = 0; r < M; ++r)
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) a[r][i] = splat(A[r * lda + k + i]);
-    for (long g = 0; g < gates; ++g)
-      for (long b = 0; b < blocks; ++b)
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
-          const float* row = B + k * stride + g * units + b * UB + v * VL;
-          float* c = C + b * to + place[g] * UB + v * VL;
-          vf sum[M];
-#pragma GCC unroll 3
-          for (int r = 0; r < M; ++r) sum[r] = load(c + r * ldc);
-#pragma GCC unroll 8
-          for (int i = 0; i < R; ++i) {
-            const vf w = load(row + i * stride);
-#pragma GCC unroll 3
-            for (int r = 0; r < M; ++r) sum[r] += a[r][i] * w;
-          }
-#pragma GCC unroll 3
-          for (int r = 0; r < M; ++r) store(c + r * ldc, sum[r]);
-        }
-  }
-  if constexpr (R > 1) {
-    const long whole = K / R * R;
-    stream<M, 1>(K - whole, A + whole, lda, B + whole * stride, stride, gates, units, blocks, C, ldc, to, place);
-  }
-}
-
-template <class... Arguments>
-void stream(long rows, Arguments... arguments) {
-  if (rows == 1) stream<1, 8>(arguments...);
-  if (rows == 2) stream<2, 4>(arguments...);
-  if (rows == 3) stream<3, 4>(arguments...);
-}
 
 // --- how threads share a run ---------------------------------------------------------------------------------------
 
@@ -284,26 +69,15 @@ void divide(const Run& run, Crew& crew, Function work) {
 
 // Columns of w (K, G * H), units of one block of one gate, as a panel (K, UB).
 void pack(const Run& run, const float* w, long K, long ub, long g, float* out) {
-  const long n = std::min<long>(UB, run.H - ub * UB);
-  const float* from = w + g * run.H + ub * UB;
-  for (long k = 0; k < K; ++k, from += run.width, out += UB) {
-    if (n == UB)
-      std::memcpy(out, from, 4 * UB);
-    else
-      for (long j = 0; j < UB; ++j) out[j] = j < n ? from[j] : 0.0f;
-  }
+  pack_columns(std::min<long>(UB, run.H - ub * UB), K, w + g * run.H + ub * UB, run.width, out);
 }
 
 // Rows first .. first + UB of w (K, G * H) as a panel (blocks * G * UB, UB) of its transpose.
 void pack_transposed(const Run& run, const float* w, long K, long first, float* out) {
-  const long n = std::min<long>(UB, K - first);
   for (long ub = 0; ub < run.blocks; ++ub)
-    for (long g = 0; g < run.G; ++g)
-      for (long c = 0; c < UB; ++c, out += UB) {
-        const long unit = ub * UB + c;
-        const float* from = w + first * run.width + g * run.H + unit;
-        for (long j = 0; j < UB; ++j) out[j] = j < n && unit < run.H ? from[j * run.width] : 0.0f;
-      }
+    for (long g = 0; g < run.G; ++g, out += UB * UB)
+      pack_rows(std::min<long>(UB, K - first), std::min<long>(UB, run.H - ub * UB),
+                w + first * run.width + g * run.H + ub * UB, run.width, out);
 }
 
 // Vectors (H) of theta, in whole blocks.
@@ -444,7 +218,7 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
           for (long n = n0; n < n1; ++n) {
             const float* from = (resets && resets[n] ? f.restart : old)[cell.hidden_state] + n * H;
             float* to = fed + (n - n0) * H;
-            for (long j = 0; j < H; ++j) to[j] = f.mask ? from[j] * f.mask[n * H + j] : from[j];
+            gather(1, H, from, H, f.mask ? f.mask + n * H : nullptr, to);
           }
           h = fed;
         }
@@ -518,9 +292,9 @@ void accumulate(const Run& run, long M, long K, const float* A, const float* B, 
   if (!fresh)
     for (long r = M; r < 2 * M; ++r)
       for (long j = 0; j < UB; j += 16) __builtin_prefetch(out + r * run.width + j, 1, 2);
-  if (n == UB) return blocks(M, K, A, Strip{}, B, fresh ? nullptr : out, run.width, out, run.width);
+  if (n == UB) return multiply_strip(M, K, A, B, fresh ? nullptr : out, run.width, out, run.width);
   float tile[MR * UB];
-  blocks(M, K, A, Strip{}, B, nullptr, 0, tile, UB);
+  multiply_strip(M, K, A, B, nullptr, 0, tile, UB);
   for (long r = 0; r < M; ++r)
     for (long j = 0; j < n; ++j) out[r * run.width + j] = tile[r * UB + j] + (fresh ? 0 : out[r * run.width + j]);
 }
@@ -639,19 +413,16 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
           const bool recurrent = s >= f_strips;
           const long k = (recurrent ? s - f_strips : s) * MR, m = std::min<long>(MR, (recurrent ? H : F) - k);
           float* to = (recurrent ? strips_h : strips_x) + k * most;
-          for (long r = 0; r < rows; ++r, to += m) {
-            const long t = low + r / N, n = r % N;
-            const float *from = f.x + (low * N + r) * F + k, *mask = nullptr;
-            if (recurrent) {
-              mask = f.mask ? f.mask + n * H + k : nullptr;
-              const bool opens = t == run.time(0);
-              const long before = run.reverse ? t + 1 : t - 1;
-              from = f.resets && f.resets[t * N + n] ? f.restart[h_state] + n * H
-                     : opens                         ? f.state[h_state] + n * H
-                                                     : f.after[h_state] + (before * f.kept_rows + n) * H;
-              from += k;
-            }
-            for (long j = 0; j < m; ++j) to[j] = mask ? from[j] * mask[j] : from[j];
+          if (!recurrent) gather(rows, m, f.x + low * N * F + k, F, nullptr, to);
+          for (long t = low; t < low + count && recurrent; ++t) {
+            const float* mask = f.mask ? f.mask + k : nullptr;
+            const long before = run.reverse ? t + 1 : t - 1;
+            const float* from = t == run.time(0) ? f.state[h_state] : f.after[h_state] + before * f.kept_rows * H;
+            gather(N, m, from + k, H, mask, to + (t - low) * N * m);
+            for (long n = 0; n < N && f.resets; ++n)
+              if (f.resets[t * N + n])
+                gather(1, m, f.restart[h_state] + n * H + k, H, mask ? mask + n * H : nullptr,
+                       to + ((t - low) * N + n) * m);
           }
         }
       }
@@ -676,20 +447,14 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
         if (p0 == p1) break;
         for (long p = p0; p < p1; ++p) {
           const long ub = p / G, column = p % G * H + ub * UB;
-          vf sum[2] = {};
-          for (long r = 0; r < rows; ++r)
-            for (int v = 0; v < 2; ++v) {
-              const vf d = load(du + r * row + p * UB + v * VL);
-              store(panel + r * UB + v * VL, d);
-              sum[v] += d;
-            }
+          float sum[UB];
+          gather_block(rows, du + p * UB, row, panel, sum);
           for (long j = 0; j < UB && ub * UB + j < H; ++j)
-            f.db[column + j] = sum[j / VL][j % VL] + (fresh ? 0 : f.db[column + j]);
+            f.db[column + j] = sum[j] + (fresh ? 0 : f.db[column + j]);
           for (long k = 0; k < F; k += MR)
             accumulate(run, std::min<long>(MR, F - k), rows, strips_x + k * most, panel, ub, fresh,
                        f.dw_ih + k * run.width + column);
-          if (apart)
-            for (long r = 0; r < rows; ++r) std::memcpy(panel + r * UB, dv + r * row + p * UB, 4 * UB);
+          if (apart) gather_block(rows, dv + p * UB, row, panel, nullptr);
           for (long k = 0; k < H; k += MR)
             accumulate(run, std::min<long>(MR, H - k), rows, strips_h + k * most, panel, ub, fresh,
                        f.dw_hh + k * run.width + column);
