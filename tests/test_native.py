@@ -1,6 +1,7 @@
 """The compiled loop: equal to the plain scan, in values and every gradient, whatever the gates and the threads."""
 
 import dataclasses
+import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, NamedTuple
@@ -437,10 +438,12 @@ SIZED = {
     "clipped": lambda z, k: jnp.tanh(z) * clipped(k),
     "sequences": lambda z, k: jnp.tanh(z) * jnp.arange(z.size, dtype=z.dtype).reshape(z.shape) / z.size,
 }
-Named = {
-    names: NamedTuple(f"Named{i}", [("h", Any), *((name, Any) for name in names)])
-    for i, names in enumerate(((), tuple(GATES), tuple(SIZED)))
-}
+
+
+@functools.cache
+def named(names):
+    """The state with a field for each name: one type, however often it is asked for."""
+    return NamedTuple("Named", [("h", Any), *((name, Any) for name in names)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -456,7 +459,7 @@ class Gated(jrnn.AffineCell):
 
     @property
     def state_type(self):
-        return Named.get(self.names) or NamedTuple("Own", [("h", Any), *((name, Any) for name in self.names)])
+        return named(self.names)
 
     def init_theta(self, key):
         return {"k": 1 + 0.1 * jax.random.normal(key, (self.hidden,))}
