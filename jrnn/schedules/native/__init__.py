@@ -98,7 +98,7 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
     time, *batch, features = xs.shape
     if not xs.size:
         return _empty(xs, state)
-    restart = restarts(cell, params, xs, steps)
+    restart = restarts(cell, params, xs, state, steps)
     params = compute_params(params, xs.dtype)
     count = math.prod(batch)
     length = steps.chunk(time)
