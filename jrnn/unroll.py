@@ -45,8 +45,8 @@ def unroll(
     the state by the initial state before ``xs[t]`` is consumed; no value and no gradient passes a reset. A reset at an
     invalid step is padding too, and ignored.
 
-    Batches may lie over the devices of a mesh. Where its axes are Explicit (`jax.set_mesh`), the state, lengths, mask and
-    resets are moved to lie as the inputs do, by batch, and so do the results.
+    Batches may lie over the devices of a mesh. Where its axes are Explicit (`jax.set_mesh`), the state, lengths, mask
+    and resets are moved to lie as the inputs do, by batch, and so do the results.
 
     Args:
       cell: a layer: a cell, `jrnn.dense`, `jrnn.stack`, … or one of your own.
