@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
-__all__ = ["default_device", "is_placed", "varying_as"]
+__all__ = ["batch_spec", "default_device", "is_placed", "knows_mesh", "one_step", "placed", "placed_as", "varying_as"]
 
 
 def default_device() -> Any:
@@ -26,12 +27,57 @@ def varying_as(tree: Any, *like: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, tuple(wanted - _axes(leaf)), to="varying"), tree)
 
 
-def is_placed(leaf: Any) -> bool:
-    """Whether an array's type says where it lies: on a mesh with explicit axes, or inside `jax.shard_map`."""
-    if not hasattr(leaf, "dtype"):
-        return False
-    mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
-    return bool(getattr(mesh, "axis_types", None)) or bool(_axes(leaf))
+# --- meshes whose axes are Explicit: how an array lies over the devices is a part of its type ------------------------
+
+
+def is_placed(a: Any) -> bool:
+    """Whether an array's type says how it lies over the devices of a mesh."""
+    mesh = getattr(getattr(jax.typeof(a), "sharding", None), "mesh", None)
+    return any(kind != jax.sharding.AxisType.Auto for kind in getattr(mesh, "axis_types", None) or ())
+
+
+def batch_spec(ndim: int, *, states: Any = (), sequences: Any = ()) -> tuple[Any, ...] | None:
+    """The mesh axes over which the batch axes of arrays ``(*B, ...)`` and ``(T, *B, ...)`` lie, or None without any.
+
+    Where arrays differ, the first that lies over some mesh axis decides, for each batch axis by itself.
+    """
+    leaves = [(leaf, 1) for leaf in jax.tree.leaves(sequences)] + [(leaf, 0) for leaf in jax.tree.leaves(states)]
+    specs = [tuple(_spec(leaf)[lead : lead + ndim]) for leaf, lead in leaves if is_placed(leaf)]
+    found = [next((axis for axis in axes if axis is not None), None) for axes in zip(*specs, strict=True)]
+    return tuple(found) if any(axis is not None for axis in found) else None
+
+
+def placed(tree: Any, batch: tuple[Any, ...] | None, lead: int) -> Any:
+    """A tree whose leaves ``(*B, ...)``, or with a ``lead`` of 1 ``(T, *B, ...)``, lie over the given mesh axes."""
+    if batch is None:
+        return tree
+    return jax.tree.map(lambda a: _moved(a, (*_spec(a)[:lead], *batch, *_spec(a)[lead + len(batch) :])), tree)
+
+
+def placed_as(tree: Any, like: Any) -> Any:
+    """A tree whose leaves lie as those of ``like``, arrays or a `jax.ShapeDtypeStruct` each."""
+    return jax.tree.map(lambda a, b: _moved(a, _spec(b)) if is_placed(b) else a, tree, like)
+
+
+def one_step(xs: Any) -> jax.ShapeDtypeStruct:
+    """The shape, the dtype and the place of one step of ``xs (T, ...)``."""
+    sharding = NamedSharding(jax.typeof(xs).sharding.mesh, PartitionSpec(*_spec(xs)[1:])) if is_placed(xs) else None
+    return jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype, sharding=sharding)
+
+
+def _spec(a: Any) -> tuple[Any, ...]:
+    """The mesh axis, or axes, of each axis of an array; None where it is whole on every device."""
+    spec = tuple(jax.typeof(a).sharding.spec)
+    return spec + (None,) * (a.ndim - len(spec))
+
+
+def _moved(a: Any, spec: tuple[Any, ...]) -> Any:
+    return a if spec == _spec(a) else jax.sharding.reshard(a, PartitionSpec(*spec))
+
+
+def knows_mesh(leaf: Any) -> bool:
+    """Whether an array's type knows of a mesh: it lies over Explicit axes, or is inside `jax.shard_map`."""
+    return hasattr(leaf, "dtype") and (is_placed(leaf) or bool(_axes(leaf)))
 
 
 def _axes(leaf: Any) -> frozenset[str]:

@@ -12,12 +12,15 @@ from typing import Any
 import jax
 from jax import lax
 
+from jrnn._device import is_placed
+
 __all__ = ["weigh"]
 
 
 def weigh(x: jax.Array, w: jax.Array) -> jax.Array:
     """``x @ w`` over the last axis of x and the first of w: ``(*B, F), (F, K) -> (*B, K)``, floats of one dtype."""
-    return _dot(x, w) if _weigh_p is None or _is_placed(x) or _is_placed(w) else _weigh_p.bind(x, w)
+    # A primitive of one's own has no rule for how its result lies over a mesh.
+    return _dot(x, w) if _weigh_p is None or is_placed(x) or is_placed(w) else _weigh_p.bind(x, w)
 
 
 def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -31,12 +34,6 @@ def _for_x(ct: jax.Array, x: Any, w: jax.Array) -> jax.Array:
 def _for_w(ct: jax.Array, x: jax.Array, w: Any) -> jax.Array:
     batch = tuple(range(x.ndim - 1))
     return lax.dot_general(x, ct, ((batch, batch), ((), ())))
-
-
-def _is_placed(a: Any) -> bool:
-    """Whether an array's type says how it lies over devices, which a primitive of one's own knows nothing of."""
-    mesh = getattr(getattr(jax.typeof(a), "sharding", None), "mesh", None)
-    return any(kind != jax.sharding.AxisType.Auto for kind in getattr(mesh, "axis_types", None) or ())
 
 
 def _primitive() -> Any:

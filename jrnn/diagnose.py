@@ -688,7 +688,7 @@ class _Tap(Layer):
             new, out = step(params, old, p, extra, key)
             return (new if valid is None else select(valid, new, old)), out
 
-        restart = restarts(self.cell, params, xs, steps)
+        restart = restarts(self.cell, params, xs, state, steps)
         inputs = lambda w, xs: (project(w, xs), extra, run.steps.valid)
         return scan(self.cell, params, xs, state, restart, steps, inputs, held)
 

@@ -23,9 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jrnn._check import readable
+from jrnn._device import batch_spec, is_placed, placed
 from jrnn.sequence import _booleans, _check_lengths, _integers, _known_steps, _trailing, valid_steps
 
 __all__ = [
@@ -214,7 +216,11 @@ def ctc(
             raise ValueError(f"labels: expected none to be the blank, {blank}; shift them, or choose another blank.")
 
     (scores,) = _widen(scores)
-    return _ctc(scores, jnp.asarray(lengths), spelling, jnp.asarray(label_lengths), counted, blank=int(blank))
+    arrays = (scores, jnp.asarray(lengths), spelling, jnp.asarray(label_lengths), counted)
+    run = functools.partial(_ctc, blank=int(blank))
+    if any(map(is_placed, arrays)):  # Optax's loop has no types for arrays that lie over a mesh
+        run = jax.sharding.auto_axes(run, out_sharding=PartitionSpec())
+    return run(*arrays)
 
 
 def l1(params: Any, select: str | Sequence[str] | Callable[[Path], bool] | None = None) -> jax.Array:
@@ -359,6 +365,7 @@ def _elementwise(
             f"{second}: expected shape {a.shape}, that of {first}, got {b.shape}; nothing is broadcast, so add or "
             f"remove the axis that differs, as in `{second}[..., None]` or `{first}[..., 0]`."
         )
+    a, b = _together(a.ndim, a, b)
     valid = _valid(mask, a.shape, first)
     a, b = _masked(valid, *_widen(a, b))
     return a, b, valid
@@ -393,8 +400,13 @@ def _classification(
         scores, wanted = _widen(scores, wanted)
     else:
         raise TypeError(f"labels: expected integer class ids or float probabilities, got {wanted.dtype}.")
-    scores, wanted = _masked(valid, scores, wanted)
+    scores, wanted = _masked(valid, *_together(len(leading), scores, wanted))
     return scores, wanted, valid
+
+
+def _together(ndim: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays whose first `ndim` axes lie alike over the devices of a mesh."""
+    return placed(arrays, batch_spec(ndim, states=arrays), 0)
 
 
 def _valid(mask: ArrayLike | None, shape: tuple[int, ...], name: str) -> jax.Array | None:

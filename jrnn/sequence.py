@@ -20,6 +20,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jrnn._check import is_traced, readable
+from jrnn._device import batch_spec, placed
 
 __all__ = [
     "Bucket",
@@ -473,7 +474,8 @@ def reverse(xs: ArrayLike, lengths: ArrayLike | None = None) -> jax.Array:
     count = jnp.asarray(lengths).astype(jnp.int32)
     steps = jnp.arange(time, dtype=jnp.int32).reshape((time,) + (1,) * count.ndim)
     source = jnp.where(steps < count[None], count[None] - 1 - steps, steps)
-    return jnp.take_along_axis(xs, _trailing(source, xs.ndim), axis=0)
+    spec = batch_spec(count.ndim, sequences=xs, states=count)
+    return jnp.take_along_axis(placed(xs, spec, 1), _trailing(source, xs.ndim), axis=0)
 
 
 def _with_validity(
@@ -490,7 +492,9 @@ def _with_validity(
     batch_shape = ys.shape[1 : 1 + max(batch_axes, 0)]
     if lengths is not None:
         _check_lengths(lengths, ys.shape[0], batch_shape)
-    return ys, valid_steps(lengths, mask, ys.shape[0], batch_shape)
+    # Gathers want their operand to lie over a mesh as their indices do.
+    spec = batch_spec(len(batch_shape), sequences=(ys, mask), states=lengths)
+    return placed(ys, spec, 1), valid_steps(lengths, mask, ys.shape[0], batch_shape)
 
 
 def _known_steps(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn._check import same_form
+from jrnn._device import batch_spec, placed
 from jrnn.cells.base import Layer, check_state
 from jrnn.compose.combine import stepless
 from jrnn.unroll import choose_backend, unroll
@@ -31,7 +32,9 @@ def stepper(layer: Layer) -> Any:
     Returns:
       A jitted function, one and the same for equal layers. Its ``x`` is ``(*B, F)`` (integers ``(*B,)`` for models that
       begin with `jrnn.embed`), its ``y`` ``(*B, H)``. The state that it is given is donated: its buffers are
-      reused, so go on with the state returned, and copy what else you want to keep.
+      reused, so go on with the state returned, and copy what else you want to keep. Over a mesh whose axes are
+      Explicit, let the first state lie as ``x`` does, as in ``jax.device_put(state, PartitionSpec("data"))``, or its
+      buffers cannot be reused.
 
     Raises:
       TypeError: where the layer has no step.
@@ -64,6 +67,7 @@ def _stepper(layer: Layer) -> Any:
     def step(params: Any, state: Any, x: Any, key: Any = None) -> tuple[Any, jax.Array]:
         x = jnp.asarray(x)
         check_state(layer, params, state, x)
+        state = placed(state, batch_spec(x.ndim - layer.event_ndim, states=x), 0)
         if key is None and _is_compiled_whole(layer, params, state, x):
             state, ys = unroll(layer, params, x[None], state)
             return state, ys[0]

@@ -14,7 +14,7 @@ from jax import lax
 
 from jrnn import sequence
 from jrnn._check import as_tree, describe, is_traced, readable, same_form
-from jrnn._device import varying_as
+from jrnn._device import batch_spec, one_step, placed, placed_as, varying_as
 from jrnn.cells.base import Layer
 from jrnn.run.step import Step, read_step
 from jrnn.schedules import SCHEDULES, choose
@@ -47,6 +47,9 @@ def unroll(
     and nothing that stands there matters, NaN included: not to outputs, states or gradients. ``resets[t]`` replaces
     the state by the initial state before ``xs[t]`` is consumed; no value and no gradient passes a reset. A reset at an
     invalid step is padding too, and ignored.
+
+    Batches may lie over the devices of a mesh. Where its axes are Explicit (`jax.set_mesh`), the state, lengths, mask
+    and resets are moved to lie as the inputs do, by batch, and so do the results.
 
     Args:
       cell: a layer: a cell, `jrnn.dense`, `jrnn.stack`, … or one of your own.
@@ -185,6 +188,9 @@ def _unroll(
         state = cell.initial_state(params, batch_shape)
     else:
         _check_state(cell, state, initial)
+    if spec := batch_spec(len(batch_shape), sequences=(xs, mask, resets), states=(state, lengths)):
+        lengths = placed(lengths, spec, 0)
+        xs, mask, resets = placed((xs, mask, resets), spec, 1)
     valid = sequence.valid_steps(lengths, mask, xs.shape[0], batch_shape)
     if valid is not None:
         # Zero before the cell sees it: a NaN that is only hidden afterwards still has a NaN gradient.
@@ -267,11 +273,12 @@ class Run:
 
     def scan(self, cell: Layer, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
         """Runs a recurrent layer step by step, by the schedule that suits it."""
-        x = jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype)
         # The key of a model, where other layers use it, is none to a cell that is known to use none.
         steps = replace(self.steps, key=None) if cell.uses_key is False else self.steps
-        check_step(cell, params, x, state, steps.key)
-        loop, name, reason = self._loop(cell, params, xs, x, state, steps)
+        # What a loop carries keeps its type, which may say how it lies over a mesh: as inputs do, or a step leaves it.
+        state = placed(state, batch_spec(len(self.batch_shape), sequences=xs), 0)
+        state = placed_as(state, check_step(cell, params, one_step(xs), state, steps.key))
+        loop, name, reason = self._loop(cell, params, xs, state, steps)
         self.chosen.append((cell, name, reason))
         state = varying_as(state, params, xs, steps.valid, steps.resets, steps.key)
         if steps.valid is None or not xs.shape[0]:
@@ -279,17 +286,17 @@ class Run:
         # A state that no valid step consumes stays out of the loop: held over invalid steps, a NaN in it would meet
         # the zero gradients of those steps.
         met, any_valid = steps.meets(), steps.valid.any(0)
-        restart = cell.initial_state(params, self.batch_shape)
+        restart = placed_as(cell.initial_state(params, self.batch_shape), state)
         last, ys = loop(select(met, state, restart))
         return select(any_valid, last, state), ys
 
     def _loop(
-        self, cell: Layer, params: Any, xs: jax.Array, x: Any, state: Any, steps: Steps
+        self, cell: Layer, params: Any, xs: jax.Array, state: Any, steps: Steps
     ) -> tuple[Callable[[Any], tuple[Any, Any]], str, str]:
         """The loop over all steps, as a function of the state before it; and which schedule that is, and why."""
         note = ""
         if self._reads(cell, xs):
-            step = read_step(cell, params, x, state, steps)
+            step = read_step(cell, params, one_step(xs), state, steps)
             if isinstance(step, Step):
                 name, reason = step.choose(state, xs, steps, self.backend)
                 if name is not None:

@@ -12,7 +12,7 @@ from tests.cases import CASES
 pytestmark = pytest.mark.usefixtures("quick_compilation", "strict_ranks")
 
 # Users' own steps, in which a vector meets a batch.
-OWN = {"step_only", "counting", "variational_step_only"}
+OWN = {"step_only", "counting", "variational_step_only", "rotating", "drawing_decoder"}
 RNG = np.random.default_rng(0)
 XS = np.asarray(RNG.normal(size=(6, 2, 3)), np.float32)
 LENGTHS, MASK = np.array([6, 3]), RNG.random((6, 2)) < 0.7
@@ -39,7 +39,7 @@ def test_every_way_to_run_is_traced(case):
     """Options that the law above leaves out, with gradients; ranks are checked where a program is traced."""
     layer = case.layer
     params = jax.eval_shape(lambda: layer.init(jax.random.key(0), case.in_features))
-    xs = np.zeros((6, 2), np.int32) if layer.event_ndim == 0 else jnp.asarray(XS, jnp.bfloat16)
+    xs = np.zeros((6, 2), np.int32) if layer.event_ndim == 0 else jnp.asarray(XS[..., : case.in_features], jnp.bfloat16)
     flags = {"lengths": LENGTHS, "mask": MASK, "resets": ~MASK}
     key = None if layer.uses_key is False else jax.random.key(0)
     runs = [{"remat": 2}, {"reverse": True, "key": key}, {"backend": "reference", **flags}, {"remat": "sqrt", **flags}]

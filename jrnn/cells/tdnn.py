@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jrnn import activations, initializers
 from jrnn._check import batch_axes, positive_int
@@ -79,9 +80,10 @@ class TDNN(Cell):
         delays = (self.window - 1) * self.dilation
         padding = [(0, 0)] * (p.ndim - 2)
         later = p[..., 1:, :]
-        if self.dilation > 1:  # tap k belongs k * dilation steps on: zeros between the taps
-            shape = (*p.shape[:-2], delays, p.shape[-1])
-            later = jnp.zeros(shape, p.dtype).at[..., self.dilation - 1 :: self.dilation, :].set(later)
+        if delays and self.dilation > 1:  # tap k belongs k * dilation steps on: zeros before and between the taps
+            zeros = self.dilation - 1
+            config = [*((0, 0, 0) for _ in padding), (zeros, 0, zeros), (0, 0, 0)]
+            later = lax.pad(later, jnp.zeros((), p.dtype), config)
         queue = jnp.pad(state.pending, [*padding, (0, 1), (0, 0)])
         y = queue[..., 0, :] + p[..., 0, :]
         y = activations.resolve(self.activation)(y + vector(params["b"], y))

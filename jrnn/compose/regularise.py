@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn._check import describe, rate
+from jrnn._device import placed_as
 from jrnn.cells.base import (
     AffineCell,
     Cell,
@@ -222,7 +223,7 @@ class Zoneout(Wrapper):
             if key is None:
                 fields[name] = zone * was + (1 - zone) * now
             else:
-                kept = jax.random.bernoulli(jax.random.fold_in(key, i + 1), zone, now.shape)
+                kept = placed_as(jax.random.bernoulli(jax.random.fold_in(key, i + 1), zone, now.shape), now)
                 fields[name] = jnp.where(kept, was, now)
         return new._replace(**fields)
 

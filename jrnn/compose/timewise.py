@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jrnn import _check, activations, initializers
 from jrnn._check import batch_axes, describe, positive_int, rate, readable
+from jrnn._device import is_placed
 from jrnn.cells import norm
 from jrnn.cells.base import Layer, check_features, check_named, compute_params, emitted, product, stable, vector
 from jrnn.sequence import _known_steps
@@ -147,7 +149,9 @@ class Embed(Timewise):
     def apply(self, params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         # An id outside the vocabulary cannot raise in compiled code: NaN shows itself, a neighbour's row would not.
         known = (x >= 0) & (x < self.vocab)
-        rows = jnp.take(params["w"], jnp.where(known, x, 0), axis=0, mode="clip")
+        # Over a mesh, rows lie as their ids do.
+        sharding = PartitionSpec(*jax.typeof(x).sharding.spec, None) if is_placed(x) else None
+        rows = params["w"].at[jnp.where(known, x, 0)].get(mode="clip", out_sharding=sharding)
         return jnp.where(known[..., None], rows, jnp.nan)
 
     def check_values(self, xs: Any, lengths: Any, mask: Any) -> None:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jrnn._device import default_device
+from jrnn._device import default_device, is_placed
 from jrnn.cells.base import emitted_fields, product, side_by_side
 from jrnn.schedules import promises
 from jrnn.schedules.layout import Rows, Units
@@ -139,7 +139,8 @@ def make_plan(cell: Any, inputs: Inputs, steps: Steps) -> Plan:
     # Elsewhere than on a CPU other layouts were never measured, and two parts are twice the launches.
     quiet = steps.key is None or not cell.draws_at_steps  # where a key is used the axes' order would show
     several = known and quiet and count >= LIMITS.sequences and default_device().platform == "cpu"
-    if several and promises.elementwise(cell, inputs.theta, inputs.state):
+    placed = any(map(is_placed, jax.tree.leaves((inputs.xs, inputs.state))))  # other layouts cut or join the batch
+    if several and not placed and promises.elementwise(cell, inputs.theta, inputs.state):
         in_parts = count % 2 == 0 and count >= LIMITS.parts_sequences and count * hidden >= LIMITS.parts
         forward = Units(2 if in_parts else 1) if count * hidden >= LIMITS.units else Rows()
         backward = Units() if hidden >= LIMITS.backward else Rows()

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
+from jrnn._device import is_placed
 from jrnn.cells.lstm import LSTM
 from jrnn.schedules.steps import Steps, checkpointed, expand, select
 
@@ -35,6 +36,8 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
         return False, "cuDNN takes at least one input feature"
     if steps.resets is not None:
         return False, "cuDNN cannot restart inside a sequence, as resets ask"
+    if any(map(is_placed, jax.tree.leaves((params, xs)))):
+        return False, "the axes of a mesh are Explicit, and cuDNN knows nothing of arrays that lie over one"
     missing = unavailable()
     if missing is not None:
         return False, missing

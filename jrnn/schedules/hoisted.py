@@ -18,7 +18,7 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
 
 
 def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tuple[Any, jax.Array]:
-    restart = restarts(cell, params, xs, steps)
+    restart = restarts(cell, params, xs, state, steps)
     params = compute_params(params, xs.dtype)
     if getattr(cell, "is_affine", False):
         state, ys = affine.run(cell, params, xs, state, restart, steps)

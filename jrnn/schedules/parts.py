@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jrnn._device import is_placed
+from jrnn._device import knows_mesh
 from jrnn.jaxprs.blocks import Refusal
 from jrnn.jaxprs.flat import Program, bind, evaluate, flatten
 from jrnn.jaxprs.recipes import INVARIANT
@@ -116,7 +116,7 @@ def trace(f: Callable[[Any, Any], Any], init: Any, x: Any, operands: Any = ()) -
     """
     if not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(init)):
         raise Refusal("its carry has leaves that are not arrays")
-    if any(map(is_placed, jax.tree.leaves((init, operands)))):
+    if any(map(knows_mesh, jax.tree.leaves((init, x, operands)))):
         raise Refusal("its operands lie on a mesh")
     try:
         closed, out = jax.make_jaxpr(f, return_shape=True)(init, x)
@@ -131,7 +131,7 @@ def trace(f: Callable[[Any, Any], Any], init: Any, x: Any, operands: Any = ()) -
     if not (isinstance(out, tuple) and len(out) == 2) or trees[0] != trees[1]:
         raise Refusal("it does not return a carry like the one it is given, and an output")
     program, consts = flatten(closed)
-    if any(map(is_placed, consts)):
+    if any(map(knows_mesh, consts)):
         raise Refusal("its constants lie on a mesh")
     leaves = jax.tree.leaves(init)
     old = program.forms[len(consts) : len(consts) + len(leaves)]

@@ -16,6 +16,6 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
 
 def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tuple[Any, jax.Array]:
     state, ys = scan(
-        cell, params, xs, state, restarts(cell, params, xs, steps), steps, lambda params, xs: xs, cell.step
+        cell, params, xs, state, restarts(cell, params, xs, state, steps), steps, lambda params, xs: xs, cell.step
     )
     return state, emitted(ys, xs)

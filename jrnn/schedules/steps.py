@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn._check import describe, same_form
+from jrnn._device import placed_as
 
 # Times are folded in as 32-bit unsigned integers; the last of them is kept for what is drawn once per sequence.
 SEQUENCE = 0xFFFFFFFF
@@ -110,9 +111,11 @@ def select(flags: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(expand(flags, o), n, o), new, old)
 
 
-def restarts(cell: Any, params: Any, xs: jax.Array, steps: Steps) -> Any:
+def restarts(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> Any:
     """The state that a reset restores, or None where nothing resets; of parameters that are not yet rounded."""
-    return None if steps.resets is None else cell.initial_state(params, xs.shape[1 : xs.ndim - cell.event_ndim])
+    if steps.resets is None:
+        return None
+    return placed_as(cell.initial_state(params, xs.shape[1 : xs.ndim - cell.event_ndim]), state)
 
 
 def zeroed(valid: jax.Array, tree: Any) -> Any:
@@ -196,8 +199,12 @@ def chunked(segment: Any, state: Any, inputs: Any, length: int, chunk: int, reve
     return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), earlier, later)
 
 
-def check_step(cell: Any, params: Any, x: Any, state: Any, key: Any) -> None:
-    """Raises where a step does not keep the form of its state, or draws what is drawn once per sequence."""
+def check_step(cell: Any, params: Any, x: Any, state: Any, key: Any) -> Any:
+    """The form of the state after a step.
+
+    Raises where structure, shapes and dtypes are not those of the state before, and where the step draws what is drawn
+    once per sequence.
+    """
     traced, (new, _) = jax.make_jaxpr(cell.step, return_shape=True)(params, state, x, key)
     if _calls(traced.jaxpr, "draw_in_step"):  # see `jrnn.cells.base.draw_in_step`
         raise TypeError(
@@ -211,6 +218,7 @@ def check_step(cell: Any, params: Any, x: Any, state: Any, key: Any) -> None:
             f"cell: expected the step of {cell!r} to return a state like the one it was given, {describe(state)}, got "
             f"{describe(new)}; a state keeps its structure, shapes and dtypes from step to step"
         )
+    return new
 
 
 def _calls(jaxpr: Any, name: str) -> bool:

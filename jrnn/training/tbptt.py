@@ -19,6 +19,7 @@ import optax
 
 from jrnn import sequence
 from jrnn._check import is_traced, positive_int
+from jrnn._device import batch_spec, placed
 from jrnn.cells.base import Layer
 from jrnn.compose.combine import Bidirectional
 from jrnn.training.step import Metrics, Step, TrainState, check_function, check_optimizer, split_loss
@@ -164,7 +165,9 @@ class TBPTTStep(Step):
         return loss, (carry, aux)
 
     def initial_carry(self, params: Any, batch: Chunk) -> Any:
-        return self.model.initial_state(params, self._batch_shape(batch.xs))
+        batch_shape = self._batch_shape(batch.xs)
+        spec = batch_spec(len(batch_shape), sequences=batch.xs)
+        return placed(self.model.initial_state(params, batch_shape), spec, 0)
 
     def carry_structure(self, params: Any) -> Any:
         return jax.tree.structure(jax.eval_shape(lambda params: self.model.initial_state(params, ()), params))

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrnn._device import default_device
+from jrnn._device import default_device, is_placed
 from jrnn.cells.base import compute_params, emitted
 from jrnn.schedules import promises
 from jrnn.schedules.kernels import body, rule
@@ -60,6 +60,8 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps, target: Target | None 
         return False, "a kernel takes the library's two products and the cell's gates, and this cell has its own step"
     if cell.emits != "h":
         return False, f"a kernel puts out the field h of the state, and the cell emits {cell.emits!r}"
+    if any(map(is_placed, jax.tree.leaves((params, xs)))):
+        return False, "the axes of a mesh are Explicit, and a kernel knows nothing of arrays that lie over one"
     if steps.key is not None or cell.recurrent_mask(params) is not None:
         return False, "a kernel has no randomness: pass key=None"
 
@@ -88,7 +90,7 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps, target:
     target = target or present()
     if target is None:
         raise ValueError(f"backend: expected a Hopper GPU or a TPU for 'kernel', got {describe(default_device())}")
-    restart = restarts(cell, params, xs, steps)
+    restart = restarts(cell, params, xs, state, steps)
     params = compute_params(params, xs.dtype)
     batch = xs.shape[1:-1]
     theta, w_hh = cell.theta(params), cell.recurrent_weights(params)

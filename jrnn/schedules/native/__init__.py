@@ -96,7 +96,7 @@ def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tupl
     16-bit inputs and weights are as exact in float32, in which this processor multiplies faster.
     """
     time, *batch, features = xs.shape
-    restart = restarts(cell, params, xs, steps)
+    restart = restarts(cell, params, xs, state, steps)
     count = math.prod(batch)
     if time == 0 or count == 0:
         return _empty(cell, xs, state)
