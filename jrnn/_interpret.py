@@ -17,7 +17,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from jrnn.schedules import promises
+from jrnn.jaxprs.primitives import called
 
 __all__ = ["call"]
 
@@ -86,7 +86,7 @@ def _run(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
         name, params, values = eqn.primitive.name, eqn.params, [read(atom) for atom in eqn.invars]
         if name == "scan":
             outs = _scan(eqn, values)
-        elif (program := promises.called(eqn)) is not None:
+        elif (program := called(eqn)) is not None:
             outs = _run(*program, values)
         elif name in _NUMPY and all(_is_plain(value) for value in values):
             outs = _NUMPY[name](params, *values)

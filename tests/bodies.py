@@ -192,6 +192,17 @@ def scaled(key, F, H, batch):
     return weights(key, x=(F, H), h=(H, H)), start(batch, H), step
 
 
+def stopped(key, F, H, batch):
+    """Gradients stopped among the gates, and a part of the state behind a barrier."""
+
+    def step(w, h, x):
+        u, v = x @ w["x"], h @ w["h"]
+        h = jnp.tanh(u + jax.lax.stop_gradient(v)) + 0.3 * jnp.sin(v) + jax.lax.stop_gradient(h)
+        return h, h
+
+    return weights(key, x=(F, H), h=(H, H)), start(batch, H), step
+
+
 def fixed_carry(key, F, H, batch):
     """Weights in the carry, which no step changes."""
     w, h, plain = elman(key, F, H, batch)
@@ -372,6 +383,7 @@ BODIES = (
     Body("checkpointed", checkpointed),
     Body("projected_input", projected_input, batches=NO_BATCH, native="input projection itself"),
     Body("scaled", scaled),
+    Body("stopped", stopped),
     Body("fixed_carry", fixed_carry),
     Body("random_mask", random_mask),
     Body("memory_readout", memory_readout),

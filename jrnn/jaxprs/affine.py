@@ -297,7 +297,7 @@ class _Reader:
     def _follow(self, op: Op) -> None:
         out = op.outs[0]
         same = op.name == "convert_element_type" and self.program.form(op.ins[0])[1] == self.program.forms[out][1]
-        if same or op.name in ("copy", "copy_p"):
+        if same or op.name in ("copy", "copy_p"):  # and not stop_gradient, which has a derivative of its own
             self.values[out] = self._value(op.ins[0])
         elif op.name == "dot_general":
             self.values[out] = self._product(op)

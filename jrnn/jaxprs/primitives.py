@@ -5,18 +5,24 @@ An operation that is not in the table makes the part of a program that it stands
 
 from __future__ import annotations
 
-__all__ = ["CALLS", "ELEMENTWISE", "INLINED", "UNMAPPABLE"]
+from typing import Any
+
+__all__ = ["CALLS", "ELEMENTWISE", "INLINED", "SAME", "UNMAPPABLE", "called"]
 
 # Operations that act on each element by itself, in whatever order the axes of their operands stand.
 # fmt: off
 ELEMENTWISE = frozenset((
-    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp",
-    "convert_element_type", "copy", "copy_p", "cos", "cosh", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2",
-    "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max",
-    "min", "mul", "ne", "neg", "nextafter", "not", "or", "pow", "rem", "round", "rsqrt", "select_n", "sign", "sin",
-    "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e",
+    "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "convert_element_type", "copy", "copy_p",
+    "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt",
+    "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg",
+    "nextafter", "not", "one_minus_square", "or", "polynomial", "population_count", "pow", "reduce_precision", "rem",
+    "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh",
+    "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
 ))
 # fmt: on
+# Those among them whose values are those of their operand; the derivative of `stop_gradient` is not.
+SAME = frozenset(("copy", "copy_p", "stop_gradient"))
 
 # Operations that only call another program, by the name of the parameter that holds it.
 CALLS = {
@@ -46,3 +52,9 @@ UNMAPPABLE = frozenset((
     "shard_map", "psum", "all_gather", "linear_solve", "custom_linear_solve", "sort", "top_k", "fft",
     "optimization_barrier",
 ))  # fmt: skip
+
+
+def called(eqn: Any) -> tuple[Any, Any] | None:
+    """The program that an operation does nothing but call, and its constants; None if it does something itself."""
+    inner = eqn.params.get(CALLS.get(eqn.primitive.name))
+    return None if inner is None else (getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()))

@@ -16,43 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrnn._check import same_form
+from jrnn.jaxprs.primitives import ELEMENTWISE, SAME, called
 
-# Operations that act on each element by itself.
-# fmt: off
-_ELEMENTWISE = frozenset((
-    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e",
-    "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "convert_element_type", "copy", "copy_p",
-    "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt",
-    "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg",
-    "nextafter", "not", "one_minus_square", "or", "polynomial", "population_count", "pow", "reduce_precision", "rem",
-    "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh",
-    "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
-))
-# fmt: on
-# Those among them that return their operand as it is.
-_SAME = frozenset(("copy", "copy_p", "stop_gradient"))
 # The places of operands in each of which by itself an operation is linear, and in all of which together it is.
 _LINEAR = {"convert_element_type": (0,), "div": (0,), "mul": (0, 1), "neg": (0,)}
 _SUMS = {"add": (0, 1), "add_any": (0, 1), "select_n": (1, 2), "sub": (0, 1)}
-# Operations that only call another program, by the name of the parameter that holds it.
-CALLS = {
-    "checkpoint": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vmap_call": "call",
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-}
-
-
-def called(eqn: Any) -> tuple[Any, Any] | None:
-    """The program that an operation does nothing but call, and its constants; None if it does something itself."""
-    inner = eqn.params.get(CALLS.get(eqn.primitive.name))
-    return None if inner is None else (getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()))
 
 
 def elementwise(cell: Any, theta: Any, state: Any) -> bool:
@@ -193,7 +161,7 @@ class Reader:
 
     def _outs(self, eqn: Any, values: list[_Value]) -> list[_Value]:
         name = eqn.primitive.name
-        if name == "optimization_barrier" or name in _SAME:
+        if name == "optimization_barrier" or name in SAME:
             return values
         if (program := called(eqn)) is not None:
             return self._run(*program, values)
@@ -212,7 +180,7 @@ class Reader:
             raise Unread(unknown)
         if (moved := _moved(eqn, values[0])) is not None:
             return [moved]
-        if name not in _ELEMENTWISE:
+        if name not in ELEMENTWISE:
             raise Unread(unknown)
         return [self._elementwise(eqn, values)]
 
@@ -311,7 +279,7 @@ def _folded(eqn: Any, arrays: list[Any]) -> list[Any]:
             inner[to] = arrays[0].shape[axis]
         return [np.broadcast_to(arrays[0].reshape(inner), eqn.params["shape"])]
     # Of one number, once is enough, however large the batch is.
-    uniform = name in _ELEMENTWISE and all(isinstance(a, np.ndarray) and not _strides(a) for a in arrays)
+    uniform = name in ELEMENTWISE and all(isinstance(a, np.ndarray) and not _strides(a) for a in arrays)
     if uniform:
         arrays = [a[(0,) * a.ndim] for a in arrays]
     try:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn.cells.base import product
-from jrnn.schedules import promises
+from jrnn.jaxprs.primitives import called
 from jrnn.schedules.kernels.plan import Plan, Steps
 from jrnn.schedules.read import unpack
 
@@ -153,7 +153,7 @@ def _run(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
 
     for eqn in jaxpr.eqns:
         name, values = eqn.primitive.name, [read(atom) for atom in eqn.invars]
-        if (program := promises.called(eqn)) is not None:
+        if (program := called(eqn)) is not None:
             outs = _run(*program, values)
         elif name in _REWRITTEN:
             outs = [_REWRITTEN[name](eqn.params, *values)]
