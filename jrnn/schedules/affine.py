@@ -288,7 +288,7 @@ def jvp_of(function: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
     if not moving:
         out = of()
-        return out, jnp.zeros_like(out)
+        return out, jax.tree.map(jnp.zeros_like, out)
     return jax.jvp(of, [leaves[i] for i in moving], [d[i] for i in moving])
 
 

@@ -32,6 +32,7 @@ from jrnn.jaxprs.blocks import Refusal
 from jrnn.jaxprs.flat import Program, bind, evaluate, flatten
 from jrnn.jaxprs.recipes import INVARIANT
 from jrnn.jaxprs.sites import Sites, read
+from jrnn.schedules.affine import jvp_of
 from jrnn.schedules.steps import Steps, checkpointed
 
 __all__ = ["Parts", "scan", "trace"]
@@ -271,7 +272,7 @@ def tangent(plan: Plan, given: Inputs, kept: Kept, d: Inputs) -> tuple[Any, Any,
 
             zeros = jax.tree.map(jnp.zeros_like, brackets)
             primals = (tuple(given.invariant), p, before, zeros)
-            return jvp_of_tree(at, primals, (tuple(dinvariant), dp, _floats(dstate), brackets))
+            return jvp_of(at, primals, (tuple(dinvariant), dp, _floats(dstate), brackets))[1]
 
         dnew, demitted, dvectors, dmade = moved(dstate, inputs)
         return dnew, (demitted, Kept(dstate, dvectors, dmade))
@@ -320,22 +321,6 @@ def _dense(primal: Any, t: Any) -> Any:
 def _whole(out: Any, t: Any) -> Any:
     """A tangent as JAX wants it, of a result that may be no float."""
     return np.zeros(jnp.shape(out), jax.dtypes.float0) if not _is_float(out) else t
-
-
-def jvp_of_tree(function: Any, primals: Any, tangents: Any) -> Any:
-    """The tangents of a function by the leaves whose own is not None."""
-    tree: Any
-    leaves, tree = jax.tree.flatten(primals)
-    d = tree.flatten_up_to(tangents)
-    moving = [i for i, t in enumerate(d) if t is not None]
-
-    def of(*values: Any) -> Any:
-        filled = list(leaves)
-        for i, value in zip(moving, values, strict=True):
-            filled[i] = value
-        return function(*tree.unflatten(filled))
-
-    return jax.jvp(of, [leaves[i] for i in moving], [d[i] for i in moving])[1]
 
 
 def _length(given: Inputs) -> int | None:
