@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jrnn._device import is_placed
@@ -42,6 +43,8 @@ def _primitive() -> Any:
         from jax.interpreters import ad, batching, mlir
 
         def batched(args: Any, axes: Any) -> Any:
+            if axes[1] is None:  # more rows
+                return weigh_p.bind(jnp.moveaxis(args[0], axes[0], 0), args[1]), 0
             return jax.vmap(_dot, axes)(*args), 0
 
         weigh_p = Primitive("weigh")

@@ -492,7 +492,7 @@ class _Reader:
         contracted, batched = op.params["dimension_numbers"]
         if any(batched) or any(len(axes) != 1 for axes in contracted):
             raise Refusal("it has a product of its state with batch axes, or over several axes")
-        if not _default_precision(op.params.get("precision")):
+        if not default_precision(op.params.get("precision")):
             raise Refusal("it has a product that asks for a precision")
         if any(self.program.form(a).dtype != self.dtype for a in (*op.ins, *op.outs)):
             raise Refusal(f"it has a product in another dtype than that of its state, {self.dtype}")
@@ -589,6 +589,7 @@ def _places(inner: tuple[int, ...], outer: tuple[int, ...]) -> list[int] | None:
     return places if all(size == 1 for size in outer[at:]) else None
 
 
-def _default_precision(precision: Any) -> bool:
+def default_precision(precision: Any) -> bool:
+    """Whether a product leaves its precision to JAX's default."""
     each = precision if isinstance(precision, tuple) else (precision,)
     return all(p is None or p == jax.lax.Precision.DEFAULT for p in each)

@@ -16,8 +16,7 @@ follow, since the rule is made of ordinary JAX.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -28,8 +27,10 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jrnn._device import knows_mesh
+from jrnn._weigh import weigh
+from jrnn.jaxprs.affine import default_precision
 from jrnn.jaxprs.blocks import Refusal
-from jrnn.jaxprs.flat import Program, bind, evaluate, flatten
+from jrnn.jaxprs.flat import Op, Program, bind, evaluate, flatten
 from jrnn.jaxprs.recipes import INVARIANT
 from jrnn.jaxprs.sites import Sites, read
 from jrnn.schedules.affine import jvp_of
@@ -44,17 +45,6 @@ class Parts:
 
     form: Sites
 
-    @property
-    def work(self) -> int:
-        """Floating-point operations of the products of the state, a step."""
-        forms, found = self.form.program.forms, 0
-        for site in self.form.sites:
-            op = self.form.loop[site.place]
-            vector, _ = site.operands(op)
-            axes = op.params["dimension_numbers"][0][1 - site.weights]
-            found += 2 * math.prod(forms[op.outs[0]].shape) * math.prod(forms[vector].shape[axis] for axis in axes)
-        return found
-
     def run(self, consts: Any, carry: Any, xs: Any, steps: Steps) -> tuple[list[Any], list[Any]]:
         """The carry after the last step, and the outputs of all steps."""
         form = self.form
@@ -65,7 +55,7 @@ class Parts:
 
         def at(x: Any) -> dict[int, Any]:
             inside = env | dict(enumerate(jax.tree.leaves(x), form.consts + form.carry))
-            evaluate(form.before, inside)
+            outside(form.program, form.before, inside)
             return inside
 
         def before(x: Any) -> Any:
@@ -74,7 +64,7 @@ class Parts:
 
         def after(x: Any, emitted: Any) -> Any:
             inside = at(x) | dict(zip(form.emitted, emitted, strict=True))
-            evaluate(form.after, inside)
+            outside(form.program, form.after, inside)
             return [inside[out] if isinstance(out, int) else jnp.asarray(out.value) for out in form.outputs]
 
         def segment(state: Any, xs: Any) -> tuple[Any, Any]:
@@ -202,6 +192,26 @@ def product(form: Sites, k: int, vector: Any, weights: Any, op: Any) -> Any:
     return bind(op.primitive, op.params, pair)[0]
 
 
+def outside(program: Program, ops: Iterable[Op], env: dict[int, Any]) -> None:
+    """Operations that run for all steps at once; of products, the transpose with respect to the weights is fast."""
+    for op in ops:
+        if is_plain(program, op):
+            x, w = (env[a] if isinstance(a, int) else a.value for a in op.ins)
+            env[op.outs[0]] = weigh(x, w)
+        else:
+            evaluate((op,), env)
+
+
+def is_plain(program: Program, op: Op) -> bool:
+    """Whether an operation is ``x @ w``, over the last axis of x and the first of two of w."""
+    if op.name != "dot_general":
+        return False
+    x, w, out = (program.form(a) for a in (*op.ins, *op.outs))
+    (over_x, over_w), batched = op.params["dimension_numbers"]
+    plain = len(w.shape) == 2 and tuple(over_x) == (len(x.shape) - 1,) and tuple(over_w) == (0,) and not any(batched)
+    return plain and x.dtype == w.dtype == out.dtype and default_precision(op.params.get("precision"))
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def loop(plan: Plan, given: Inputs) -> tuple[Any, Any, Any]:
     """The last state, what is emitted, and what a derivative needs if it is to be kept."""
@@ -242,12 +252,16 @@ def tangent(plan: Plan, given: Inputs, kept: Kept, d: Inputs) -> tuple[Any, Any,
     elsewhere = form.shared()
     dinvariant = [t if name in elsewhere else None for name, t in zip(form.invariant, d.invariant, strict=True)]
     moves = dict(zip(form.invariant, d.invariant, strict=True))
-    brackets = []
+    brackets: list[Any] = []
     for k, site in enumerate(form.sites):
         op = form.loop[site.place]
         dw = moves.get(site.operands(op)[1])
-        along = functools.partial(product, form, k, weights=dw, op=op)
-        brackets.append(None if dw is None else jax.vmap(along)(kept.vectors[k]))
+        if dw is None:
+            brackets.append(None)
+        elif site.weights == 1 and is_plain(form.program, op):
+            brackets.append(weigh(kept.vectors[k], dw))
+        else:
+            brackets.append(jax.vmap(functools.partial(product, form, k, weights=dw, op=op))(kept.vectors[k]))
     dstate = tuple(_dense(s, t) for s, t in zip(given.state, d.state, strict=True))
 
     def body(dstate: Any, inputs: Any) -> tuple[Any, Any]:
