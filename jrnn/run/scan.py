@@ -52,9 +52,9 @@ def scan(
     hand. Arrays of the carry may be replaced by constants where a flag among the inputs says so:
     ``jnp.where(reset[:, None], initial, h)``.
 
-    With ``backend="hoisted"`` a body that is no cell, but multiplies something that depends on its carry by weights, runs
-    in parts: only what the next carry needs stays in the loop, and the gradients of those weights are products after it.
-    On a CPU that took 0.85 to 1.15 times the time of ``jax.lax.scan``, so that it is not chosen without being asked for.
+    With ``backend="hoisted"`` a body that is no cell, but multiplies something that depends on its carry by weights,
+    runs in parts: only what the next carry needs stays in the loop, and the gradients of those weights are products
+    after it. On a CPU that took 0.85 to 1.15 times the time of ``jax.lax.scan``, so that it is not chosen unasked.
 
     Args:
       f: ``(carry, x) -> (carry, y)``, as for ``jax.lax.scan``.
