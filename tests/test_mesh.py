@@ -46,7 +46,11 @@ def specs(tree):
     return {jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves(tree)}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# A second Python need not run these on every row.
+ROWS = [pytest.param(case, id=case.name, marks=() if case.full else pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize("case", ROWS)
 def test_every_layer_is_traced_with_every_option(mesh, case):
     layer = case.layer
     params = jax.eval_shape(lambda: layer.init(jax.random.key(0), case.in_features))

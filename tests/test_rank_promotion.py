@@ -13,6 +13,12 @@ pytestmark = pytest.mark.usefixtures("quick_compilation", "strict_ranks")
 
 # Users' own steps, in which a vector meets a batch.
 OWN = {"step_only", "counting", "variational_step_only", "rotating", "drawing_decoder"}
+# A second Python need not run these on every row.
+ROWS = [
+    pytest.param(case, id=case.name, marks=() if case.full else pytest.mark.slow)
+    for case in CASES
+    if case.name not in OWN
+]
 RNG = np.random.default_rng(0)
 XS = np.asarray(RNG.normal(size=(6, 2, 3)), np.float32)
 LENGTHS, MASK = np.array([6, 3]), RNG.random((6, 2)) < 0.7
@@ -29,12 +35,12 @@ def test_the_switch_is_on():
         jnp.ones((2, 3)) + jnp.ones(3)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name not in OWN], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ROWS)
 def test_laws(case):
     testing.check_step_equals_unroll(case.layer, case.in_features)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name not in OWN], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ROWS)
 def test_every_way_to_run_is_traced(case):
     """Options that the law above leaves out, with gradients; ranks are checked where a program is traced."""
     layer = case.layer

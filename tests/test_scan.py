@@ -115,6 +115,7 @@ def test_what_is_not_read_runs_as_it_is(body):
 
 
 @interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize("body", READ)
 def test_transformations(body):
     """Forward mode, both orders of second derivatives, and batches over everything."""
