@@ -406,7 +406,7 @@ BODIES = (
     Body("random_steps", random_steps, 2, "not of one shape and dtype"),
     # What is not read: these run as jax.lax.scan, and say why.
     Body("no_product", no_product, None, "it has no product of its state with weights"),
-    Body("control_flow", control_flow, None, "it has no product of its state with weights"),
+    Body("control_flow", control_flow, None, "has 'cond' of its state"),
     Body("effect", effect, None, "it has effects"),
 )
 

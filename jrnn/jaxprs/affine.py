@@ -416,6 +416,16 @@ class _Reader:
             at += size
         return found
 
+    def _unstack(self, op: Op) -> list[Value]:
+        value, shape = self._value(op.ins[0]), self.shape(op.ins[0])
+        axis = op.params["axis"] % len(shape)
+        if value.axes[axis] not in ("1", "g"):
+            raise Refusal("it takes the batch or the features apart")
+        rest = (*value.axes[:axis], *value.axes[axis + 1 :])
+        if value.axes[axis] == "1":
+            return [Value(value.blocks, rest)]
+        return [Value(self._range(value, shape, axis, i, i + 1).blocks, rest) for i in range(shape[axis])]
+
     def _slice(self, op: Op) -> list[Value]:
         value, shape = self._value(op.ins[0]), self.shape(op.ins[0])
         starts, stops, strides = (op.params[name] for name in ("start_indices", "limit_indices", "strides"))
@@ -534,7 +544,9 @@ class _Reader:
 
 
 _LINEAR = ("add", "add_any", "sub")
-_REARRANGING = ("broadcast_in_dim", "concatenate", "expand_dims", "reshape", "slice", "split", "squeeze", "transpose")
+_REARRANGING = (
+    "broadcast_in_dim", "concatenate", "expand_dims", "reshape", "slice", "split", "squeeze", "transpose", "unstack",
+)  # fmt: skip
 
 
 def _linear(op: Op, args: tuple[Any, ...], width: int) -> Sum | None:
