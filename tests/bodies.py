@@ -319,6 +319,80 @@ def effect(key, F, H, batch):
     return w, h, step
 
 
+def unit_flags(key, F, H, batch):
+    """Flags of units among the gates: of each step, and the same at all steps."""
+    odd = jnp.arange(H) % 2 == 0
+
+    def step(w, h, x):
+        v = h @ w["h"] + x @ w["x"]
+        h = jnp.where(x @ w["x"] > 0, jnp.tanh(v), 0.3 * v)
+        return jnp.where(jnp.broadcast_to(odd, h.shape), h, 0.5 * v), h
+
+    return weights(key, x=(F, H), h=(H, H)), start(batch, H), step
+
+
+def numbered_reset(key, F, H, batch):
+    """A reset by a select that is told by a number, and not by a flag, which of two arrays to take."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, h, x):
+        which = jnp.broadcast_to((x[..., :1] > 0).astype(jnp.int32), h.shape)
+        return plain(w, jax.lax.select_n(which, jnp.zeros_like(h), h), x)
+
+    return w, h, step
+
+
+def broadcast_bias(key, F, H, batch):
+    """One bias for all gates, which are an axis of their own."""
+
+    def step(w, state, x):
+        h, c = state
+        z = (x @ w["x"] + h @ w["h"]).reshape(*batch, 4, H) + w["b"][(None,) * (len(batch) + 1)]
+        return lstm_gates(*(z[..., k, :] for k in range(4)), c)
+
+    return weights(key, x=(F, 4 * H), h=(H, 4 * H), b=(H,)), start(batch, H, 2), step
+
+
+def inner_cond(key, F, H, batch):
+    """A branch within a function that has a derivative of its own: for all steps at once both would be taken."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def branch(x):
+        return jax.lax.cond(x.sum() > 0, lambda x: jnp.log(x.sum()) * x, lambda x: x, x)
+
+    function = jax.custom_jvp(branch)
+    function.defjvp(lambda primals, tangents: jax.jvp(branch, primals, tangents))
+
+    def step(w, h, x):
+        h, _ = plain(w, h, function(x))
+        return h, function(h)
+
+    return w, h, step
+
+
+def still_input(key, F, H, batch):
+    """No input in the loop, and a product of what has no derivative by the state."""
+
+    def step(w, h, x):
+        new = jnp.tanh(jax.lax.stop_gradient(h) @ w["h"] + 0.5 * h)
+        return new, new * x[..., :1]
+
+    return weights(key, h=(H, H)), start(batch, H), step
+
+
+def many_gates(key, F, H, batch):
+    """Sums that double, which would be terms without number if they were written out."""
+
+    def step(w, h, x):
+        u, v = x @ w["x"], h @ w["h"]
+        for _ in range(40):
+            u, v = u + u, v + v
+        h = jnp.tanh((v + u) * 2.0**-40)
+        return h, h
+
+    return weights(key, x=(F, H), h=(H, H)), start(batch, H), step
+
+
 def linen(name, **options):
     def make(key, F, H, batch):
         import flax.linen as nn
@@ -387,6 +461,7 @@ BODIES = (
     Body("fixed_carry", fixed_carry),
     Body("random_mask", random_mask),
     Body("memory_readout", memory_readout),
+    Body("many_gates", many_gates, native="input projection itself"),
     Body("linen_lstm", linen("LSTMCell"), batches=NO_BATCH, peer="flax"),
     Body("linen_optimized_lstm", linen("OptimizedLSTMCell"), batches=NO_BATCH, peer="flax"),
     Body("linen_gru", linen("GRUCell"), batches=NO_BATCH, peer="flax"),
@@ -404,6 +479,10 @@ BODIES = (
     Body("normalised", normalised, 1, "'reduce_sum'"),
     Body("held", held, 1, "held where a flag says so"),
     Body("random_steps", random_steps, 2, "not of one shape and dtype"),
+    Body("unit_flags", unit_flags, 1, "its gates are given an array of bool"),
+    Body("numbered_reset", numbered_reset, 1, "its gates are given an array of int32"),
+    Body("broadcast_bias", broadcast_bias, 1, "it broadcasts an array over groups of features"),
+    Body("still_input", still_input, 1, TWO),
     # What is not read: these run as jax.lax.scan, and say why.
     Body("no_product", no_product, None, "it has no product of its state with weights"),
     Body("control_flow", control_flow, None, "has 'cond' of its state"),

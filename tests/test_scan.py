@@ -9,7 +9,7 @@ import pytest
 
 import jrnn
 from jrnn.jaxprs.flat import flatten
-from tests.bodies import BODIES, elman, held, params, relu_readout, reset_lstm
+from tests.bodies import BODIES, elman, held, inner_cond, params, relu_readout, reset_lstm, still_input
 from tests.conftest import count_compilations
 
 T, F, H = 5, 3, 4
@@ -246,6 +246,55 @@ def test_arguments_and_errors_are_those_of_lax_scan():
         (lambda c, x: undefined, 0.0, jnp.ones(3)),  # noqa: F821
     ):
         assert raised(jrnn.scan, *arguments) == raised(jax.lax.scan, *arguments)
+
+
+@interpreted
+@pytest.mark.parametrize("make", [elman, held])
+def test_weak_types_are_those_of_lax_scan(make):
+    """A weakly typed array takes the dtype of what it meets, in the step as in what is made of the results."""
+    weights, carry, step = make(jax.random.key(1), F, H, (4,))
+
+    def body(carry, x):
+        h, _ = carry
+        new, y = step(weights, h, x.astype(h.dtype))
+        return (new, jnp.full_like(h, 0.5)), (h, y, x * jnp.bfloat16(2), 2 * x, 1.0)
+
+    args = (body, (jnp.full(carry.shape, 0.1), carry), jnp.full((T, 4, F), 0.5))
+    got, expected = jrnn.scan(*args, backend="hoisted"), jax.lax.scan(*args)
+    close(got, expected)
+    assert jax.tree.map(lambda a: a.weak_type, got) == jax.tree.map(lambda a: a.weak_type, expected)
+    assert expected[1][2].dtype == jnp.bfloat16
+
+
+@interpreted
+def test_mixed_second_derivatives_of_a_product_that_does_not_move():
+    weights, h, step = still_input(jax.random.key(1), F, H, (4,))
+    xs = jax.random.normal(jax.random.key(2), (3, 4, F))
+
+    def mixed(scan):
+        def loss(x, w):
+            return jnp.sum(jnp.sin(scan(lambda h, x: step(w, h + x[..., :1], x), h, x)[0]))
+
+        return jax.jacfwd(jax.grad(loss), 1)(xs, weights)
+
+    close(mixed(functools.partial(jrnn.scan, backend="hoisted")), mixed(jax.lax.scan))
+
+
+@interpreted
+def test_a_branch_inside_a_function_stays_a_branch():
+    weights, carry, step, xs = built(BODIES[0]._replace(make=inner_cond))
+    got, expected = run(jrnn.scan, step, backend="hoisted"), run(jax.lax.scan, step)
+    close(values_and_gradients(got, weights, carry, xs), values_and_gradients(expected, weights, carry, xs))
+
+
+@pytest.mark.parametrize("gate", [jnp.sinc, lambda z: functools.reduce(lambda z, _: jnp.sin(z), range(1500), z)])
+def test_what_has_no_end_is_refused(gate):
+    """A derivative that calls another function with a derivative of its own, and so on; and a very long chain."""
+    weights, carry, _step, xs = built(BODIES[0])
+    body = lambda h, x: (gate(x @ weights["x"] + h @ weights["h"]), None)
+    name, reason = jrnn.choose_scan_backend(body, carry, xs)
+    assert name == "reference"
+    assert "not read as a recurrent cell" in reason
 
 
 def test_options_are_checked():

@@ -40,7 +40,7 @@ from jrnn.jaxprs.blocks import (
 )
 from jrnn.jaxprs.flat import Const, Op, Program
 from jrnn.jaxprs.gates import Gates, Parts, assemble, recipe
-from jrnn.jaxprs.primitives import ELEMENTWISE, UNMAPPABLE
+from jrnn.jaxprs.primitives import ELEMENTWISE
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE, Add, Atom, Flat, Negative, PerSequence, Recipe, Take
 
 __all__ = ["Affine", "Resets", "read"]
@@ -97,7 +97,10 @@ def read(program: Program, consts: int, carry: int) -> Affine:
     Raises:
       Refusal: with the reason, where the step has none.
     """
-    return _Reader(program, consts, carry).read()
+    try:
+        return _Reader(program, consts, carry).read()
+    except RecursionError:
+        raise Refusal("its gates are a chain of more operations than can be followed") from None
 
 
 class _Reader:
@@ -231,14 +234,14 @@ class _Reader:
         wanted = {a for a in results[self.carry :] if isinstance(a, int) and self.kinds[a] == STATE}
         for op in reversed(self.program.ops):
             if wanted.intersection(op.outs) - set(given):
-                if op.name in UNMAPPABLE:
+                if not op.mappable:
                     raise Refusal(f"its output depends on {op.name!r} of its state")
                 wanted.update(a for a in op.ins if isinstance(a, int) and self.kinds[a] == STATE)
         return {a: given[a] for a in sorted(wanted & set(given))}
 
     def _check_inputs(self) -> None:
         for op in self.program.ops:
-            if self.kinds[op.outs[0]] == INPUT and op.name in UNMAPPABLE:
+            if self.kinds[op.outs[0]] == INPUT and not op.mappable:
                 raise Refusal(f"it computes {op.name!r} of its input, which stays at its step")
 
     # --- arrays that need no state ---
@@ -247,6 +250,9 @@ class _Reader:
         """An array that needs no state and broadcasts to ``outer``, whose axes are named, as one block."""
         if self.kind(atom) == STATE:
             raise Refusal("it uses a result of an operation that was not followed")
+        dtype = self.program.form(atom).dtype
+        if isinstance(atom, int) and dtype != self.dtype:  # a literal is written into the gates; all else is an array
+            raise Refusal(f"its gates are given an array of {dtype}, where its state is {self.dtype}")
         found = self._recipe(atom, axes, outer)
         if not found.shape:
             return Value((Sum((), found, EVERY),), axes)
@@ -275,8 +281,8 @@ class _Reader:
         batch = tuple(n for n in order if isinstance(n, tuple))
         if batch and batch != self.batch_axes:
             raise Refusal("it uses an array that has some of the batch axes and not others")
-        if "g" in order and "f" not in order:
-            raise Refusal("it uses an array with a value for each group of features")
+        if "g" in axes and ("g" in order) != ("f" in order):
+            raise Refusal("it broadcasts an array over groups of features, or over the features of a group")
         ordered = _take(Atom.of(self.program, atom), names, order)
         if batch and "f" not in order:
             return PerSequence(ordered)
@@ -340,7 +346,10 @@ class _Reader:
         for start, stop in shared_ranges(operands):
             args = tuple(self._part(value, start, stop) for value in operands)
             for which, blocks in enumerate(results):
-                blocks.append(_linear(op, args, stop - start) or Gate(made, args, which, stop - start))
+                total = _linear(op, args, stop - start)
+                if total is None and self.kinds[op.outs[0]] == INPUT:
+                    raise Refusal("it computes what needs no state, which is taken as it is")
+                blocks.append(total or Gate(made, args, which, stop - start))
         if any(isinstance(e, Held) for value in operands for e in value.blocks):
             raise Refusal("it computes with a state that a flag has held")
         for out, blocks in zip(op.outs, results, strict=True):
@@ -373,6 +382,8 @@ class _Reader:
         flags, *cases = op.ins
         followed = [a for a in cases if isinstance(a, int) and a in self.values and self.kinds[a] == STATE]
         if self.kind(flags) == STATE or len(cases) != 2 or not followed:
+            return None
+        if self.program.form(flags).dtype != np.dtype(bool):
             return None
         axes, shape = self.values[followed[0]].axes, self.shape(followed[0])
         found = self._recipe(flags, axes, shape)
@@ -543,6 +554,7 @@ class _Reader:
         return Value((Sum((), found, shape[axis]),), tuple(names))
 
 
+TERMS = 32  # at most, of one sum
 _LINEAR = ("add", "add_any", "sub")
 _REARRANGING = (
     "broadcast_in_dim", "concatenate", "expand_dims", "reshape", "slice", "split", "squeeze", "transpose", "unstack",
@@ -550,8 +562,13 @@ _REARRANGING = (
 
 
 def _linear(op: Op, args: tuple[Any, ...], width: int) -> Sum | None:
-    """A sum of sums, or a difference whose second term has no product, as one sum."""
+    """A sum of sums, or a difference whose second term has no product, as one sum.
+
+    None where it would have too many terms: doubled often enough, a sum grows beyond all bounds.
+    """
     if op.name not in _LINEAR or not all(isinstance(arg, Sum) for arg in args):
+        return None
+    if sum(map(_terms, args)) > TERMS:
         return None
     a, b = args
     if op.name == "sub":
@@ -560,6 +577,10 @@ def _linear(op: Op, args: tuple[Any, ...], width: int) -> Sum | None:
         b = b._replace(known=Negative(b.known))
     known = a.known if b.known is None else b.known if a.known is None else Add(a.known, b.known)
     return Sum((*a.pieces, *b.pieces), known, width)
+
+
+def _terms(e: Sum) -> int:
+    return len(e.pieces) + (0 if e.known is None else e.known.terms)
 
 
 def _columns(known: Recipe, start: int, stop: int) -> Recipe:

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
-from jrnn.jaxprs.primitives import CALLS, ELEMENTWISE, INLINED
+from jrnn.jaxprs.primitives import CALLS, ELEMENTWISE, INLINED, UNMAPPABLE
 
-__all__ = ["Const", "Op", "Program", "bind", "evaluate", "flatten", "spread"]
+__all__ = ["Const", "Op", "Program", "bind", "evaluate", "flatten", "spread", "typed"]
 
 
 class Shaped(tuple):
@@ -76,6 +76,11 @@ class Op:
     @property
     def name(self) -> str:
         return self.primitive.name
+
+    @functools.cached_property
+    def mappable(self) -> bool:
+        """Whether the operation is the same for all steps at once; see `primitives.UNMAPPABLE`."""
+        return self.name not in UNMAPPABLE and all(map(_is_mappable, self.params.values()))
 
     @functools.cached_property
     def signature(self) -> Any:
@@ -138,6 +143,7 @@ def is_elementwise(op: Op) -> bool:
 
 
 ITSELF = "itself"
+DEEPEST = 3  # how many functions with a derivative of their own may stand inside each other
 
 
 def flatten(closed: Any) -> tuple[Program, list[Any]]:
@@ -146,10 +152,11 @@ def flatten(closed: Any) -> tuple[Program, list[Any]]:
     return _flatten(closed.jaxpr, consts), consts
 
 
-def _flatten(jaxpr: Any, consts: list[Any], within: Any = None) -> Program:
+def _flatten(jaxpr: Any, consts: list[Any], within: tuple[Program | None, ...] = ()) -> Program:
     """``consts`` are the values of the jaxpr's own constants; those of the jaxprs that it calls are added to them.
 
-    ``within`` is the program of the function whose derivative the jaxpr is, if it is one.
+    ``within`` are the functions with a derivative of their own that the jaxpr is a part of, the innermost last: the
+    program of each where the jaxpr is its derivative, and None where it is the function itself.
     """
     forms: list[Shaped] = []
     ops: list[Op] = []
@@ -207,20 +214,22 @@ def _flatten(jaxpr: Any, consts: list[Any], within: Any = None) -> Program:
     return Program(inputs + len(more), renamed, moved(results), tuple(forms[i] for i in order))
 
 
-def _own_derivative(eqn: Any, within: Any) -> tuple[Program | None, Any]:
+def _own_derivative(eqn: Any, within: tuple[Program | None, ...]) -> tuple[Program | None, Any]:
     """Of a ``jax.custom_jvp`` function that is elementwise, with its derivative: both as programs."""
+    if len(within) == DEEPEST:  # a derivative may call another such function, without end
+        return None, None
     if eqn.primitive.name != "custom_jvp_call" or eqn.params["call_jaxpr"].consts:
         return None, None
     if not all(np.issubdtype(var.aval.dtype, np.floating) for var in eqn.invars):
         return None, None
-    inner = _flatten(eqn.params["call_jaxpr"].jaxpr, [])
-    if inner == within:
+    inner = _flatten(eqn.params["call_jaxpr"].jaxpr, [], (*within, None))
+    if within and inner == within[-1]:
         return inner, ITSELF
-    derivative = _derivative(eqn, inner)
-    return (inner, derivative) if inner.elementwise and derivative is not None else (None, None)
+    derivative = _derivative(eqn, inner, within) if inner.elementwise else None
+    return (inner, derivative) if derivative is not None else (None, None)
 
 
-def _derivative(eqn: Any, inner: Program) -> Program | None:
+def _derivative(eqn: Any, inner: Program, within: tuple[Program | None, ...]) -> Program | None:
     forms = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars]
 
     def tangents(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
@@ -228,7 +237,7 @@ def _derivative(eqn: Any, inner: Program) -> Program | None:
 
     traced = jax.make_jaxpr(tangents)(forms, forms)
     consts: list[Any] = list(traced.consts)
-    derivative = _flatten(traced.jaxpr, consts, inner)
+    derivative = _flatten(traced.jaxpr, consts, (*within, inner))
     return derivative if derivative.elementwise and not consts else None
 
 
@@ -267,6 +276,14 @@ def _frozen(value: Any) -> Any:
     return value
 
 
+def _is_mappable(value: Any) -> bool:
+    """Whether a parameter of an operation holds no program with an operation that is not mappable."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_mappable, value))
+    eqns = getattr(getattr(value, "jaxpr", value), "eqns", ())
+    return all(e.primitive.name not in UNMAPPABLE and all(map(_is_mappable, e.params.values())) for e in eqns)
+
+
 class _Same:
     """Something that is equal to itself alone, and kept, so that its place in memory is not used again."""
 
@@ -294,6 +311,18 @@ def evaluate(ops: Iterable[Op], env: dict[int, Any]) -> None:
     for op in ops:
         args = [env[a] if isinstance(a, int) else a.value for a in op.ins]
         env.update(zip(op.outs, bind(op.primitive, op.params, args), strict=True))
+
+
+def typed(program: Program, results: Iterable[Any]) -> list[Any]:
+    """Results of a program, weakly typed where those of the function that it was traced from are."""
+    out = []
+    for value, result in zip(results, program.results, strict=True):
+        form = program.form(result)
+        if jax.typeof(value).weak_type != form.weak:
+            convert = jax.lax.convert_element_type_p
+            value = convert.bind(value, new_dtype=form.dtype, weak_type=form.weak, sharding=None)
+        out.append(value)
+    return out
 
 
 def spread(program: Program, *args: Any, itself: Any = None) -> list[Any]:

@@ -36,6 +36,11 @@ class Recipe:
         """The recipes that this one is made of."""
         return ()
 
+    @property
+    def terms(self) -> int:
+        """How many arrays it is made of."""
+        return sum(part.terms for part in self.parts) or 1
+
     def make(self, env: dict[int, Any]) -> Any:
         """The array, given the values of the program's variables."""
         raise NotImplementedError

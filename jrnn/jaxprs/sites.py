@@ -20,7 +20,6 @@ import jax.numpy as jnp
 
 from jrnn.jaxprs.blocks import Refusal
 from jrnn.jaxprs.flat import Const, Op, Program
-from jrnn.jaxprs.primitives import UNMAPPABLE
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE
 
 __all__ = ["Site", "Sites", "read"]
@@ -84,7 +83,7 @@ def read(program: Program, consts: int, carry: int) -> Sites:
     kinds += [INPUT] * (program.inputs - len(kinds)) + [INVARIANT] * (len(program.forms) - program.inputs)
     for op in program.ops:
         kind = max((kinds[a] for a in op.ins if isinstance(a, int)), default=INVARIANT)
-        kind = STATE if kind == INPUT and op.name in UNMAPPABLE else kind
+        kind = STATE if kind == INPUT and not op.mappable else kind
         for out in op.outs:
             kinds[out] = kind
 
@@ -102,7 +101,7 @@ def read(program: Program, consts: int, carry: int) -> Sites:
     for op in reversed(program.ops):
         if kinds[op.outs[0]] == STATE and id(op) not in in_loop and outputs.intersection(op.outs):
             outputs |= variables(op.ins)
-            if op.name in UNMAPPABLE:  # with all that it needs
+            if not op.mappable:  # with all that it needs
                 in_loop |= _with_ancestors(program, kinds, op)
     loop = [op for op in program.ops if id(op) in in_loop]
     made = {out for op in loop for out in op.outs} | set(range(consts, consts + carry))

@@ -15,7 +15,7 @@ from jax import lax
 from jrnn.cells.traced import TracedCell
 from jrnn.jaxprs.affine import Affine
 from jrnn.jaxprs.blocks import Piece
-from jrnn.jaxprs.flat import Op, evaluate
+from jrnn.jaxprs.flat import Op, evaluate, typed
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, Recipe, needed, spread
 from jrnn.schedules import SCHEDULES, native
 from jrnn.schedules.steps import Steps
@@ -121,7 +121,9 @@ class Body:
         leaves = list(carry)
         for leaf, value in zip(self.form.leaves, last, strict=True):
             leaves[leaf] = value
-        return leaves, self._outputs(self._invariant(consts, carry), carry, hs, xs, steps.reverse)
+        ys = self._outputs(self._invariant(consts, carry), carry, hs, xs, steps.reverse)
+        outs = typed(self.form.program, [*leaves, *ys])
+        return outs[: len(leaves)], outs[len(leaves) :]
 
     def _invariant(self, consts: Sequence[Any], carry: Sequence[Any]) -> dict[int, Any]:
         """The variables that are the same at each step. What is not used costs nothing once it is compiled."""

@@ -14,7 +14,7 @@ from jrnn.jaxprs import affine, sites
 from jrnn.jaxprs.blocks import Refusal
 from jrnn.jaxprs.flat import Program
 from jrnn.run.body import Body
-from jrnn.schedules.parts import Parts, trace
+from jrnn.schedules.parts import Parts, of_one_step, trace
 from jrnn.schedules.steps import Steps, checkpointed, times_in_a_body
 
 __all__ = ["choose_scan_backend", "scan"]
@@ -179,7 +179,7 @@ def _trace(f: Any, init: Any, xs: Any, length: Any) -> tuple[Program, Any, list[
     lengths = {leaf.shape[0] for leaf in leaves} | ({length} if length is not None else set())
     if len(lengths) != 1 or not all(isinstance(n, int) and n > 0 for n in lengths):
         raise Refusal("its steps are not one known number, or there is none")
-    return trace(f, init, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), xs), xs)
+    return trace(f, init, jax.tree.map(of_one_step, xs), xs)
 
 
 # --- running -----------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from jrnn._device import knows_mesh
 from jrnn._weigh import weigh
 from jrnn.jaxprs.affine import default_precision
 from jrnn.jaxprs.blocks import Refusal
-from jrnn.jaxprs.flat import Op, Program, bind, evaluate, flatten
+from jrnn.jaxprs.flat import Op, Program, bind, evaluate, flatten, typed
 from jrnn.jaxprs.recipes import INVARIANT
 from jrnn.jaxprs.sites import Sites, read
 from jrnn.schedules.affine import jvp_of
@@ -51,7 +51,6 @@ class Parts:
         env = dict(enumerate(consts))
         evaluate((op for op in form.program.ops if form.kinds[op.outs[0]] == INVARIANT), env)
         invariant = tuple(env[name] for name in form.invariant)
-        plan = Plan(form, steps.reverse, steps.unroll)
 
         def at(x: Any) -> dict[int, Any]:
             inside = env | dict(enumerate(jax.tree.leaves(x), form.consts + form.carry))
@@ -68,12 +67,14 @@ class Parts:
             return [inside[out] if isinstance(out, int) else jnp.asarray(out.value) for out in form.outputs]
 
         def segment(state: Any, xs: Any) -> tuple[Any, Any]:
+            plan = Plan(form, jax.tree.leaves(xs)[0].shape[0], steps.reverse, steps.unroll)
             last, emitted, _ = loop(plan, Inputs(invariant, jax.vmap(before)(xs), state))
             return last, jax.vmap(after)(xs, emitted)
 
         time = jax.tree.leaves(xs)[0].shape[0]
         last, ys = checkpointed(segment, tuple(carry), xs, time, steps)
-        return list(last), ys
+        outs = typed(form.program, [*last, *ys])
+        return outs[: form.carry], outs[form.carry :]
 
 
 def scan(
@@ -85,13 +86,20 @@ def scan(
     if not inputs or not isinstance(inputs[0].shape[0], int) or not inputs[0].shape[0]:
         return lax.scan(f, init, xs, length, reverse, unroll)
     try:
-        x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), xs)
+        x = jax.tree.map(of_one_step, xs)
         program, ys, consts = trace(f, init, x, xs)
         parts = Parts(read(program, len(consts), len(leaves)))
     except Refusal:
         return lax.scan(f, init, xs, length, reverse, unroll)
     last, outs = parts.run(consts, leaves, xs, Steps(reverse=reverse, unroll=unroll))
     return jax.tree.unflatten(tree, last), jax.tree.unflatten(ys, outs)
+
+
+def of_one_step(a: Any) -> Any:
+    """The type of the input of one step, from that of all steps."""
+    aval = jax.typeof(a)
+    weak = getattr(aval, "weak_type", False)
+    return jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype, weak_type=weak)
 
 
 def trace(f: Callable[[Any, Any], Any], init: Any, x: Any, operands: Any = ()) -> tuple[Program, Any, list[Any]]:
@@ -129,12 +137,6 @@ def trace(f: Callable[[Any, Any], Any], init: Any, x: Any, operands: Any = ()) -
     new = [program.form(result) for result in program.results[: len(leaves)]]
     if any(a[:2] != b[:2] for a, b in zip(old, new, strict=True)):
         raise Refusal("its new carry has other shapes or dtypes than the one it is given")
-    if any(a != b for a, b in zip(old, new, strict=True)):
-        # Weakly typed at first, as the array of a Python number is: then it is taken for what it becomes.
-        if not any(a.weak for a in old):
-            raise Refusal("its new carry is weakly typed")
-        strong = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), init)
-        return trace(f, strong, x, operands)
     return program, jax.tree.structure(out[1]), consts
 
 
@@ -146,6 +148,7 @@ class Plan:
     """What is static about a run; ``keep`` says whether a derivative needs what the run computes."""
 
     form: Sites
+    time: int
     reverse: bool
     unroll: int
     keep: bool = False
@@ -228,7 +231,7 @@ def loop(plan: Plan, given: Inputs) -> tuple[Any, Any, Any]:
         new, emitted = step(plan, given.invariant, inputs, state, site)
         return new, (emitted, Kept(state, tuple(vectors), tuple(products)) if plan.keep else None)
 
-    last, (emitted, kept) = lax.scan(body, given.state, given.inputs, _length(given), plan.reverse, plan.unroll)
+    last, (emitted, kept) = lax.scan(body, given.state, given.inputs, plan.time, plan.reverse, plan.unroll)
     return last, emitted, kept
 
 
@@ -270,14 +273,14 @@ def tangent(plan: Plan, given: Inputs, kept: Kept, d: Inputs) -> tuple[Any, Any,
         def moved(dstate: Any, inputs: Any) -> Any:
             p, dp, before, products, brackets = inputs
 
-            def at(invariant: Any, p: Any, state: Any, brackets: Any) -> Any:
+            def at(invariant: Any, p: Any, state: Any, brackets: Any, here: Any) -> Any:
                 vectors: list[Any] = [None] * len(products)
                 made: list[Any] = [None] * len(products)
 
                 def site(k: int, vector: Any, weights: Any, op: Any) -> Any:
                     vectors[k] = vector
                     made[k] = _site(functools.partial(product, form, k, op=op))(
-                        vector, weights, products[k], brackets[k]
+                        vector, weights, products[k], brackets[k], here
                     )
                     return made[k]
 
@@ -285,22 +288,27 @@ def tangent(plan: Plan, given: Inputs, kept: Kept, d: Inputs) -> tuple[Any, Any,
                 return _floats((new, emitted, tuple(vectors), tuple(made)))
 
             zeros = jax.tree.map(jnp.zeros_like, brackets)
-            primals = (tuple(given.invariant), p, before, zeros)
-            return jvp_of(at, primals, (tuple(dinvariant), dp, _floats(dstate), brackets))[1]
+            here = jnp.zeros(())
+            primals = (tuple(given.invariant), p, before, zeros, here)
+            return jvp_of(at, primals, (tuple(dinvariant), dp, _floats(dstate), brackets, here))[1]
 
         dnew, demitted, dvectors, dmade = moved(dstate, inputs)
         return dnew, (demitted, Kept(dstate, dvectors, dmade))
 
     steps = (given.inputs, tuple(d.inputs), kept.state, kept.products, tuple(brackets))
-    last, (emitted, dkept) = lax.scan(body, dstate, steps, _length(given), plan.reverse, plan.unroll)
+    last, (emitted, dkept) = lax.scan(body, dstate, steps, plan.time, plan.reverse, plan.unroll)
     return last, emitted, dkept
 
 
 def _site(multiply: Any) -> Any:
-    """A site whose product is known: its derivative is that of the vector, and the bracket's."""
+    """A site whose product is known: its derivative is that of the vector, and the bracket's.
+
+    That is so in the direction of `tangent` alone. ``here`` always moves in that direction, so that the rule is applied
+    there even where nothing else moves: a derivative of higher order then differentiates what the rule gives.
+    """
 
     @jax.custom_jvp
-    def site(vector: Any, weights: Any, made: Any, bracket: Any) -> Any:
+    def site(vector: Any, weights: Any, made: Any, bracket: Any, here: Any) -> Any:
         return made
 
     @site.defjvp
@@ -335,8 +343,3 @@ def _dense(primal: Any, t: Any) -> Any:
 def _whole(out: Any, t: Any) -> Any:
     """A tangent as JAX wants it, of a result that may be no float."""
     return np.zeros(jnp.shape(out), jax.dtypes.float0) if not _is_float(out) else t
-
-
-def _length(given: Inputs) -> int | None:
-    leaves = jax.tree.leaves(given.inputs)
-    return leaves[0].shape[0] if leaves else None
