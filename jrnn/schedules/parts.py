@@ -108,7 +108,7 @@ def of_one_step(a: Any) -> Any:
     """The type of the input of one step, from that of all steps."""
     aval = jax.typeof(a)
     weak = getattr(aval, "weak_type", False)
-    return jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype, weak_type=weak)  # type: ignore[attr-defined]
+    return jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype, weak_type=weak)
 
 
 def trace(f: Callable[[Any, Any], Any], init: Any, x: Any, operands: Any = ()) -> tuple[Program, Any, list[Any]]:
