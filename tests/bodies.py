@@ -331,6 +331,17 @@ def unit_flags(key, F, H, batch):
     return weights(key, x=(F, H), h=(H, H)), start(batch, H), step
 
 
+def one_for_bias(key, F, H, batch):
+    """A bias as a row of the weights, by a column of ones beside the input and the state."""
+
+    def step(w, h, x):
+        ones = jnp.ones((*batch, 1))
+        h = jnp.tanh(jnp.concatenate([x, h, ones], -1) @ w["w"])
+        return h, h
+
+    return weights(key, w=(F + H + 1, H)), start(batch, H), step
+
+
 def numbered_reset(key, F, H, batch):
     """A reset by a select that is told by a number, and not by a flag, which of two arrays to take."""
     w, h, plain = elman(key, F, H, batch)
@@ -480,6 +491,7 @@ BODIES = (
     Body("held", held, 1, "held where a flag says so"),
     Body("random_steps", random_steps, 2, "not of one shape and dtype"),
     Body("unit_flags", unit_flags, 1, "its gates are given an array of bool"),
+    Body("one_for_bias", one_for_bias, 1, "with a number that is broadcast"),
     Body("numbered_reset", numbered_reset, 1, "its gates are given an array of int32"),
     Body("broadcast_bias", broadcast_bias, 1, "it broadcasts an array over groups of features"),
     Body("still_input", still_input, 1, TWO),

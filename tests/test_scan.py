@@ -246,6 +246,9 @@ def test_arguments_and_errors_are_those_of_lax_scan():
         (lambda c, x: undefined, 0.0, jnp.ones(3)),  # noqa: F821
     ):
         assert raised(jrnn.scan, *arguments) == raised(jax.lax.scan, *arguments)
+    weights, carry, step, xs = built(BODIES[0])
+    args = (lambda c, x: step(weights, c, x), carry, xs, None, False, -1)
+    assert raised(functools.partial(jrnn.scan, backend="hoisted"), *args) == raised(jax.lax.scan, *args) is not None
 
 
 @interpreted

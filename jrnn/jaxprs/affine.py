@@ -456,6 +456,8 @@ class _Reader:
         if axes[axis] not in ("f", "g") or (axes[axis] == "f" and "g" in axes):
             raise Refusal("it puts arrays together along another axis than that of features")
         values = [self._operand(a, axes, self.shape(a)) for a in op.ins]
+        if any(block.width == EVERY for value in values for block in value.blocks):
+            raise Refusal("it puts an array together with a number that is broadcast")
         return [Value(tuple(block for value in values for block in value.blocks), axes)]
 
     def _transpose(self, op: Op) -> list[Value]:
@@ -534,7 +536,10 @@ class _Reader:
         for block in value.blocks:
             size = depth if len(value.blocks) == 1 else block.width
             rows = weights if size == depth else Take(weights, ((row, row + size), (0, width)), (0, 1))
-            pieces.append(Piece(_factor(block), rows, 0, width))
+            vector = _factor(block)
+            if isinstance(vector, Recipe) and vector.shape != (*self.batch, size):
+                raise Refusal("it has a product of an array that is broadcast")
+            pieces.append(Piece(vector, rows, 0, width))
             row += size
         own = [a for i, a in enumerate(value.axes) if i != v_axis]
         made = ["f"] if len(free) == 1 else ["g", "f"]

@@ -83,7 +83,7 @@ def scan(
     (5, 2, 4)
     """
     chosen = _choose(f, init, xs, length, reverse, backend, remat)
-    if chosen.body is None:
+    if chosen.body is None or unroll < 0:  # which is an error of jax.lax.scan
         return _plain(f, init, xs, length, reverse, unroll, remat)
     carry, ys = _run(chosen.body, chosen.name, bool(reverse), unroll, remat, chosen.consts, init, xs)
     return carry, jax.tree.unflatten(chosen.ys, ys)
