@@ -11,7 +11,8 @@ from typing import Any
 
 GATES = {"lstm": 4, "gru": 3, "elman": 1}
 
-# (B, T, F, H), small to large, then one long sequence and one that is all overhead.
+# (B, T, F, H), small to large, then one long sequence, one that is all overhead, and one whose units are no multiple of
+# 64: blocks of units then do not divide evenly among threads.
 SHAPES = (
     (16, 128, 64, 64),
     (32, 100, 64, 128),
@@ -20,6 +21,7 @@ SHAPES = (
     (32, 35, 1024, 1024),
     (16, 1000, 64, 64),
     (1, 1000, 16, 32),
+    (48, 70, 96, 200),
 )
 WORK = {"forward": "forward", "train": "forward and backward", "step": "one step"}
 
