@@ -29,10 +29,12 @@ def pytest_configure(config):
 def _kernels(config):
     """A directory that the next run finds again, or one for this run where pytest is told to keep no cache."""
     if config.pluginmanager.hasplugin("cacheprovider"):
-        return str(config.cache.mkdir("kernels"))
-    directory = tempfile.TemporaryDirectory(prefix="jrnn-tests-", ignore_cleanup_errors=True)
-    config.add_cleanup(directory.cleanup)
-    return directory.name
+        directory = config.cache.mkdir("kernels")
+        directory.chmod(0o700)  # whatever the umask is: one that a group can write to is refused
+        return str(directory)
+    temporary = tempfile.TemporaryDirectory(prefix="jrnn-tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(temporary.cleanup)
+    return temporary.name
 
 
 def pytest_collection_modifyitems(config, items):
