@@ -18,7 +18,7 @@ from jrnn._device import batch_spec, one_step, placed, placed_as, varying_as
 from jrnn.cells.base import Layer
 from jrnn.run.step import Step, read_step
 from jrnn.schedules import SCHEDULES, choose
-from jrnn.schedules.steps import SEQUENCE, Steps, check_step, select, zeroed
+from jrnn.schedules.steps import SEQUENCE, Steps, check_remat, check_step, select, zeroed
 
 __all__ = ["choose_backend", "draw", "unroll"]
 
@@ -416,9 +416,7 @@ def _check_options(reverse: Any, backend: Any, remat: Any, unroll: Any, start: A
         raise TypeError(f"reverse: expected True or False, got {reverse!r}; it must be known before tracing")
     if backend is not None and backend not in SCHEDULES:
         raise ValueError(f"backend: expected None or one of {sorted(SCHEDULES)}, got {backend!r}")
-    is_count = isinstance(remat, int) and not isinstance(remat, bool) and remat >= 1
-    if not (remat is None or is_count or (isinstance(remat, str) and remat == "sqrt")):
-        raise ValueError(f'remat: expected None, a positive number of steps or "sqrt", got {remat!r}')
+    check_remat(remat)
     if isinstance(unroll, bool) or not isinstance(unroll, int) or unroll < 1:
         raise ValueError(f"unroll: expected a positive int, got {unroll!r}")
     if jnp.shape(start) != () or not jnp.issubdtype(jnp.result_type(start), jnp.integer):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn.cells.base import Cell, output, product
-from jrnn.jaxprs.recipes import spread
+from jrnn.jaxprs.flat import broadcast
 
 __all__ = ["TracedCell"]
 
@@ -57,7 +57,7 @@ class TracedCell(Cell):
         """What a reset restores."""
         dtype, shape = params["w_hh"].dtype, (*batch_shape, self.hidden)
         values = params["restart"] or (jnp.zeros((), dtype),) * len(self.gates.leaves)
-        return self.state_type(*(spread(value, shape) for value in values))
+        return self.state_type(*(broadcast(value, shape) for value in values))
 
     def theta(self, params: Any) -> Any:
         return params["theta"]
@@ -66,7 +66,7 @@ class TracedCell(Cell):
         if self.projected:
             return self.split(xs)
         u = product(xs, params["w_ih"])
-        return self.split(u + spread(params["b"], u.shape))
+        return self.split(u + broadcast(params["b"], u.shape))
 
     def split(self, z: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(jnp.split(z, len(self.sums), axis=-1))

@@ -18,7 +18,7 @@ from jax.extend.core import Literal
 
 from jrnn.jaxprs.primitives import CALLS, ELEMENTWISE, INLINED, UNMAPPABLE
 
-__all__ = ["Const", "Op", "Program", "bind", "evaluate", "flatten", "spread", "typed"]
+__all__ = ["Const", "Op", "Program", "bind", "broadcast", "evaluate", "flatten", "run_elementwise", "typed"]
 
 
 class Shaped(tuple):
@@ -325,7 +325,7 @@ def typed(program: Program, results: Iterable[Any]) -> list[Any]:
     return out
 
 
-def spread(program: Program, *args: Any, itself: Any = None) -> list[Any]:
+def run_elementwise(program: Program, *args: Any, itself: Any = None) -> list[Any]:
     """Runs an elementwise program on arrays of any shapes that broadcast against each other."""
     env: dict[int, Any] = dict(enumerate(args))
     for op in program.ops:
@@ -341,10 +341,11 @@ def apply_elementwise(op: Op, args: Sequence[Any], itself: Any = None) -> Sequen
     if op.derivative is not None:
         return itself(*args) if op.derivative is ITSELF else _with_derivative(op.inner, op.derivative)(*args)
     shape = np.broadcast_shapes(*map(np.shape, args))
-    return bind(op.primitive, op.params, [_broadcast(a, shape) for a in args])
+    return bind(op.primitive, op.params, [broadcast(a, shape) for a in args])
 
 
-def _broadcast(a: Any, shape: tuple[int, ...]) -> Any:
+def broadcast(a: Any, shape: tuple[int, ...]) -> Any:
+    """An array broadcast to a shape, axes missing in front; explicit, so that no promotion of ranks is asked for."""
     own = np.shape(a)
     if own == shape:
         return a
@@ -356,13 +357,13 @@ def _with_derivative(inner: Any, derivative: Program) -> Any:
 
     @jax.custom_jvp
     def function(*args: Any) -> Any:
-        return tuple(spread(inner, *args))
+        return tuple(run_elementwise(inner, *args))
 
     @function.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-        outs = spread(derivative, *primals, *tangents, itself=function)
+        outs = run_elementwise(derivative, *primals, *tangents, itself=function)
         half = len(outs) // 2
         shapes = [np.shape(o) for o in outs[:half]]
-        return tuple(outs[:half]), tuple(_broadcast(t, s) for t, s in zip(outs[half:], shapes, strict=True))
+        return tuple(outs[:half]), tuple(broadcast(t, s) for t, s in zip(outs[half:], shapes, strict=True))
 
     return function

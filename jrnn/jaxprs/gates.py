@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from jrnn.jaxprs.blocks import Elementwise, Gate, Piece, Refusal, Reset, State, Sum
-from jrnn.jaxprs.flat import apply_elementwise, flatten
-from jrnn.jaxprs.recipes import INPUT, INVARIANT, Atom, Dot, Recipe, spread, total
+from jrnn.jaxprs.flat import apply_elementwise, broadcast, flatten
+from jrnn.jaxprs.recipes import INPUT, INVARIANT, Atom, Dot, Recipe, total
 
 __all__ = ["Gates", "Parts", "assemble"]
 
@@ -53,7 +53,7 @@ class Gates:
         for made, operands in self.ops:
             results.append(apply_elementwise(made.op, [read(r) for r in operands]))
         shape = np.shape(state[0])
-        return [spread(read(r), shape) for r in self.leaves]
+        return [broadcast(read(r), shape) for r in self.leaves]
 
 
 class Parts(NamedTuple):

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrnn.jaxprs.flat import Const, Op, Program
+from jrnn.jaxprs.flat import Const, Op, Program, broadcast
 
 __all__ = ["INPUT", "INVARIANT", "STATE", "Add", "Atom", "Dot", "Flat", "Negative", "PerSequence", "Recipe", "Take"]
-__all__ += ["spread", "total"]
+__all__ += ["needed", "total"]
 
 # What a variable depends on: on constants alone, on the input of the step, or on the state.
 INVARIANT, INPUT, STATE = range(3)
@@ -129,7 +129,7 @@ class Add(Recipe):
     def make(self, env: dict[int, Any]) -> Any:
         a, b = self.first.make(env), self.second.make(env)
         shape = np.broadcast_shapes(np.shape(a), np.shape(b))
-        return jax.lax.add(spread(a, shape), spread(b, shape))
+        return jax.lax.add(broadcast(a, shape), broadcast(b, shape))
 
     def columns(self, start: int, stop: int) -> Recipe:
         return Add(self.first.columns(start, stop), self.second.columns(start, stop))
@@ -222,14 +222,6 @@ class Dot(Recipe):
 def total(terms: Iterable[Recipe]) -> Recipe:
     """The sum of one or more recipes."""
     return functools.reduce(Add, terms)
-
-
-def spread(a: Any, shape: tuple[int, ...]) -> Any:
-    """An array broadcast to a shape, axes missing in front; explicit, so that no promotion of ranks is asked for."""
-    own = np.shape(a)
-    if own == shape:
-        return a
-    return jax.lax.broadcast_in_dim(a, shape, tuple(range(len(shape) - len(own), len(shape))))
 
 
 def needed(program: Program, kinds: Any, kind: int, wanted: Iterable[Recipe | int]) -> tuple[Op, ...]:

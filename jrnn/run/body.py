@@ -15,8 +15,8 @@ from jax import lax
 from jrnn.cells.traced import TracedCell
 from jrnn.jaxprs.affine import Affine
 from jrnn.jaxprs.blocks import Piece
-from jrnn.jaxprs.flat import Op, evaluate, typed
-from jrnn.jaxprs.recipes import INPUT, INVARIANT, Recipe, needed, spread
+from jrnn.jaxprs.flat import Op, broadcast, evaluate, typed
+from jrnn.jaxprs.recipes import INPUT, INVARIANT, Recipe, needed
 from jrnn.schedules import SCHEDULES, native
 from jrnn.schedules.steps import Steps
 
@@ -59,7 +59,7 @@ class Body:
         env = self._invariant(consts, carry)
 
         def vector(recipe: Recipe | None) -> jax.Array:
-            return jnp.zeros(units, form.dtype) if recipe is None else spread(recipe.make(env), (units,))
+            return jnp.zeros(units, form.dtype) if recipe is None else broadcast(recipe.make(env), (units,))
 
         params: dict[str, Any] = {
             "w_hh": columns(form.parts.v, env, (units, units), form.dtype),
@@ -70,7 +70,7 @@ class Body:
         if form.resets is not None:
             (flags,) = self._at_all_steps(env, [form.resets.flags], xs)
             resets = over_batch(flags if form.resets.on else ~flags, form.batch)
-            params["restart"] = tuple(spread(value.make(env), (*form.batch, units)) for value in form.resets.values)
+            params["restart"] = tuple(broadcast(value.make(env), (*form.batch, units)) for value in form.resets.values)
         if self.product is None:
             parts = form.parts.inputs()
             made = iter(self._at_all_steps(env, [p for p in parts if p is not None], xs))
@@ -176,7 +176,7 @@ def small(work: int) -> str:
 def over_batch(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """``(T, ...)`` broadcast to ``(T, *shape)``, axes missing after the first."""
     missing = len(shape) + 1 - a.ndim
-    return spread(a.reshape(a.shape[0], *(1,) * missing, *a.shape[1:]), (a.shape[0], *shape))
+    return broadcast(a.reshape(a.shape[0], *(1,) * missing, *a.shape[1:]), (a.shape[0], *shape))
 
 
 def columns(gates: Sequence[Sequence[Piece]], env: dict[int, Any], shape: tuple[int, int], dtype: Any) -> jax.Array:

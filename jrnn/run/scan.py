@@ -15,7 +15,7 @@ from jrnn.jaxprs.blocks import Refusal
 from jrnn.jaxprs.flat import Program
 from jrnn.run.body import Body
 from jrnn.schedules.parts import Parts, of_one_step, trace
-from jrnn.schedules.steps import Steps, checkpointed, times_in_a_body
+from jrnn.schedules.steps import Steps, check_remat, checkpointed, times_in_a_body
 
 __all__ = ["choose_scan_backend", "scan"]
 
@@ -54,7 +54,7 @@ def scan(
 
     With ``backend="hoisted"`` a body that is no cell, but multiplies something that depends on its carry by weights,
     runs in parts: only what the next carry needs stays in the loop, and the gradients of those weights are products
-    after it. On a CPU that took 0.85 to 1.15 times the time of ``jax.lax.scan``, so that it is not chosen unasked.
+    after it. That pays for some bodies and not for others, so that it is not chosen unasked.
 
     Args:
       f: ``(carry, x) -> (carry, y)``, as for ``jax.lax.scan``.
@@ -134,9 +134,7 @@ def _choose(
 ) -> _Choice:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {list(BACKENDS)}, got {backend!r}")
-    is_count = isinstance(remat, int) and not isinstance(remat, bool) and remat >= 1
-    if not (remat is None or is_count or (isinstance(remat, str) and remat == "sqrt")):
-        raise ValueError(f'remat: expected None, a positive number of steps or "sqrt", got {remat!r}')
+    check_remat(remat)
     if backend == "reference":
         return _Choice("reference", "it was asked for by name")
     try:
@@ -146,7 +144,7 @@ def _choose(
             body = Body(affine.read(program, len(consts), len(carry)))
         except Refusal as refusal:
             reason = f"the body is not read as a recurrent cell: {refusal}"
-            # On a CPU parts were measured at 0.87 to 1.17 times the speed of `jax.lax.scan`: not chosen unasked.
+            # Parts pay for some bodies and not for others: they are not chosen unasked.
             if backend != "hoisted":
                 raise
             parts = Parts(sites.read(program, len(consts), len(carry)))

@@ -199,6 +199,12 @@ def chunked(segment: Any, state: Any, inputs: Any, length: int, chunk: int, reve
     return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), earlier, later)
 
 
+def check_remat(remat: Any) -> None:
+    is_count = isinstance(remat, int) and not isinstance(remat, bool) and remat >= 1
+    if not (remat is None or is_count or (isinstance(remat, str) and remat == "sqrt")):
+        raise ValueError(f'remat: expected None, a positive number of steps or "sqrt", got {remat!r}')
+
+
 def check_step(cell: Any, params: Any, x: Any, state: Any, key: Any) -> Any:
     """The form of the state after a step.
 
