@@ -290,7 +290,21 @@ def test_a_branch_inside_a_function_stays_a_branch():
     close(values_and_gradients(got, weights, carry, xs), values_and_gradients(expected, weights, carry, xs))
 
 
-@pytest.mark.parametrize("gate", [jnp.sinc, lambda z: functools.reduce(lambda z, _: jnp.sin(z), range(1500), z)])
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def derivative_of_sin(order, z):
+    """The derivative of sin of this order, whose rule names the next order, as ``jnp.sinc`` does in some JAX versions."""
+    return jnp.sin(z + order * jnp.pi / 2)
+
+
+@derivative_of_sin.defjvp
+def _next_derivative(order, primals, tangents):
+    return derivative_of_sin(order, *primals), derivative_of_sin(order + 1, *primals) * tangents[0]
+
+
+ENDLESS = [lambda z: derivative_of_sin(0, z), lambda z: functools.reduce(lambda z, _: jnp.sin(z), range(1500), z)]
+
+
+@pytest.mark.parametrize("gate", ENDLESS, ids=["derivatives", "chain"])
 def test_what_has_no_end_is_refused(gate):
     """A derivative that calls another function with a derivative of its own, and so on; and a very long chain."""
     weights, carry, _step, xs = built(BODIES[0])
