@@ -292,7 +292,7 @@ def test_a_branch_inside_a_function_stays_a_branch():
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def derivative_of_sin(order, z):
-    """The derivative of sin of this order, whose rule names the next order, as ``jnp.sinc`` does in some JAX versions."""
+    """The derivative of sin of this order, whose rule names the next order, as some of JAX's do."""
     return jnp.sin(z + order * jnp.pi / 2)
 
 
