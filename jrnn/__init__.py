@@ -21,10 +21,10 @@ from jrnn.cells.tdnn import TDNNState, tdnn
 from jrnn.compose.combine import bidirectional, highway, residual, stack
 from jrnn.compose.regularise import dropconnect, learned_state, variational, zoneout
 from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
-from jrnn.run.scan import choose_scan_backend, scan
-from jrnn.streaming import stepper
-from jrnn.tuning import Timing, Tuning, tune
-from jrnn.unroll import choose_backend, draw, unroll
+from jrnn.run.scanning import choose_scan_backend, scan
+from jrnn.run.streaming import stepper
+from jrnn.run.tuning import Timing, Tuning, tune
+from jrnn.run.unrolling import choose_backend, draw, unroll
 
 if TYPE_CHECKING:
     import jrnn.diagnose as diagnose

@@ -38,8 +38,8 @@ from jrnn.cells.lstm import ProjectionLSTM
 from jrnn.compose.combine import Bidirectional, Highway, Residual, Stack
 from jrnn.compose.regularise import DropConnect, LearnedState, Variational, Wrapper
 from jrnn.compose.timewise import Timewise
+from jrnn.run.unrolling import unroll
 from jrnn.schedules.steps import restarts, scan, select
-from jrnn.unroll import unroll
 
 __all__ = [
     "GateSaturation",

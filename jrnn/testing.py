@@ -30,13 +30,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrnn._check import describe
+from jrnn._core.checks import describe
 from jrnn._interpret import call
 from jrnn.cells.base import Layer
 from jrnn.compose.combine import Bidirectional, Highway, Residual, Stack
 from jrnn.compose.combine import stepless as _stepless
+from jrnn.run.unrolling import choose_backend, unroll
 from jrnn.schedules import SCHEDULES
-from jrnn.unroll import choose_backend, unroll
 
 __all__ = [
     "LAWS",

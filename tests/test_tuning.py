@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 import jrnn
+from jrnn.run.tuning import Timing, Tuning
 from jrnn.schedules import SCHEDULES, measured
 from jrnn.schedules.measured import Measured
-from jrnn.tuning import Timing, Tuning
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

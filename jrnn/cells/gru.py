@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jrnn import _check, activations, initializers
+from jrnn import activations, initializers
+from jrnn._core import checks
 from jrnn.cells.base import AffineCell, Cell, HiddenState, check_affine, check_features, product, vector
 from jrnn.cells.norm import layer_norm, layer_norm_gates
 
@@ -142,7 +143,7 @@ class LayerNormGRU(GRU):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check.epsilon(self.epsilon)
+        checks.epsilon(self.epsilon)
 
     def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
         width = 3 * self.hidden

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from jrnn._device import default_device
+from jrnn._core.devices import default_device
 
 __all__ = ["MEASURED", "Measured", "fitting"]
 

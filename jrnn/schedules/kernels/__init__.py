@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrnn._device import default_device, is_placed
+from jrnn._core.devices import default_device, is_placed
 from jrnn.cells.base import compute_params, emitted
 from jrnn.schedules import promises
 from jrnn.schedules.kernels import body, rule

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrnn._check import as_tree
-from jrnn._device import default_device
+from jrnn._core.checks import as_tree
+from jrnn._core.devices import default_device
 from jrnn.cells.base import Layer
+from jrnn.run.unrolling import choose_backend, unroll
 from jrnn.schedules import SCHEDULES
-from jrnn.unroll import choose_backend, unroll
 
 __all__ = ["Timing", "Tuning", "tune"]
 

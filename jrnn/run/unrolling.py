@@ -13,8 +13,8 @@ import numpy as np
 from jax import lax
 
 from jrnn import sequence
-from jrnn._check import as_tree, describe, is_traced, readable, same_form
-from jrnn._device import batch_spec, one_step, placed, placed_as, varying_as
+from jrnn._core.checks import as_tree, describe, is_traced, readable, same_form
+from jrnn._core.devices import batch_spec, one_step, placed, placed_as, varying_as
 from jrnn.cells.base import Layer
 from jrnn.run.step import Step, read_step
 from jrnn.schedules import SCHEDULES, choose
