@@ -23,7 +23,6 @@ from jrnn.compose.regularise import dropconnect, learned_state, variational, zon
 from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
 from jrnn.run.scanning import choose_scan_backend, scan
 from jrnn.run.streaming import stepper
-from jrnn.run.tuning import Timing, Tuning, tune
 from jrnn.run.unrolling import choose_backend, draw, unroll
 
 if TYPE_CHECKING:
@@ -59,8 +58,6 @@ __all__ = [
     "Layer",
     "MGUState",
     "TDNNState",
-    "Timing",
-    "Tuning",
     "UGRNNState",
     "activation",
     "activations",
@@ -101,7 +98,6 @@ __all__ = [
     "tdnn",
     "testing",
     "training",
-    "tune",
     "ugrnn",
     "unroll",
     "variational",
