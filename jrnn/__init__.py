@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from jrnn import activations, initializers, sequence
 from jrnn.cells.base import AffineCell, Cell, HiddenState, Layer, product
-from jrnn.cells.elman import ElmanState, IndRNNState, JordanState, elman, indrnn, jordan
-from jrnn.cells.gru import GRUState, MGUState, UGRNNState, gru, layer_norm_gru, mgu, ugrnn
+from jrnn.cells.elman import elman, indrnn, jordan
+from jrnn.cells.gru import gru, layer_norm_gru, mgu, ugrnn
 from jrnn.cells.lstm import LSTMState, coupled_lstm, layer_norm_lstm, lstm, peephole_lstm, projection_lstm
 from jrnn.cells.tdnn import TDNNState, tdnn
 from jrnn.compose.combine import bidirectional, highway, residual, stack
@@ -49,16 +49,10 @@ _LAZY = {
 __all__ = [
     "AffineCell",
     "Cell",
-    "ElmanState",
-    "GRUState",
     "HiddenState",
-    "IndRNNState",
-    "JordanState",
     "LSTMState",
     "Layer",
-    "MGUState",
     "TDNNState",
-    "UGRNNState",
     "activation",
     "activations",
     "bidirectional",

@@ -22,11 +22,7 @@ from jrnn.cells.base import (
     vector,
 )
 
-__all__ = ["ElmanState", "IndRNNState", "JordanState", "elman", "indrnn", "jordan"]
-
-ElmanState = HiddenState
-JordanState = HiddenState
-IndRNNState = HiddenState
+__all__ = ["elman", "indrnn", "jordan"]
 
 
 @dataclass(frozen=True, repr=False)

@@ -13,11 +13,7 @@ from jrnn._core import checks
 from jrnn.cells.base import AffineCell, Cell, HiddenState, check_affine, check_features, product, vector
 from jrnn.cells.norm import layer_norm, layer_norm_gates
 
-__all__ = ["GRUState", "MGUState", "UGRNNState", "gru", "layer_norm_gru", "mgu", "ugrnn"]
-
-GRUState = HiddenState
-MGUState = HiddenState
-UGRNNState = HiddenState
+__all__ = ["gru", "layer_norm_gru", "mgu", "ugrnn"]
 
 
 @dataclass(frozen=True, repr=False)
