@@ -15,7 +15,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from jrnn._check import same_form
+from jrnn._core.checks import same_form
 from jrnn.jaxprs.primitives import ELEMENTWISE, SAME, called
 
 # The places of operands in each of which by itself an operation is linear, and in all of which together it is.

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrnn._check import as_tree
-from jrnn._device import default_device
+from jrnn._core.checks import as_tree
+from jrnn._core.devices import default_device
 from jrnn.cells.base import Layer
-from jrnn.schedules import SCHEDULES
-from jrnn.unroll import choose_backend, unroll
+from jrnn.run.unrolling import choose_backend, unroll
+from jrnn.schedules import SCHEDULES, check_backend
 
 __all__ = ["Timing", "Tuning", "tune"]
 
@@ -117,9 +117,10 @@ def tune(
     Raises:
       ValueError, TypeError: where an argument does not fit, by name, as `jrnn.unroll` does.
 
+    >>> from jrnn.run.tuning import tune
     >>> cell = jrnn.elman(2)
     >>> params = cell.init(jax.random.key(0), 3)
-    >>> found = jrnn.tune(cell, params, jnp.ones((5, 2, 3)), backends=("hoisted",), quiet=True)
+    >>> found = tune(cell, params, jnp.ones((5, 2, 3)), backends=("hoisted",), quiet=True)
     >>> found.train, found.forward, found.default
     ('hoisted', 'hoisted', 'hoisted')
     >>> state, ys = jrnn.unroll(cell, params, jnp.ones((5, 2, 3)), backend=found.train)
@@ -129,8 +130,10 @@ def tune(
     if not seconds > 0:
         raise ValueError(f"seconds: expected a positive number, got {seconds!r}")
     names = list(SCHEDULES) if backends is None else list(backends)
-    if not names or not set(names) <= set(SCHEDULES):
+    if not names:
         raise ValueError(f"backends: expected None or some of {sorted(SCHEDULES)}, got {backends!r}")
+    for name in names:
+        check_backend(name, "backends")
     default, _ = choose_backend(model, params, xs, key=key)
     flags = {"lengths": lengths, "mask": mask, "resets": resets, "key": key}
     options = {"reverse": reverse, "remat": remat, "unroll": unroll}

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrnn._check import same_form
-from jrnn._device import batch_spec, placed
+from jrnn._core.checks import same_form
+from jrnn._core.devices import batch_spec, placed
 from jrnn.cells.base import Layer, check_state
 from jrnn.compose.combine import stepless
-from jrnn.unroll import choose_backend, unroll
+from jrnn.run.unrolling import choose_backend, unroll
 
 __all__ = ["stepper"]
 

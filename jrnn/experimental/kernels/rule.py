@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from jrnn.cells.base import product
-from jrnn.schedules.kernels import body
-from jrnn.schedules.kernels.plan import Plan, Steps
+from jrnn.experimental.kernels import body
+from jrnn.experimental.kernels.plan import Plan, Steps
 from jrnn.schedules.read import pack
 
 
@@ -71,7 +71,7 @@ recur.defvjp(_recur_fwd, _recur_bwd)
 
 def module(device: str) -> Any:
     """The kernels of a device, imported only where they are wanted: Pallas takes its time."""
-    return importlib.import_module(f"jrnn.schedules.kernels.{device}")
+    return importlib.import_module(f"jrnn.experimental.kernels.{device}")
 
 
 def _forward(plan: Plan, shared: Any, steps: Any, states: Any) -> Any:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
-from jrnn._device import is_placed
+from jrnn._core.devices import is_placed
 from jrnn.cells.lstm import LSTM
 from jrnn.schedules.steps import Steps, checkpointed, expand, select
 

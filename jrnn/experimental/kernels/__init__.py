@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrnn._device import default_device, is_placed
+from jrnn._core.devices import default_device, is_placed
 from jrnn.cells.base import compute_params, emitted
+from jrnn.experimental.kernels import body, rule
+from jrnn.experimental.kernels.plan import Chip, Plan
 from jrnn.schedules import promises
-from jrnn.schedules.kernels import body, rule
-from jrnn.schedules.kernels.plan import Chip, Plan
 from jrnn.schedules.steps import Steps, checkpointed, restarts, zeroed
 
 # What the kernels' language has in every JAX that is supported, besides what `body` rewrites.

@@ -13,11 +13,11 @@ import numpy as np
 from jax import lax
 
 from jrnn import sequence
-from jrnn._check import as_tree, describe, is_traced, readable, same_form
-from jrnn._device import batch_spec, one_step, placed, placed_as, varying_as
+from jrnn._core.checks import as_tree, describe, is_traced, readable, same_form
+from jrnn._core.devices import batch_spec, one_step, placed, placed_as, varying_as
 from jrnn.cells.base import Layer
 from jrnn.run.step import Step, read_step
-from jrnn.schedules import SCHEDULES, choose
+from jrnn.schedules import SCHEDULES, check_backend, choose
 from jrnn.schedules.steps import SEQUENCE, Steps, check_remat, check_step, select, zeroed
 
 __all__ = ["choose_backend", "draw", "unroll"]
@@ -73,9 +73,7 @@ def unroll(
         - "reference", the plain scan of the cell's step
         - "hoisted", scans with all that does not need the state taken out of them
         - "native", the loop as C++, which a compiler on this machine makes and keeps in ``~/.cache/jrnn``
-        - "kernel", one kernel for the loop, through Pallas. Those that span a GPU must not run at the same time as
-          each other: they may wait for each other for ever.
-        - "cudnn", NVIDIA's LSTM
+        - "kernel" (one Pallas kernel for the loop) and "cudnn" (NVIDIA's LSTM), once `jrnn.experimental` is imported
 
       remat: a number of steps n: keep the state only before every n-th step of a recurrent layer and recompute the
         rest in the backward pass, n steps at a time; "sqrt" takes sqrt(T) of them.
@@ -414,8 +412,8 @@ def _check_key(cell: Layer, key: Any) -> None:
 def _check_options(reverse: Any, backend: Any, remat: Any, unroll: Any, start: Any) -> None:
     if not isinstance(reverse, bool | np.bool_):
         raise TypeError(f"reverse: expected True or False, got {reverse!r}; it must be known before tracing")
-    if backend is not None and backend not in SCHEDULES:
-        raise ValueError(f"backend: expected None or one of {sorted(SCHEDULES)}, got {backend!r}")
+    if backend is not None:
+        check_backend(backend)
     check_remat(remat)
     if isinstance(unroll, bool) or not isinstance(unroll, int) or unroll < 1:
         raise ValueError(f"unroll: expected a positive int, got {unroll!r}")

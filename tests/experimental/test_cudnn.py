@@ -1,6 +1,6 @@
 """cuDNN's LSTM: its weights, what is refused, and everything round the call, with JAX's own reference in its place.
 
-The same tests run with cuDNN itself on a GPU: ``pytest -m gpu tests/test_cudnn.py``.
+The same tests run with cuDNN itself on a GPU: ``pytest -m gpu tests/experimental/test_cudnn.py``.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from jax.interpreters import mlir
 import jrnn
 from jrnn import _interpret, testing
 from jrnn._interpret import call
-from jrnn.schedules import cudnn
+from jrnn.experimental import cudnn
 from jrnn.schedules.steps import Steps
 
 F, H = 3, 4

@@ -13,8 +13,8 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from jrnn.schedules.kernels import body
-from jrnn.schedules.kernels.plan import Plan, Steps
+from jrnn.experimental.kernels import body
+from jrnn.experimental.kernels.plan import Plan, Steps
 
 # What is kept of float32, and the values of jax_default_matmul_precision that ask for no more.
 KEPT, PRECISIONS = "8 bits", (None, "default", "bfloat16", "BF16_BF16_BF16", "BF16_BF16_F32")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jrnn._device import is_placed
+from jrnn._core.devices import is_placed
 
 __all__ = ["weigh"]
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrnn._check import positive_int
+from jrnn._core.checks import positive_int
 from jrnn.training.checkpoint import Checkpointer, compare_leaves, describe_leaves
 from jrnn.training.step import Metrics, Step, TrainState
 

@@ -36,8 +36,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from jrnn.schedules.kernels import body
-from jrnn.schedules.kernels.plan import ROWS, Cut, Plan, Steps, choose
+from jrnn.experimental.kernels import body
+from jrnn.experimental.kernels.plan import ROWS, Cut, Plan, Steps, choose
 
 # What is kept of float32, and the values of jax_default_matmul_precision that ask for no more.
 KEPT = "about 16 bits"

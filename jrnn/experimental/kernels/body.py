@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn.cells.base import product
+from jrnn.experimental.kernels.plan import Plan, Steps
 from jrnn.jaxprs.primitives import called
-from jrnn.schedules.kernels.plan import Plan, Steps
 from jrnn.schedules.read import unpack
 
 

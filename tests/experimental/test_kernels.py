@@ -22,8 +22,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jrnn
 from jrnn import _interpret, schedules
 from jrnn.cells.base import compute_params
-from jrnn.schedules import kernels, reference
-from jrnn.schedules.kernels.plan import Chip, choose
+from jrnn.experimental import kernels
+from jrnn.experimental.kernels.plan import Chip, choose
+from jrnn.schedules import reference
 from tests.cases import StepOnly
 
 
@@ -174,8 +175,8 @@ def test_warpgroups_and_blocks_that_share_the_weights_equal_the_reference(name):
         "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu",
         "JAX_NUMPY_DTYPE_PROMOTION": "strict", "NPROC": "32",
     }  # fmt: skip
-    command = [sys.executable, "-c", f"from tests.test_kernels import shared; shared({name!r})"]
-    root = pathlib.Path(__file__).parent.parent
+    command = [sys.executable, "-c", f"from tests.experimental.test_kernels import shared; shared({name!r})"]
+    root = pathlib.Path(__file__).parents[2]
     done = subprocess.run(
         command, cwd=root, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300, check=False
     )
