@@ -26,6 +26,7 @@ from jrnn.run.streaming import stepper
 from jrnn.run.unrolling import choose_backend, draw, unroll
 
 if TYPE_CHECKING:
+    import jrnn.decoding as decoding
     import jrnn.diagnose as diagnose
     import jrnn.interop as interop
     import jrnn.losses as losses
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 # Imported where they are used: each needs a library that a plain forward pass does not.
 _LAZY = {
+    "decoding": "jrnn.decoding",
     "diagnose": "jrnn.diagnose",
     "interop": "jrnn.interop",
     "losses": "jrnn.losses",
@@ -59,6 +61,7 @@ __all__ = [
     "choose_backend",
     "choose_scan_backend",
     "coupled_lstm",
+    "decoding",
     "dense",
     "diagnose",
     "draw",
