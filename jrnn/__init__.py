@@ -20,6 +20,7 @@ from jrnn.cells.lstm import LSTMState, coupled_lstm, layer_norm_lstm, lstm, peep
 from jrnn.cells.tdnn import TDNNState, tdnn
 from jrnn.compose.attention import AttentionState, Memory, attend, attention, remember
 from jrnn.compose.combine import bidirectional, highway, residual, stack
+from jrnn.compose.describing import summary
 from jrnn.compose.regularise import dropconnect, learned_state, variational, zoneout
 from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
 from jrnn.run.scanning import choose_scan_backend, scan
@@ -98,6 +99,7 @@ __all__ = [
     "sequence",
     "stack",
     "stepper",
+    "summary",
     "tdnn",
     "testing",
     "training",
