@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jrnn
+from jrnn.jaxprs import affine, flat
 from jrnn.jaxprs.flat import flatten
 from tests.bodies import BODIES, elman, held, inner_cond, params, relu_readout, reset_lstm, still_input
 from tests.conftest import count_compilations
@@ -343,3 +344,20 @@ def test_choice_follows_the_size():
     assert "recurrent cell" in reason
     weights, carry, step, xs = built(BODIES[0])
     assert jrnn.choose_scan_backend(lambda c, x: step(weights, c, x), carry, xs)[0] == "reference"
+
+
+@interpreted
+@pytest.mark.parametrize("where", ["flat._const", "affine._Reader._product"])
+def test_programs_of_another_jax_run_as_they_are(where, monkeypatch):
+    """With a warning: where a part of a program is not as it is known."""
+
+    def moved(*_):
+        raise KeyError("dimension_numbers")
+
+    module, *names = where.split(".")
+    owner = functools.reduce(getattr, names[:-1], {"flat": flat, "affine": affine}[module])
+    monkeypatch.setattr(owner, names[-1], moved)
+    weights, carry, step, xs = built(BODIES[[body.name for body in BODIES].index("stopped")])
+    with pytest.warns(RuntimeWarning, match="a step is run as jax.lax.scan runs it, not faster: jrnn does not know"):
+        got = run(jrnn.scan, step)(weights, carry, xs)
+    close(got, run(jax.lax.scan, step)(weights, carry, xs), 0)

@@ -38,7 +38,7 @@ from jrnn.jaxprs.blocks import (
     Value,
     shared_ranges,
 )
-from jrnn.jaxprs.flat import Const, Op, Program
+from jrnn.jaxprs.flat import Const, Op, Program, reading
 from jrnn.jaxprs.gates import Gates, Parts, assemble, recipe
 from jrnn.jaxprs.primitives import primitive
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE, Add, Atom, Flat, Negative, PerSequence, Recipe, Take
@@ -98,7 +98,8 @@ def read(program: Program, consts: int, carry: int) -> Affine:
       Refusal: with the reason, where the step has none.
     """
     try:
-        return _Reader(program, consts, carry).read()
+        with reading():
+            return _Reader(program, consts, carry).read()
     except RecursionError:
         raise Refusal("its gates are a chain of more operations than can be followed") from None
 

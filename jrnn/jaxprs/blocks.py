@@ -6,16 +6,12 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jrnn.jaxprs.flat import Op
+from jrnn.jaxprs.flat import Op, Refusal
 from jrnn.jaxprs.recipes import Recipe
 
 __all__ = ["EVERY", "Elementwise", "Gate", "Held", "Piece", "Refusal", "Reset", "State", "Sum", "Value"]
 
 EVERY = -1  # the width of a scalar, which fits every width
-
-
-class Refusal(Exception):
-    """Why a step has no affine form."""
 
 
 class State(NamedTuple):

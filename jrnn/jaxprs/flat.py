@@ -5,12 +5,15 @@ products and gates side by side, and variables are numbered, so that two traces 
 function with a derivative of its own (``jax.custom_jvp``) stays one operation, and that derivative is a part of it,
 unless the reader asks for values alone.
 
-No other module looks into a jaxpr. Where a version of JAX has jaxprs of another kind, `flatten` raises `Unreadable`.
+No other module looks into a jaxpr. Where a version of JAX has jaxprs, or parameters of operations, of another kind than
+is known here, a step is refused like any other that is not read, with a warning.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,12 +23,28 @@ import numpy as np
 
 from jrnn.jaxprs.primitives import primitive
 
-__all__ = ["Const", "Op", "Program", "Unreadable", "bind", "broadcast", "calls", "evaluate", "flatten", "run"]
-__all__ += ["run_elementwise", "typed"]
+__all__ = [
+    "Const",
+    "Op",
+    "Program",
+    "Refusal",
+    "Unreadable",
+    "bind",
+    "broadcast",
+    "calls",
+    "evaluate",
+    "flatten",
+    "run",
+]
+__all__ += ["reading", "run_elementwise", "typed"]
 
 
-class Unreadable(Exception):
-    """A jaxpr is not what this version of jrnn knows a jaxpr as."""
+class Refusal(Exception):
+    """Why a step is not read."""
+
+
+class Unreadable(Refusal):
+    """A jaxpr, or an operation in it, is not as this version of jrnn knows it."""
 
 
 class Shaped(tuple):
@@ -180,8 +199,33 @@ def flatten(closed: Any, *, opened: bool = False) -> tuple[Program, list[Any]]:
     try:
         consts = list(closed.consts)
         return _flatten(closed.jaxpr, consts, opened=opened), consts
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Unreadable(f"jaxprs of JAX {jax.__version__} are not read ({type(error).__name__}: {error})") from error
+    except _UNKNOWN as error:
+        raise _unreadable(error) from error
+
+
+# What comes of looking for something where it is not.
+_UNKNOWN = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
+def _unreadable(error: Exception) -> Unreadable:
+    reason = f"{type(error).__name__}: {error}"
+    return Unreadable(f"jrnn does not know the programs of JAX {jax.__version__} well enough to read it ({reason})")
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Reads a step that can run as it is: what is unknown about its program is a warning, and a `Refusal`."""
+    try:
+        yield
+    except (Unreadable, *_UNKNOWN) as error:
+        found = error if isinstance(error, Unreadable) else _unreadable(error)
+        warnings.warn(
+            f"a step is run as jax.lax.scan runs it, not faster: {found}; a newer jrnn may know them, and results are "
+            "not affected",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        raise found from error
 
 
 def _flatten(

@@ -100,7 +100,8 @@ def assemble(new: Sequence[Any], leaves: Sequence[int], units: int, dtype: Any, 
     Raises:
       Refusal: where there is no recurrent product, or more than one.
     """
-    sums = _sums(new)
+    # In the order of their columns, where they are columns of the same product: so the weights are taken as they are.
+    sums = sorted(_sums(new), key=lambda e: min((p.start for p in e.pieces if p.recurrent), default=0))
     split = [_split(e) for e in sums]
     multiplied = {piece.vector.leaf for pieces, _ in split for piece in pieces}  # type: ignore[union-attr]
     if not multiplied:
