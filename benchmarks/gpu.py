@@ -330,7 +330,7 @@ def correct(seconds: float, platforms: str, log: Path) -> bool:
     """Whether all that ``pytest -m gpu`` runs passed; it is ended, with all that it began, after so many seconds."""
     print(f"== pytest -m gpu, for {seconds:.0f} s at most, into {log.name}", flush=True)
     # Only the files that have such tests, and no plugin whose warnings would be errors.
-    files = ("tests/test_kernels.py", "tests/test_cudnn.py")
+    files = ("tests/experimental/test_kernels.py", "tests/experimental/test_cudnn.py")
     options = ("-m", "gpu", "-v", "-n", "4", "-p", "no:benchmark", "--durations=5")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as out:

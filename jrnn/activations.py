@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jrnn._check import module_level
+from jrnn._core.checks import module_level
 
 __all__ = ["Activation", "linear", "resolve"]
 

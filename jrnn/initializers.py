@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrnn._check import module_level
+from jrnn._core.checks import module_level
 
 __all__ = ["constant", "draw", "glorot_uniform", "identity", "normal", "orthogonal", "resolve", "uniform", "zeros"]
 

@@ -26,8 +26,8 @@ import optax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from jrnn._check import readable
-from jrnn._device import batch_spec, is_placed, placed
+from jrnn._core.checks import readable
+from jrnn._core.devices import batch_spec, is_placed, placed
 from jrnn.sequence import _booleans, _check_lengths, _integers, _known_steps, _trailing, valid_steps
 
 __all__ = [

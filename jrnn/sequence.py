@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jrnn._check import is_traced, readable
-from jrnn._device import batch_spec, placed
+from jrnn._core.checks import is_traced, readable
+from jrnn._core.devices import batch_spec, placed
 
 __all__ = [
     "Bucket",

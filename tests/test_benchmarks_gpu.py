@@ -404,11 +404,11 @@ def test_the_suite_goes_from_correctness_to_timing(tmp_path, monkeypatch):
 )
 def test_tests_that_hang_are_ended(body, says, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine, "ROOT", tmp_path)
-    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "experimental").mkdir(parents=True)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\n")
     for name in ("kernels", "cudnn"):
         mark = "gpu" if name == "kernels" else "skip"
         text = f"import pytest\n\n@pytest.mark.{mark}\ndef test_it():\n    {body}\n"
-        (tmp_path / "tests" / f"test_{name}.py").write_text(text)
+        (tmp_path / "tests" / "experimental" / f"test_{name}.py").write_text(text)
     assert gpu.correct(60.0 if "1" in says[:1] else 15.0, "cpu", tmp_path / "out" / "log.txt") == ("passed" in says)
     assert says in capsys.readouterr().out

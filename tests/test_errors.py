@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jrnn
-from jrnn import _check
+from jrnn._core import checks
 from tests.cases import StepOnly
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -456,7 +456,7 @@ def test_arrays_on_a_device_stay_there():
 
 def test_values_on_an_accelerator_are_not_waited_for(monkeypatch):
     """What is there only to be checked is not read, and is dealt with as where it is traced."""
-    monkeypatch.setattr(_check, "_readable", lambda leaf: not isinstance(leaf, jax.Array))
+    monkeypatch.setattr(checks, "_readable", lambda leaf: not isinstance(leaf, jax.Array))
     _, ys = run(lengths=jnp.array([9, -1]))
     np.testing.assert_array_equal(ys, run(lengths=np.array([6, 0]))[1])
     assert np.isnan(run(EMBED, EMBED_PARAMS, jnp.array([[7]]))[1]).all()

@@ -36,6 +36,18 @@ assert not early, early
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_no_name_hides_a_module():
+    code = """
+import importlib, pkgutil, sys, jrnn
+for module in pkgutil.walk_packages(jrnn.__path__, "jrnn."):
+    importlib.import_module(module.name)
+for name, module in list(sys.modules.items()):
+    parent, _, last = name.rpartition(".")
+    assert not name.startswith("jrnn.") or getattr(sys.modules[parent], last) is module, name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_suite_runs_where_pytest_keeps_no_cache():
     root = pathlib.Path(__file__).parents[1]
     environment = {name: value for name, value in os.environ.items() if name != "JRNN_CACHE_DIR"}
@@ -56,7 +68,7 @@ def test_an_eager_call_compiles_once():
 
 
 def jrnn_traces():
-    from jrnn.unroll import _unroll
+    from jrnn.run.unrolling import _unroll
 
     return _unroll._cache_size()
 

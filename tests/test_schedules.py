@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 import jrnn
-from jrnn import _interpret, _weigh, testing
+from jrnn import _interpret, testing
+from jrnn._core import products as core_products
+from jrnn.run.unrolling import _loop, _unroll
 from jrnn.schedules import affine, promises
 from jrnn.schedules.layout import Rows, Units
 from jrnn.schedules.steps import Steps
-from jrnn.unroll import _loop, _unroll
 from tests.cases import CASES, Leaky, ProjectAndUpdate
 
 LAYOUTS = {
@@ -228,7 +229,7 @@ def test_what_is_read_agrees_with_what_is_promised(cell):
 def test_the_product_is_a_product(primitive, monkeypatch, x64):
     """Values and all derivatives, where JAX has primitives of one's own and where it has not."""
     if not primitive:
-        monkeypatch.setattr(_weigh, "_weigh_p", None)
+        monkeypatch.setattr(core_products, "_weigh_p", None)
     x, w = jax.random.normal(jax.random.key(0), (5, 4, 3)), jax.random.normal(jax.random.key(1), (3, 2))
 
     def results(product):
@@ -239,14 +240,14 @@ def test_the_product_is_a_product(primitive, monkeypatch, x64):
         slope = jax.jvp(jax.grad(loss, (0, 1)), (x, w), (x, w))
         return loss(x, w), each(x, w), slope, jax.hessian(loss, 1)(x, w)
 
-    chex.assert_trees_all_close(results(_weigh.weigh), results(jnp.matmul), rtol=1e-12)
+    chex.assert_trees_all_close(results(core_products.weigh), results(jnp.matmul), rtol=1e-12)
 
 
 def test_the_product_over_devices():
     """Inside `shard_map`, where arrays say how they vary over devices."""
     mesh, spec = jax.make_mesh((1,), ("i",), (jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec
     x, w = jax.random.normal(jax.random.key(0), (4, 3)), jax.random.normal(jax.random.key(1), (3, 2))
-    over = jax.shard_map(_weigh.weigh, mesh=mesh, in_specs=(spec("i"), spec()), out_specs=spec("i"))
+    over = jax.shard_map(core_products.weigh, mesh=mesh, in_specs=(spec("i"), spec()), out_specs=spec("i"))
     got, want = (jax.grad(lambda w, f=f: jnp.sum(jnp.sin(f(x, w))))(w) for f in (over, jnp.matmul))
     chex.assert_trees_all_close(got, want, rtol=1e-5)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jrnn
+from jrnn.run.tuning import tune
 from tests.cases import CASES
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -187,4 +188,4 @@ def test_a_tree_of_outputs_through_what_takes_cells():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), chunked, whole)
     low = jax.eval_shape(lambda: jrnn.unroll(cell, params, jnp.asarray(XS, jnp.bfloat16), lengths=np.array([6, 2])))[1]
     assert [str(leaf.dtype) for leaf in jax.tree.leaves(low)] == ["int32", "bool", "bfloat16", "bfloat16"]
-    assert jrnn.tune(cell, params, XS, backends=("reference",), repeats=1, quiet=True).train == "reference"
+    assert tune(cell, params, XS, backends=("reference",), repeats=1, quiet=True).train == "reference"

@@ -1,16 +1,15 @@
-"""Timing one's own shapes, and the table of what was measured. Nothing here asserts on a time."""
+"""Timing one's own shapes. Nothing here asserts on a time."""
 
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jrnn
-from jrnn.schedules import SCHEDULES, measured
-from jrnn.schedules.measured import Measured
-from jrnn.tuning import Timing, Tuning
+import jrnn.experimental  # adds a schedule that refuses here
+from jrnn.run.tuning import Timing, Tuning, tune
+from jrnn.schedules import SCHEDULES
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -24,7 +23,7 @@ def arguments(cell=CELL, features=3):
 def test_every_schedule_has_a_row(monkeypatch, capsys):
     for name in set(SCHEDULES) - {"hoisted", "cudnn", "reference"}:
         monkeypatch.delitem(SCHEDULES, name)
-    found = jrnn.tune(*arguments(jrnn.elman(3)), lengths=jnp.array([5, 2]), repeats=2)
+    found = tune(*arguments(jrnn.elman(3)), lengths=jnp.array([5, 2]), repeats=2)
     assert [row.backend for row in found.rows] == list(SCHEDULES)
     rows = {row.backend: row for row in found.rows}
     for name in ("hoisted", "reference"):
@@ -41,7 +40,7 @@ def test_every_schedule_has_a_row(monkeypatch, capsys):
 def test_models_and_integers(capsys):
     model = jrnn.stack(jrnn.embed(5, 3), jrnn.dropout(0.5), jrnn.elman(2))
     params, ids = model.init(jax.random.key(0), None), jnp.zeros((4, 2), jnp.int32)
-    found = jrnn.tune(model, params, ids, key=jax.random.key(1), backends=("reference",), repeats=1, quiet=True)
+    found = tune(model, params, ids, key=jax.random.key(1), backends=("reference",), repeats=1, quiet=True)
     assert found.train == found.forward == "reference"
     assert capsys.readouterr().out == ""
 
@@ -62,7 +61,7 @@ def test_a_schedule_that_fails_is_a_row(monkeypatch):
     monkeypatch.setitem(SCHEDULES, "hoisted", hoisted._replace(run=run, automatic=False))
     monkeypatch.setitem(SCHEDULES, "cudnn", hoisted._replace(run=no_gradient, automatic=False))
     jax.clear_caches()
-    found = jrnn.tune(*arguments(jrnn.elman(3)), backends=("hoisted", "cudnn", "reference"), repeats=1, quiet=True)
+    found = tune(*arguments(jrnn.elman(3)), backends=("hoisted", "cudnn", "reference"), repeats=1, quiet=True)
     jax.clear_caches()
     rows = {row.backend: row for row in found.rows}
     assert rows["hoisted"] == Timing("hoisted", None, None, "failed: MemoryError: RESOURCE_EXHAUSTED")
@@ -97,31 +96,15 @@ def test_the_choice_and_the_table():
 def test_bad_arguments():
     cell, params, xs = arguments()
     with pytest.raises(ValueError, match="repeats: expected a positive int, got 0"):
-        jrnn.tune(cell, params, xs, repeats=0)
+        tune(cell, params, xs, repeats=0)
     with pytest.raises(ValueError, match="seconds: expected a positive number"):
-        jrnn.tune(cell, params, xs, seconds=0.0)
-    with pytest.raises(ValueError, match=r"backends: expected None or some of .*'hoisted'.*got"):
-        jrnn.tune(cell, params, xs, backends=("fast",))
+        tune(cell, params, xs, seconds=0.0)
+    with pytest.raises(ValueError, match=r"backends: expected None or one of .*'hoisted'.*got"):
+        tune(cell, params, xs, backends=("fast",))
     with pytest.raises(ValueError, match="lengths: expected values"):
-        jrnn.tune(cell, params, xs, lengths=jnp.array([9, 1]))
+        tune(cell, params, xs, lengths=jnp.array([9, 1]))
     with pytest.raises(TypeError, match="model: expected a layer"):
-        jrnn.tune("lstm", params, xs)
-
-
-# --- what was measured ---------------------------------------------------------------------------------------------
-
-
-def row(**changes):
-    device = jax.devices()[0].device_kind
-    usual = Measured("reference", device, ("LSTM",), "float32", (2, 8), (1, 2), (5, 100), "benchmarks/results/a/b.md")
-    return usual._replace(**changes)
-
-
-def test_rows_name_a_schedule_and_the_run_that_made_them():
-    for entry in measured.MEASURED:
-        assert entry.schedule in SCHEDULES
-        assert (pathlib.Path(__file__).parent.parent / entry.run).is_file()
-        assert all(low <= high for low, high in (entry.hidden, entry.batch, entry.time))
+        tune("lstm", params, xs)
 
 
 def test_shapes_are_enough_to_choose_by():
@@ -133,39 +116,3 @@ def test_shapes_are_enough_to_choose_by():
     assert jrnn.choose_backend(model, *structs, key=key) == jrnn.choose_backend(model, *arrays, key=jax.random.key(0))
     with pytest.raises(TypeError, match="xs: expected integer ids"):
         jrnn.choose_backend(model, structs[0], jax.ShapeDtypeStruct((6, 2), jnp.float32))
-
-
-def test_where_something_was_measured_it_is_chosen(monkeypatch):
-    monkeypatch.setattr(measured, "MEASURED", (row(),))
-    name, reason = jrnn.choose_backend(*arguments())
-    assert name == "reference"
-    assert "measured fastest for such shapes" in reason
-    assert "benchmarks/results/a/b.md" in reason
-    assert jrnn.choose_backend(*arguments(jrnn.stack(CELL, jrnn.gru(2))))[0] == "reference+hoisted"
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"device": "NVIDIA H200"},
-        {"cells": ("GRU",)},
-        {"dtype": "bfloat16"},
-        {"hidden": (5, 8)},
-        {"batch": (3, 9)},
-        {"time": (6, 100)},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_elsewhere_the_order_of_the_table_decides(changes, monkeypatch):
-    monkeypatch.setattr(measured, "MEASURED", (row(**changes),))
-    assert jrnn.choose_backend(*arguments())[0] == "hoisted"
-
-
-def test_a_schedule_that_was_fastest_but_cannot_serve(monkeypatch):
-    monkeypatch.setattr(measured, "MEASURED", (row(schedule="cudnn"), row()))
-    name, reason = jrnn.choose_backend(*arguments())
-    assert name == "reference"
-    monkeypatch.setattr(measured, "MEASURED", (row(schedule="cudnn"),))
-    name, reason = jrnn.choose_backend(*arguments())
-    assert name == "hoisted"
-    assert "not cudnn, though measured fastest: cuDNN runs on NVIDIA GPUs" in reason

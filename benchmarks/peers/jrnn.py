@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import jrnn
+import jrnn.experimental  # adds the schedules "kernel" and "cudnn"
 from benchmarks import data
 from benchmarks.grid import STEPS, Point
 from benchmarks.peers.base import JaxPeer, products

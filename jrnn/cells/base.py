@@ -20,8 +20,8 @@ import numpy as np
 from jax import lax
 
 from jrnn import initializers
-from jrnn._check import batch_axes, describe, non_negative_int, positive_int, same_form
-from jrnn._weigh import weigh
+from jrnn._core.checks import batch_axes, describe, non_negative_int, positive_int, same_form
+from jrnn._core.products import weigh
 
 __all__ = ["AffineCell", "Cell", "Drawn", "HiddenState", "Layer"]
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn import activations, initializers
-from jrnn._check import batch_axes, non_negative_int, positive_int
+from jrnn._core.checks import batch_axes, non_negative_int, positive_int
 from jrnn.cells.base import (
     AffineCell,
     Cell,
@@ -22,11 +22,7 @@ from jrnn.cells.base import (
     vector,
 )
 
-__all__ = ["ElmanState", "IndRNNState", "JordanState", "elman", "indrnn", "jordan"]
-
-ElmanState = HiddenState
-JordanState = HiddenState
-IndRNNState = HiddenState
+__all__ = ["elman", "indrnn", "jordan"]
 
 
 @dataclass(frozen=True, repr=False)

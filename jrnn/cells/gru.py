@@ -8,15 +8,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jrnn import _check, activations, initializers
+from jrnn import activations, initializers
+from jrnn._core import checks
 from jrnn.cells.base import AffineCell, Cell, HiddenState, check_affine, check_features, product, vector
 from jrnn.cells.norm import layer_norm, layer_norm_gates
 
-__all__ = ["GRUState", "MGUState", "UGRNNState", "gru", "layer_norm_gru", "mgu", "ugrnn"]
-
-GRUState = HiddenState
-MGUState = HiddenState
-UGRNNState = HiddenState
+__all__ = ["gru", "layer_norm_gru", "mgu", "ugrnn"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,7 +139,7 @@ class LayerNormGRU(GRU):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check.epsilon(self.epsilon)
+        checks.epsilon(self.epsilon)
 
     def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
         width = 3 * self.hidden

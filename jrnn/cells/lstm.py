@@ -8,8 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrnn import _check, activations, initializers
-from jrnn._check import batch_axes, non_negative_int, positive_int
+from jrnn import activations, initializers
+from jrnn._core import checks
+from jrnn._core.checks import batch_axes, non_negative_int, positive_int
 from jrnn.cells.base import (
     AffineCell,
     Cell,
@@ -167,7 +168,7 @@ class LayerNormLSTM(LSTM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check.epsilon(self.epsilon)
+        checks.epsilon(self.epsilon)
 
     def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
         width, hidden = len(self.gate_names) * self.hidden, self.hidden

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn import activations, initializers
-from jrnn._check import batch_axes, positive_int
+from jrnn._core.checks import batch_axes, positive_int
 from jrnn.cells.base import Cell, check_features, check_named, exported, product, stable, vector
 
 __all__ = ["TDNNState", "tdnn"]

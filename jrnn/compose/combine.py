@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrnn._check import describe, module_level, positive_int
+from jrnn._core.checks import describe, module_level, positive_int
 from jrnn.cells.base import Layer, check_state, compute_params, emitted, product, vector
 
 __all__ = ["Bidirectional", "Highway", "Residual", "Stack", "bidirectional", "highway", "residual", "stack"]

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jrnn._check import describe, rate
-from jrnn._device import placed_as
+from jrnn._core.checks import describe, rate
+from jrnn._core.devices import placed_as
 from jrnn.cells.base import (
     AffineCell,
     Cell,

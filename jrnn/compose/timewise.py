@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jrnn import _check, activations, initializers
-from jrnn._check import batch_axes, describe, positive_int, rate, readable
-from jrnn._device import is_placed
+from jrnn import activations, initializers
+from jrnn._core import checks
+from jrnn._core.checks import batch_axes, describe, positive_int, rate, readable
+from jrnn._core.devices import is_placed
 from jrnn.cells import norm
 from jrnn.cells.base import Layer, check_features, check_named, compute_params, emitted, product, stable, vector
 from jrnn.sequence import _known_steps
@@ -193,7 +194,7 @@ class LayerNorm(Timewise):
     epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
-        _check.epsilon(self.epsilon)
+        checks.epsilon(self.epsilon)
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         positive_int(in_features, "in_features")

@@ -5,7 +5,8 @@ A schedule serves a cell or says why it cannot, and runs it::
     serves(cell, params, xs, steps) -> (bool, reason)
     run(cell, params, xs, state, steps) -> (state, ys)
 
-`SCHEDULES` lists them in the order in which they are asked, the last resort last; a new one is a new row.
+`SCHEDULES` lists them in the order in which they are asked, the last resort last; a new one is a new row. Importing
+`jrnn.experimental` adds rows at its end that run only where they are asked for by name.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jrnn.schedules import cudnn, hoisted, kernels, measured, native, reference
+from jrnn.schedules import hoisted, native, reference
 from jrnn.schedules.steps import Steps
 
-__all__ = ["SCHEDULES", "Schedule", "Steps", "choose"]
+__all__ = ["SCHEDULES", "Schedule", "Steps", "check_backend", "choose"]
 
 
 class Schedule(NamedTuple):
@@ -33,12 +34,24 @@ class Schedule(NamedTuple):
 
 
 SCHEDULES: dict[str, Schedule] = {
-    "kernel": Schedule(kernels.serves, kernels.run, automatic=False),
     "native": Schedule(native.serves, native.run, pays=native.pays),
     "hoisted": Schedule(hoisted.serves, hoisted.run),
-    "cudnn": Schedule(cudnn.serves, cudnn.run, automatic=False),
     "reference": Schedule(reference.serves, reference.run),
 }
+
+EXPERIMENTAL = ("cudnn", "kernel")  # the rows that importing `jrnn.experimental` adds
+
+
+def check_backend(backend: Any, argument: str = "backend") -> None:
+    """Raises ``ValueError`` where a name is not that of a schedule, or of one whose module was not imported."""
+    if backend in SCHEDULES:
+        return
+    if backend in EXPERIMENTAL:
+        raise ValueError(
+            f"{argument}: {backend!r} is experimental, since it was never run on its device; "
+            "import jrnn.experimental to add it"
+        )
+    raise ValueError(f"{argument}: expected None or one of {sorted(SCHEDULES)}, got {backend!r}")
 
 
 def choose(cell: Any, params: Any, xs: Any, steps: Steps, backend: str | None = None) -> tuple[str, str]:
@@ -51,11 +64,6 @@ def choose(cell: Any, params: Any, xs: Any, steps: Steps, backend: str | None = 
             )
         return backend, reason
     passed_over: list[str] = []
-    for row in measured.fitting(cell, xs):
-        served, reason = SCHEDULES[row.schedule].serves(cell, params, xs, steps)
-        if served:
-            return row.schedule, f"{reason}; measured fastest for such shapes on {row.device} ({row.run})"
-        passed_over.append(f"not {row.schedule}, though measured fastest: {reason}")
     for name, schedule in SCHEDULES.items():
         pays, reason = (True, "") if schedule.pays is None else schedule.pays(cell, params, xs, steps)
         if not pays:

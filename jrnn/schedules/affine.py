@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jrnn._device import default_device, is_placed
+from jrnn._core.devices import default_device, is_placed
 from jrnn.cells.base import emitted_fields, product, side_by_side
 from jrnn.schedules import promises
 from jrnn.schedules.layout import Rows, Units

@@ -26,8 +26,8 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jrnn._device import knows_mesh
-from jrnn._weigh import weigh
+from jrnn._core.devices import knows_mesh
+from jrnn._core.products import weigh
 from jrnn.jaxprs.affine import default_precision
 from jrnn.jaxprs.blocks import Refusal
 from jrnn.jaxprs.flat import Op, Program, bind, evaluate, flatten, reading, typed

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrnn._check import same_form
+from jrnn._core.checks import same_form
 from jrnn.cells.traced import TracedCell
 from jrnn.jaxprs.flat import Program, flatten
 from jrnn.jaxprs.per_unit import PerUnit, Unread

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jrnn._check import describe, same_form
-from jrnn._device import placed_as
+from jrnn._core.checks import describe, same_form
+from jrnn._core.devices import placed_as
 from jrnn.jaxprs.flat import calls
 
 # Times are folded in as 32-bit unsigned integers; the last of them is kept for what is drawn once per sequence.

@@ -1,7 +1,7 @@
 """Training: optimisers, a pure step, a loop, truncated backpropagation, checkpoints."""
 
 from jrnn.training.checkpoint import Checkpoint, Checkpointer
-from jrnn.training.fit import FitResult, NonFiniteError, fit, load_params
+from jrnn.training.fitting import FitResult, NonFiniteError, fit, load_params
 from jrnn.training.optimizers import optimizer, schedule
 from jrnn.training.step import Metrics, Step, TrainState, make_step
 from jrnn.training.tbptt import Chunk, chunks, tbptt_step, truncated_unroll

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrnn._check import positive_int
+from jrnn._core.checks import positive_int
 
 _DIFFERENCES_SHOWN = 8
 

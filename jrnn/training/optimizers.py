@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jrnn._check import positive_int
+from jrnn._core.checks import positive_int
 
 Schedule = Callable[[Any], Any]
 

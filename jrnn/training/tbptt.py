@@ -18,12 +18,12 @@ import numpy as np
 import optax
 
 from jrnn import sequence
-from jrnn._check import is_traced, positive_int
-from jrnn._device import batch_spec, placed
+from jrnn._core.checks import is_traced, positive_int
+from jrnn._core.devices import batch_spec, placed
 from jrnn.cells.base import Layer
 from jrnn.compose.combine import Bidirectional
+from jrnn.run.unrolling import unroll
 from jrnn.training.step import Metrics, Step, TrainState, check_function, check_optimizer, split_loss
-from jrnn.unroll import unroll
 
 
 class Chunk(NamedTuple):

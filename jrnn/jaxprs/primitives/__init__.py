@@ -212,7 +212,7 @@ _ROWS = (
     _mappable("select_and_scatter_add"),
     _mappable("stack"),
     _mappable("tile"),
-    _mappable("weigh", numpy=host.matmul),  # see `jrnn._weigh`
+    _mappable("weigh", numpy=host.matmul),  # see `jrnn._core.products`
     _mappable("zeros_like"),
     _mappable("zeta"),
     # That only call another program.

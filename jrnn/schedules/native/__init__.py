@@ -2,7 +2,7 @@
 
 XLA runs a loop as a list of operations, about ten a step, on arrays that go through memory. Here one function written
 in C++ holds the whole loop (`kernel.cc`) and calls the cell's own gates, compiled for it (`emit.py`, `cell.cc`); XLA
-calls it as one operation (`loop.py`). The machine's C++ compiler makes the loop once and the gates once for each cell
+calls it as one operation (`calls.py`). The machine's C++ compiler makes the loop once and the gates once for each cell
 (`build.py`, `cache.py`). It is what runs on a CPU by default wherever it serves and pays.
 """
 
@@ -14,19 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrnn._device import default_device
+from jrnn._core.devices import default_device
 from jrnn.cells.base import compute_params, emitted, is_low, output, side_by_side
 from jrnn.schedules import promises
 from jrnn.schedules.native import build, emit, operation
+from jrnn.schedules.native.calls import Flags, Inputs, Plan, loop
 from jrnn.schedules.native.chunks import Chunks
-from jrnn.schedules.native.loop import Flags, Inputs, Plan, loop
 from jrnn.schedules.steps import Steps, restarts, zeroed
 
 __all__ = ["pays", "run", "serves"]
 
 # From how much on it is chosen by default: floating-point operations, to be worth a compilation; and steps of all
 # sequences, since the weights are packed anew in each call, which costs as much as some of these. Not so where few
-# steps of few sequences read them in place (`kernel.cc`): there STEP operations are enough.
+# steps of few sequences read them in place (`forward.h`): there STEP operations are enough.
 WORK, ROWS, STEP = 2**20, 32, 2**18
 FEW_STEPS, FEW_SEQUENCES, WHOLE_BLOCKS = 4, 3, 32
 

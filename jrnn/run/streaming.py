@@ -1,0 +1,85 @@
+"""One step at a time, for inputs that arrive while the model runs."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jrnn._core.checks import same_form
+from jrnn._core.devices import batch_spec, placed
+from jrnn.cells.base import Layer, check_state
+from jrnn.compose.combine import stepless
+from jrnn.run.unrolling import choose_backend, unroll
+
+__all__ = ["stepper"]
+
+
+def stepper(layer: Layer) -> Any:
+    """The layer's step, compiled, with its state donated: ``step(params, state, x, key=None) -> (state, y)``.
+
+    A call costs what calling any compiled function costs, and the arithmetic. Folded over the steps of a sequence, it
+    gives what `jrnn.unroll` gives where every step is valid and no reset: without a key as it is, and with a key for
+    parameters from `jrnn.draw` and the key ``jax.random.fold_in(key, t)`` at step t.
+
+    B batch axes (any number, or none), F input features, H output features.
+
+    Args:
+      layer: a layer that has a step: any but a bidirectional one, whose backward half needs the future.
+
+    Returns:
+      A jitted function, one and the same for equal layers. Its ``x`` is ``(*B, F)`` (integers ``(*B,)`` for models that
+      begin with `jrnn.embed`), its ``y`` ``(*B, H)``. The state that it is given is donated: its buffers are
+      reused, so go on with the state returned, and copy what else you want to keep. Over a mesh whose axes are
+      Explicit, let the first state lie as ``x`` does, as in ``jax.device_put(state, PartitionSpec("data"))``, or its
+      buffers cannot be reused.
+
+    Raises:
+      TypeError: where the layer has no step.
+      ValueError: from a call whose state lacks the batch axes of ``x``, as for a whole sequence given as one step.
+
+    >>> cell = jrnn.gru(4)
+    >>> params = cell.init(jax.random.key(0), 3)
+    >>> step, state = jrnn.stepper(cell), cell.initial_state(params, ())
+    >>> for x in jnp.ones((5, 3)):
+    ...     state, y = step(params, state, x)
+    >>> bool(jnp.allclose(y, jrnn.unroll(cell, params, jnp.ones((5, 3)))[1][-1], atol=1e-6))
+    True
+    """
+    if not isinstance(layer, Layer):
+        raise TypeError(f"layer: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {layer!r}")
+    if stepless(layer):
+        raise TypeError(
+            f"layer: expected a layer that has a step, got {layer!r}; a bidirectional layer has no step, since its "
+            "backward direction needs the steps that follow: run whole sequences through jrnn.unroll, or stream with "
+            "the forward layer alone"
+        )
+    return _stepper(layer)
+
+
+# Cached by value, so that a loop that asks for it anew compiles once; the layer is not an argument of the compiled
+# function, which would hash and compare it at every call.
+@functools.lru_cache(maxsize=256)
+def _stepper(layer: Layer) -> Any:
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(params: Any, state: Any, x: Any, key: Any = None) -> tuple[Any, jax.Array]:
+        x = jnp.asarray(x)
+        check_state(layer, params, state, x)
+        state = placed(state, batch_spec(x.ndim - layer.event_ndim, states=x), 0)
+        if key is None and _is_compiled_whole(layer, params, state, x):
+            state, ys = unroll(layer, params, x[None], state)
+            return state, ys[0]
+        return layer.step(params, state, x, key)
+
+    return step
+
+
+def _is_compiled_whole(layer: Layer, params: Any, state: Any, x: jax.Array) -> bool:
+    """Whether the compiled loop takes the step as well, which is faster than XLA where there is enough to multiply."""
+    # Raises where arguments do not fit.
+    new, _ = jax.eval_shape(layer.step, params, state, x)
+    if type(layer).initial_state is Layer.initial_state or not same_form(new, state):
+        return False  # a step that is none of a loop
+    return choose_backend(layer, params, x[None])[0] == "native"

@@ -1,0 +1,438 @@
+"""The way in: check the arguments, choose a schedule for each cell, walk the model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jrnn import sequence
+from jrnn._core.checks import as_tree, describe, is_traced, readable, same_form
+from jrnn._core.devices import batch_spec, one_step, placed, placed_as, varying_as
+from jrnn.cells.base import Layer
+from jrnn.run.step import Step, read_step
+from jrnn.schedules import SCHEDULES, check_backend, choose
+from jrnn.schedules.steps import SEQUENCE, Steps, check_remat, check_step, select, zeroed
+
+__all__ = ["choose_backend", "draw", "unroll"]
+
+
+def unroll(
+    cell: Layer,
+    params: Any,
+    xs: Any,
+    state: Any = None,
+    *,
+    lengths: Any = None,
+    mask: Any = None,
+    resets: Any = None,
+    reverse: bool = False,
+    key: jax.Array | None = None,
+    backend: str | None = None,
+    remat: int | str | None = None,
+    unroll: int = 1,
+    start: Any = 0,
+) -> tuple[Any, jax.Array]:
+    """Runs a cell, a layer or a whole model over time.
+
+    T time, B batch axes (any number, or none), F input features, H output features.
+
+    A step is valid where ``t < lengths`` and ``mask`` is true. At an invalid step the state is held and ``y`` is zero,
+    and nothing that stands there matters, NaN included: not to outputs, states or gradients. ``resets[t]`` replaces
+    the state by the initial state before ``xs[t]`` is consumed; no value and no gradient passes a reset. A reset at an
+    invalid step is padding too, and ignored.
+
+    Batches may lie over the devices of a mesh. Where its axes are Explicit (`jax.set_mesh`), the state, lengths, mask
+    and resets are moved to lie as the inputs do, by batch, and so do the results.
+
+    Args:
+      cell: a layer: a cell, `jrnn.dense`, `jrnn.stack`, … or one of your own.
+      params: its parameters, from ``cell.init``; any other mapping (a Flax ``FrozenDict`` or ``nnx.State``) does where
+        ``cell.init`` gives a dict.
+      xs: ``(T, *B, F)`` floats in the parameters' dtype, or in a 16-bit float: then factors of products are
+        rounded to it (in the native loop, inputs and weights alone), and sums and states stay float32. For models
+        that begin with `jrnn.embed`, ``(T, *B)`` integers.
+      state: where to start; None for ``cell.initial_state(params, batch_shape)``.
+      lengths: ``(*B,)`` integers in [0, T]: how many of each sequence's first steps are valid. Their range is checked
+        where the host can read them at once: NumPy arrays, lists, and arrays on a CPU, outside of a transformation
+        or closed over by it. Elsewhere (traced, or on an accelerator, whose work the check would have to wait for) a
+        negative length is a length of 0, and a length above T is T.
+      mask: ``(T, *B)`` booleans, true at valid steps.
+      resets: ``(T, *B)`` booleans (see `jrnn.sequence.resets_from_done`).
+      reverse: run from the last valid step to the first; outputs stay in input order.
+      key: a PRNG key, which switches dropout, zoneout and their like on; None is deterministic. An error where the
+        model is known to use none.
+      backend: None chooses (see `choose_backend`); a schedule by name raises where it cannot serve:
+
+        - "reference", the plain scan of the cell's step
+        - "hoisted", scans with all that does not need the state taken out of them
+        - "native", the loop as C++, which a compiler on this machine makes and keeps in ``~/.cache/jrnn``
+        - "kernel" (one Pallas kernel for the loop) and "cudnn" (NVIDIA's LSTM), once `jrnn.experimental` is imported
+
+      remat: a number of steps n: keep the state only before every n-th step of a recurrent layer and recompute the
+        rest in the backward pass, n steps at a time; "sqrt" takes sqrt(T) of them.
+      unroll: how many steps to compile into one body, where the loop is a scan; "native" and "cudnn" have none.
+      start: absolute time of ``xs[0]``, an integer. Randomness is keyed by absolute time, so that chunks draw as the
+        whole would: pass the number of steps already run.
+
+    Returns:
+      ``(state, ys)``: the state after the last valid step of each sequence, and ``ys (T, *B, H)``. Where the step of a
+      cell of your own returns a pytree, so is ``ys``, each leaf with a time axis before its batch axes.
+
+    Raises:
+      ValueError, TypeError: where an argument does not fit, by name, before the loop is traced.
+
+    What is exported by `jax.export` can be serialised, states included; whoever deserialises it imports jrnn first.
+
+    >>> cell = jrnn.lstm(4)
+    >>> params = cell.init(jax.random.key(0), 3)
+    >>> xs = jax.random.normal(jax.random.key(1), (6, 2, 3))
+    >>> state, ys = jrnn.unroll(cell, params, xs, lengths=jnp.array([6, 2]))
+    >>> ys.shape, bool((ys[2:, 1] == 0).all()), bool((state.h[1] == ys[1, 1]).all())
+    ((6, 2, 4), True, True)
+    >>> first, _ = jrnn.unroll(cell, params, xs[:4])                      # chunks equal the whole
+    >>> _, ys = jrnn.unroll(cell, params, xs[4:], first, start=4)
+    >>> bool(jnp.allclose(ys, jrnn.unroll(cell, params, xs)[1][4:], atol=1e-6))
+    True
+    """
+    if not isinstance(cell, Layer):
+        raise TypeError(f"cell: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {cell!r}")
+    try:
+        hash(cell)
+    except TypeError as error:
+        raise TypeError(
+            f"cell: expected a hashable layer, a frozen dataclass of numbers, strings, tuples and functions, "
+            f"got {cell!r} ({error}); keep arrays in params and lists as tuples"
+        ) from error
+    given = xs, mask  # inside jit, what NumPy arrays are converted to is traced
+    xs, batch_shape = _check_xs(cell, xs)
+    lengths = _check_lengths(lengths, xs.shape[0], batch_shape)
+    mask = _check_flags(mask, "mask", (xs.shape[0], *batch_shape))
+    resets = _check_flags(resets, "resets", (xs.shape[0], *batch_shape))
+    _check_key(cell, key)
+    _check_options(reverse, backend, remat, unroll, start)
+    cell.check_values(given[0], lengths, given[1])
+    # In one dtype each, so that equal shapes compile once.
+    start = start.astype(jnp.uint32) if is_traced(start) else np.uint32(start)
+    params, xs, state = jax.tree.map(_strongly_typed, (as_tree(params), xs, state))
+    return _unroll(
+        cell, params, xs, state, lengths, mask, resets, key, start,
+        reverse=bool(reverse), backend=backend, remat=remat, unroll=unroll,
+    )  # fmt: skip
+
+
+def choose_backend(model: Layer, params: Any, xs: Any, *, key: jax.Array | None = None) -> tuple[str, str]:
+    """What ``unroll(model, params, xs, key=key)`` would run, and why: ``(name, reason)``.
+
+    For a model of several cells the reason has a part for each, and the name joins different names with "+". Lengths,
+    masks, resets and ``remat`` change no choice. To ask can mean to compile the native loop.
+
+    Only shapes and dtypes matter: ``params``, ``xs`` and ``key`` may be ``jax.ShapeDtypeStruct``, as `jax.eval_shape`
+    gives them.
+
+    >>> cell = jrnn.gru(4)
+    >>> name, reason = jrnn.choose_backend(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))
+    >>> name
+    'hoisted'
+    """
+    if not isinstance(model, Layer):
+        raise TypeError(f"model: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {model!r}")
+    xs, batch_shape = _check_xs(model, xs, structs=True)
+    _check_key(model, key)
+    chosen: list[tuple[Any, str, str]] = []
+
+    def walk(params: Any, xs: Any, key: Any) -> Any:
+        run = Run(Steps(key=key), batch_shape, chosen=chosen)
+        state = model.initial_state(params, batch_shape)
+        return run(model, _drawn(model, params, xs, key, batch_shape), xs, state)
+
+    jax.eval_shape(walk, as_tree(params), xs, key)
+    if not chosen:
+        return "reference", "no layer is recurrent: each is applied to all steps at once"
+    if len(chosen) == 1:
+        return chosen[0][1:]
+    names = dict.fromkeys(name for _, name, _ in chosen)
+    return "+".join(names), "\n".join(f"{cell!r}: {name}: {reason}" for cell, name, reason in chosen)
+
+
+# Jitted, so that two eager calls with equal arguments compile once. A layer is a value: static, hashed and compared.
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("reverse", "backend", "remat", "unroll"))
+def _unroll(
+    cell: Layer,
+    params: Any,
+    xs: jax.Array,
+    state: Any,
+    lengths: jax.Array | None,
+    mask: jax.Array | None,
+    resets: jax.Array | None,
+    key: jax.Array | None,
+    start: Any,
+    *,
+    reverse: bool,
+    backend: str | None,
+    remat: int | str | None,
+    unroll: int,
+) -> tuple[Any, jax.Array]:
+    cell.check(params, xs)
+    batch_shape = xs.shape[1 : xs.ndim - cell.event_ndim]
+    initial = jax.eval_shape(lambda params: cell.initial_state(params, batch_shape), params)
+    if state is None:
+        state = cell.initial_state(params, batch_shape)
+    else:
+        _check_state(cell, state, initial)
+    if spec := batch_spec(len(batch_shape), sequences=(xs, mask, resets), states=(state, lengths)):
+        lengths = placed(lengths, spec, 0)
+        xs, mask, resets = placed((xs, mask, resets), spec, 1)
+    valid = sequence.valid_steps(lengths, mask, xs.shape[0], batch_shape)
+    if valid is not None:
+        # Zero before the cell sees it: a NaN that is only hidden afterwards still has a NaN gradient.
+        xs = zeroed(valid, xs)
+        resets = None if resets is None else resets & valid
+    params = _drawn(cell, params, xs, key, batch_shape)
+    run = Run(Steps(valid, resets, reverse, key, start, (), remat, unroll), batch_shape, backend)
+    return run(cell, params, xs, state)
+
+
+def _drawn(cell: Layer, params: Any, xs: Any, key: Any, batch_shape: tuple[int, ...]) -> Any:
+    """Parameters with what is random once per sequence in them."""
+    if key is None:
+        return params
+    in_features = xs.shape[-1] if cell.event_ndim else None
+    return cell.draw(params, jax.random.fold_in(key, SEQUENCE), batch_shape, in_features)
+
+
+def draw(layer: Layer, params: Any, key: jax.Array | None, x: Any) -> Any:
+    """Parameters for the single steps of one sequence, with what `unroll` draws once per sequence drawn into them.
+
+    With them and the key ``jax.random.fold_in(key, t)`` for step t, counted from the sequence's beginning, a loop over
+    `Layer.step` or `stepper` gives what ``unroll(layer, params, xs, key=key)`` gives: the same masks of variational
+    dropout and DropConnect at all steps, and at each step the same masks of dropout and zoneout.
+
+    B batch axes (any number, or none), F input features.
+
+    Args:
+      layer: a layer that has a step.
+      params: its parameters, from ``layer.init``.
+      key: a PRNG key, the same for the whole sequence; None for a run without dropout, which draws nothing.
+      x: the input of any one step, ``(*B, F)`` or ids ``(*B,)``, from which only the shape is taken.
+
+    Returns:
+      A pytree to pass as the ``params`` of `Layer.step`, and of nothing else: a new sequence draws from the parameters
+      themselves.
+
+    Raises:
+      ValueError, TypeError: where the key is no PRNG key, or the model is known to use none.
+
+    >>> model = jrnn.stack(jrnn.variational(jrnn.gru(4), inputs=0.2), jrnn.dropout(0.5))
+    >>> params, xs, key = model.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)), jax.random.key(1)
+    >>> step, state = jrnn.stepper(model), model.initial_state(params, (2,))
+    >>> drawn = jrnn.draw(model, params, key, xs[0])
+    >>> for t, x in enumerate(xs):
+    ...     state, y = step(drawn, state, x, jax.random.fold_in(key, t))
+    >>> bool(jnp.allclose(y, jrnn.unroll(model, params, xs, key=key)[1][-1], atol=1e-6))
+    True
+    """
+    if not isinstance(layer, Layer):
+        raise TypeError(f"layer: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {layer!r}")
+    _check_key(layer, key)
+    x = jnp.asarray(x)
+    layer.check(params, x)
+    return _drawn(layer, params, x, key, x.shape[: x.ndim - layer.event_ndim])
+
+
+# A function of its own, so that equal layers on inputs of equal shapes are traced, differentiated and lowered once for
+# all of them. XLA inlines it: what runs is what would run without.
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def _loop(
+    name: str, cell: Layer, params: Any, xs: jax.Array, state: Any, static: Steps, arrays: tuple[Any, ...]
+) -> tuple[Any, jax.Array]:
+    return SCHEDULES[name].run(cell, params, xs, state, static.joined(arrays))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run over time, as the layers of a model see it: how to run their parts (see `Layer.walk`)."""
+
+    steps: Steps
+    batch_shape: tuple[int, ...]
+    backend: str | None = None
+    chosen: list[tuple[Any, str, str]] = field(default_factory=list)
+
+    def __call__(self, layer: Layer, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+        """Runs a layer over all steps."""
+        layer.check(params, xs)
+        return layer.walk(self, params, xs, state)
+
+    def scan(self, cell: Layer, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+        """Runs a recurrent layer step by step, by the schedule that suits it."""
+        # The key of a model, where other layers use it, is none to a cell that is known to use none.
+        steps = replace(self.steps, key=None) if cell.uses_key is False else self.steps
+        # What a loop carries keeps its type, which may say how it lies over a mesh: as inputs do, or a step leaves it.
+        state = placed(state, batch_spec(len(self.batch_shape), sequences=xs), 0)
+        state = placed_as(state, check_step(cell, params, one_step(xs), state, steps.key))
+        loop, name, reason = self._loop(cell, params, xs, state, steps)
+        self.chosen.append((cell, name, reason))
+        state = varying_as(state, params, xs, steps.valid, steps.resets, steps.key)
+        if steps.valid is None or not xs.shape[0]:
+            return loop(state)
+        # A state that no valid step consumes stays out of the loop: held over invalid steps, a NaN in it would meet
+        # the zero gradients of those steps.
+        met, any_valid = steps.meets(), steps.valid.any(0)
+        restart = placed_as(cell.initial_state(params, self.batch_shape), state)
+        last, ys = loop(select(met, state, restart))
+        return select(any_valid, last, state), ys
+
+    def _loop(
+        self, cell: Layer, params: Any, xs: jax.Array, state: Any, steps: Steps
+    ) -> tuple[Callable[[Any], tuple[Any, Any]], str, str]:
+        """The loop over all steps, as a function of the state before it; and which schedule that is, and why."""
+        note = ""
+        if self._reads(cell, xs):
+            step = read_step(cell, params, one_step(xs), state, steps)
+            if isinstance(step, Step):
+                name, reason = step.choose(state, xs, steps, self.backend)
+                if name is not None:
+                    restart = None if steps.resets is None else cell.initial_state(params, self.batch_shape)
+                    return lambda state: step.run(name, xs, state, restart, steps), name, reason
+                note = f"; {reason}"
+            else:
+                note = f"; its step is not read as that of an affine cell: {step}"
+        try:
+            name, reason = choose(cell, params, xs, steps, self.backend)
+        except ValueError as error:
+            raise ValueError(f"{error}{note}") from None
+        return lambda state: _loop(name, cell, params, xs, state, *steps.parted()), name, reason + note
+
+    def _reads(self, cell: Layer, xs: jax.Array) -> bool:
+        """Whether a cell's step is read: where it says nothing of its form, and a schedule could use that."""
+        some = isinstance(xs.shape[0], int) and xs.shape[0] > 0
+        return some and self.backend in (None, "hoisted", "native") and not getattr(cell, "is_affine", False)
+
+    def child(self, index: int) -> Run:
+        """The run of a layer's part, with randomness of its own."""
+        return replace(self, steps=self.steps.child(index))
+
+    def opposite(self) -> Run:
+        """The same run from the other end of the sequence."""
+        return replace(self, steps=self.steps.opposite())
+
+    def step_keys(self, length: int) -> jax.Array | None:
+        """A key for each step, or None in a deterministic run."""
+        times = self.steps.times(length)
+        return None if times is None else jax.vmap(self.steps.key_at)(times)
+
+    def zero_invalid(self, ys: Any) -> Any:
+        """Outputs with zeros at invalid steps."""
+        valid = self.steps.valid
+        return ys if valid is None else zeroed(valid, ys)
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+_TIME_MAJOR = (
+    "sequences are time-major: transpose batch-major ones, as in xs = jnp.swapaxes(xs, 0, 1), and their masks with them"
+)
+
+
+def _check_xs(cell: Layer, xs: Any, structs: bool = False) -> tuple[Any, tuple[int, ...]]:
+    """Inputs as an array, or where ``structs`` are allowed as a ``jax.ShapeDtypeStruct``, and their batch shape."""
+    if not (structs and isinstance(xs, jax.ShapeDtypeStruct)):
+        try:
+            xs = jnp.asarray(xs)
+        except (TypeError, ValueError) as error:
+            remedy = "give numbers, in an array"
+            if isinstance(xs, list | tuple):
+                remedy = "pad ragged sequences with jrnn.sequence.pad"
+            elif isinstance(xs, jax.ShapeDtypeStruct):
+                remedy = "to evaluate shapes alone, call it through jax.eval_shape"
+            raise TypeError(f"xs: expected an array (T, *B, F), got {type(xs).__name__}; {remedy}") from error
+    if xs.ndim < 1 + cell.event_ndim:
+        shape = "(T, *B, F)" if cell.event_ndim else "(T, *B)"
+        raise ValueError(
+            f"xs: expected {shape} for {cell!r}, got shape {xs.shape}; time is the first axis and batch axes follow "
+            "it; give a univariate series its axis of one feature with xs[..., None]"
+        )
+    return xs, xs.shape[1 : xs.ndim - cell.event_ndim]
+
+
+def _check_lengths(lengths: Any, time: int, batch_shape: tuple[int, ...]) -> Any:
+    if lengths is None:
+        return None
+    known = readable(lengths)
+    if not isinstance(lengths, jax.Array):
+        lengths = np.asarray(lengths) if known else jnp.asarray(lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"lengths: expected integers, got {lengths.dtype}; convert them with .astype(int)")
+    if lengths.shape != batch_shape:
+        raise ValueError(
+            f"lengths: expected the batch shape {batch_shape} of xs, got shape {lengths.shape}; {_TIME_MAJOR}"
+        )
+    if known and lengths.size:
+        values = np.asarray(lengths)
+        if values.min() < 0 or values.max() > time:
+            raise ValueError(
+                f"lengths: expected values in [0, {time}], the time axis of xs, got values from {values.min()} to "
+                f"{values.max()}; {_TIME_MAJOR}"
+            )
+    return lengths.astype(np.int32)
+
+
+def _check_flags(flags: Any, argument: str, shape: tuple[int, ...]) -> Any:
+    if flags is None:
+        return None
+    flags = jnp.asarray(flags)
+    if flags.dtype != jnp.bool_:
+        raise TypeError(f"{argument}: expected booleans, got {flags.dtype}; convert with .astype(bool) or compare")
+    if flags.shape != shape:
+        raise ValueError(f"{argument}: expected shape {shape}, time and batch of xs, got {flags.shape}; {_TIME_MAJOR}")
+    return flags
+
+
+def _check_key(cell: Layer, key: Any) -> None:
+    if key is None:
+        return
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and shape == ()) and not (dtype == jnp.uint32 and shape is not None and len(shape) == 1):
+        raise TypeError(f"key: expected one PRNG key, as from jax.random.key(0), got {describe(key)}")
+    if cell.uses_key is False:
+        raise ValueError(
+            f"key: expected None, since nothing in {cell!r} is random, got a key; leave it out, or add "
+            "jrnn.dropout, zoneout, variational or dropconnect"
+        )
+
+
+def _check_options(reverse: Any, backend: Any, remat: Any, unroll: Any, start: Any) -> None:
+    if not isinstance(reverse, bool | np.bool_):
+        raise TypeError(f"reverse: expected True or False, got {reverse!r}; it must be known before tracing")
+    if backend is not None:
+        check_backend(backend)
+    check_remat(remat)
+    if isinstance(unroll, bool) or not isinstance(unroll, int) or unroll < 1:
+        raise ValueError(f"unroll: expected a positive int, got {unroll!r}")
+    if jnp.shape(start) != () or not jnp.issubdtype(jnp.result_type(start), jnp.integer):
+        raise TypeError(f"start: expected an integer, the absolute time of xs[0], got {start!r}")
+    if readable(start) and not 0 <= int(start) < SEQUENCE:
+        raise ValueError(f"start: expected a time in [0, {SEQUENCE}), got {start}")
+
+
+def _strongly_typed(leaf: Any) -> Any:
+    """The same array without JAX's mark that its dtype came from a Python number, which would be a type of its own."""
+    if isinstance(leaf, int | float | complex):
+        return np.asarray(leaf, jnp.result_type(leaf))
+    return lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
+
+
+def _check_state(cell: Layer, state: Any, expected: Any) -> None:
+    if not same_form(state, expected):
+        raise ValueError(
+            f"state: expected {describe(expected)} for {cell!r} and this batch, got {describe(state)}; start from "
+            "None, from cell.initial_state(params, batch_shape), or from the state of an earlier call"
+        )

@@ -1,0 +1,564 @@
+"""The training loop: a step over batches, with validation, early stopping, checkpoints and a record."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrnn._core.checks import positive_int
+from jrnn.training.checkpoint import Checkpointer, compare_leaves, describe_leaves
+from jrnn.training.step import Metrics, Step, TrainState
+
+_END = object()
+
+
+class FitResult(NamedTuple):
+    """What `fit` returns.
+
+    Attributes:
+      params: the parameters with the best validation so far; without validation, the last ones.
+      state: the `TrainState` at the end.
+      history: plain lists and floats, see `fit`.
+      best: ``{"step": ..., "value": ...}`` of the best validation, or None.
+      stopped: why it ended: "epochs", "steps" or "patience".
+
+    >>> FitResult._fields
+    ('params', 'state', 'history', 'best', 'stopped')
+    """
+
+    params: Any
+    state: TrainState
+    history: dict[str, Any]
+    best: dict[str, Any] | None
+    stopped: str
+
+
+class NonFiniteError(ArithmeticError):
+    """Too many steps in a row were not finite, see the laws of `Step`; none of them changed anything.
+
+    Attributes:
+      step: the number of the step that was one too many, counted from 1.
+      in_row: how many in a row.
+      loss, grad_norm: of that step.
+      leaves: the paths of the parameters whose gradients were not finite; where all gradients were finite, of those
+        whose updates or new values were not.
+
+    >>> NonFiniteError(7, 3, float("nan"), float("nan"), ["w_hh"]).step
+    7
+    """
+
+    def __init__(self, step: int, in_row: int, loss: float, grad_norm: float, leaves: list[str]):
+        self.step, self.in_row, self.loss, self.grad_norm, self.leaves = step, in_row, loss, grad_norm, leaves
+        if leaves or not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            kind = "updates" if leaves and math.isfinite(grad_norm) else "gradients"
+            where = f"{kind} not finite in: {', '.join(leaves) or 'no leaf'}"
+        else:
+            where = "the optimizer's state would not be finite"
+        super().__init__(
+            f"step {step}: the loss, the gradients or the updates were not finite in {in_row} step(s) in a row "
+            f"(max_nonfinite). Loss {loss:g}, gradient norm {grad_norm:g}, {where}. "
+            "The parameters are still those before the first of these steps. Look for NaN in the batches, lower the "
+            "learning rate, clip the gradient norm (clip_norm), or raise max_nonfinite."
+        )
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.step, self.in_row, self.loss, self.grad_norm, self.leaves)
+
+
+def fit(
+    step: Step,
+    params: Any,
+    data: Iterable[Any] | Callable[[int], Iterable[Any]],
+    *,
+    key: jax.Array | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    validation: Iterable[Any] | None = None,
+    validate_every: int | None = None,
+    monitor: str = "loss",
+    mode: str = "min",
+    patience: int | None = None,
+    min_delta: float = 0.0,
+    log_every: int = 10,
+    max_nonfinite: int | None = 10,
+    progress: bool | None = None,
+    checkpoint: Any = None,
+    checkpoint_every: int | None = None,
+    resume: bool | None = None,
+) -> FitResult:
+    """Trains for a number of epochs or steps.
+
+    The device is never waited for between records: batches are fetched while it works, and numbers are read back
+    every `log_every` steps. Same data, parameters, key and arguments give the same result, bit for bit, whether or
+    not the run was interrupted and resumed from a checkpoint.
+
+    Args:
+      step: from `make_step` or `tbptt_step`.
+      params: where to start; copied, not changed.
+      data: the batches: anything that can be iterated once per epoch (a list, a loader), or a function of the epoch's
+        number that returns an iterable, for a shuffle of its own, reproducible, in each epoch. A one-shot iterator (a
+        generator) serves for one pass. A batch must not be changed after it was handed over.
+      key: for dropout and the like: step ``n`` uses ``fold_in(key, n)``. None for a run without randomness.
+      epochs: how many passes over `data`; or
+      steps: how many batches, over as many passes as that needs. One of the two.
+      validation: batches to validate on, iterated anew each time, with ``key=None``. A metric is the mean of its
+        values over the batches: make them of one size.
+      validate_every: in steps; None for the end of each epoch. The last step always validates.
+      monitor, mode: which metric decides what is best ("loss", or a name in the loss function's aux dictionary), and
+        whether "min" or "max" is.
+      patience: stop after so many validations in a row without an improvement by more than
+      min_delta: counted from the value that last was such an improvement, so that several small ones add up. This is
+        for `patience` alone: the best parameters are those of the best validation, however small the gain.
+      log_every: how many steps a record sums up.
+      max_nonfinite: stop with `NonFiniteError` after so many steps in a row that were not finite (such steps change
+        nothing, see `Step`); None to go on for ever. Found when the numbers are read back.
+      progress: True shows a tqdm bar on stderr (needs the extra ``progress``), with steps per second and the numbers of
+        the latest record: the epoch (counted from 1 here), the loss, the gradient norm before clipping, and the
+        monitored metric of the latest validation. False shows nothing. None shows the bar where tqdm is installed and
+        stderr is a terminal; elsewhere it prints these numbers on one line an epoch, at the first record after the end
+        of each epoch and at the last record.
+      checkpoint: a directory, or a `Checkpointer` (which stays open), to save to (needs the extra ``checkpoint``): at
+        every improvement, at the end, and
+      checkpoint_every: every so many steps; None for the end of each epoch.
+      resume: None goes on from the latest checkpoint if there is one, and then `params` and `key` only tell what to
+        expect; True insists on one, False on there being none. `data` must be the same again: batches that the run
+        has already consumed in its current epoch are skipped.
+
+    Returns:
+      A `FitResult`. Its ``history`` is ``{"train": {"step", "epoch", "loss", "grad_norm", ...}, "validation":
+      {"step", "epoch", "loss", ...}, "skipped": [...]}``: columns of equal length. A train record, made every
+      `log_every` steps, at validations and at checkpoints, holds means over the finite steps since the one before,
+      scalars in the aux dictionary included; "skipped" lists the steps that were not finite. Steps count from 1,
+      epochs from 0.
+
+    Raises:
+      ValueError, TypeError: arguments that do not fit together, an empty data set, a one-shot iterator that ran out,
+        a checkpoint of another model.
+      NonFiniteError: see `max_nonfinite`.
+      ImportError: a bar or checkpoints asked for without their extra.
+
+    >>> import optax
+    >>> from jrnn.training import make_step
+    >>> step = make_step(lambda params, batch, key: (params - batch) ** 2, optax.sgd(0.25))
+    >>> result = fit(step, 0.0, [1.0, 1.0], epochs=2, validation=[1.0], log_every=1)
+    >>> float(result.params)
+    0.9375
+    >>> result.history["train"]["loss"]
+    [1.0, 0.25, 0.0625, 0.015625]
+    >>> result.best, result.stopped
+    ({'step': 4, 'value': 0.00390625}, 'epochs')
+    """
+    _check(**{name: value for name, value in locals().items() if name not in ("params", "key")})
+    state, best, run = step.init(params, key), None, _Run()
+    with contextlib.ExitStack() as stack:
+        store = None
+        if checkpoint is not None:
+            is_open = isinstance(checkpoint, Checkpointer)
+            store = checkpoint if is_open else stack.enter_context(Checkpointer(checkpoint))
+            state, best, run = _load(store, step, state, resume) or (state, best, run)
+        display = _display(progress, _total(data, epochs, steps), epochs, monitor, run, stack)
+        feed = _Feed(data, run.epoch, run.index)
+        record = _Record(run.history, step, max_nonfinite, int(state.skipped_in_row), _leaf_names(state.params))
+
+        def stopped() -> str | None:
+            if epochs is not None and run.epoch >= epochs:
+                return "epochs"
+            if steps is not None and run.step >= steps:
+                return "steps"
+            return "patience" if patience is not None and run.waited >= patience else None
+
+        while (reason := stopped()) is None:
+            state, metrics = step(state, feed.take())
+            run.step += 1
+            record.add(run.step, run.epoch, metrics)
+            epoch, run.epoch, run.index = run.epoch, *feed.advance(last=run.step == steps)
+            epoch_over, value, improved = run.epoch > epoch, None, False
+            if validation is not None and (stopped() or _due(run.step, validate_every, epoch_over)):
+                record.read()
+                value = _validate(step, state.params, validation, monitor, run, epoch)
+                improved = run.improves(value, mode, min_delta)
+                if improved:
+                    best = jax.tree.map(jnp.copy, state.params)  # the next step overwrites these
+            if stopped() or run.step % log_every == 0:
+                record.read()
+            if store is not None and (stopped() or improved or _due(run.step, checkpoint_every, epoch_over)):
+                record.read()
+                _save(store, state, best, run, value, mode)
+            if display is not None and run.history["train"].get("step", [])[-1:] == [run.step]:
+                display.show(last=stopped() is not None)
+    found = None if run.best_step is None else {"step": run.best_step, "value": run.best_value}
+    return FitResult(state.params if best is None else best, state, run.history, found, reason)
+
+
+def load_params(checkpoint: Any, like: Any, which: str = "best") -> Any:
+    """The parameters that `fit` saved, without the optimiser: for inference, or to train on in another way.
+
+    They are read from the latest checkpoint of the run. The directory is not changed, so this may be called while the
+    run goes on.
+
+    Args:
+      checkpoint: the directory that `fit` was given, or a `Checkpointer`, which stays open.
+      like: a pytree with the structure, shapes and dtypes of the parameters: parameters of the same model, or their
+        shapes alone, ``jax.eval_shape(model.init, key, in_features)``. Arrays are restored with the sharding of the
+        arrays in `like`, and to the first device where there is none.
+      which: "best" for the parameters with the best validation so far, which are those of `FitResult`; "last" for
+        those after the last step that was saved.
+
+    Returns:
+      A pytree like `like`. To know the step or the value of the best validation, or the history, see
+      ``Checkpointer.restore``.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: the parameters saved differ from `like` in structure, shape or dtype (the message names where); the
+        best ones are asked for of a run without validation; the checkpoint is not one of `fit`.
+      ImportError: without the extra ``checkpoint``.
+
+    >>> import tempfile
+    >>> import jrnn
+    >>> model = jrnn.stack(jrnn.gru(4), jrnn.dense(1))
+    >>> def loss_fn(params, batch, key):
+    ...     _, predictions = jrnn.unroll(model, params, batch, key=key)
+    ...     return jrnn.losses.mse(predictions[:-1], batch[1:])
+    >>> step = jrnn.training.make_step(loss_fn, jrnn.optimizer("adam", 1e-2))
+    >>> data = [jnp.sin(jnp.arange(20.0))[:, None, None]]
+    >>> with tempfile.TemporaryDirectory() as runs:
+    ...     params = model.init(jax.random.key(0), 1)
+    ...     result = fit(step, params, data, epochs=3, validation=data, checkpoint=runs, progress=False)
+    ...     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), 1))
+    ...     loaded = load_params(runs, shapes)
+    >>> bool(jax.tree.all(jax.tree.map(jnp.array_equal, loaded, result.params)))
+    True
+    """
+    roots = {"best": "best", "last": "state/params"}  # where `_save` puts them
+    if which not in roots:
+        raise ValueError(f'which: expected "best" or "last", got {which!r}')
+    with contextlib.ExitStack() as stack:
+        store = checkpoint
+        if not isinstance(store, Checkpointer):
+            path = os.fspath(checkpoint)
+            if "://" not in path and not os.path.isdir(os.path.expanduser(path)):  # a `Checkpointer` would make it
+                raise FileNotFoundError(f"checkpoint: expected a directory that fit has saved to, got {path}")
+            store = stack.enter_context(Checkpointer(path))
+        step = store._find(None)
+        leaves = store.leaves(step)
+        if not _below(roots["last"], leaves):
+            raise ValueError(f"checkpoint: expected one that fit has saved in {store.directory}, got {sorted(leaves)}")
+        saved = _below(roots[which], leaves)
+        if not saved:
+            raise ValueError(
+                f"which: the run in {store.directory} has no best parameters, because it had no validation or none "
+                'that gave a number; load those of its last step with which="last"'
+            )
+        tree = {"best": {"best": like}, "last": {"state": {"params": like}}}[which]
+        compare_leaves(saved, describe_leaves(tree), f"checkpoint {step} in {store.directory}")
+        tree = store._read(step, tree)
+    return tree["best"] if which == "best" else tree["state"]["params"]
+
+
+def _below(root: str, leaves: dict[str, Any]) -> dict[str, Any]:
+    """The leaves of the subtree at `root`, which may be a single leaf."""
+    return {name: leaf for name, leaf in leaves.items() if name == root or name.startswith(root + "/")}
+
+
+@dataclasses.dataclass
+class _Run:
+    """Where a run stands, as plain data: what a checkpoint holds beside arrays."""
+
+    step: int = 0
+    epoch: int = 0
+    index: int = 0
+    waited: int = 0
+    waited_on: float | None = None
+    best_step: int | None = None
+    best_value: float | None = None
+    history: dict[str, Any] = dataclasses.field(default_factory=lambda: {"train": {}, "validation": {}, "skipped": []})
+
+    def improves(self, value: float, mode: str, min_delta: float) -> bool:
+        """Whether a validation is the best so far; remembers it, and how long patience has waited.
+
+        Any gain makes a validation the best. Patience waits for a gain of more than `min_delta` over `waited_on`, the
+        last value that had one, whether it is made in one validation or in several.
+        """
+        self.waited += 1
+        if _better(value, self.waited_on, mode, min_delta):
+            self.waited, self.waited_on = 0, value
+        improved = _better(value, self.best_value, mode)
+        if improved:
+            self.best_step, self.best_value = self.step, value
+        return improved
+
+
+class _Feed:
+    """Batches one after the other, over the epochs, with the position of the next one."""
+
+    def __init__(self, data: Any, epoch: int, index: int):
+        self.data, self.epoch, self.index = data, epoch, index
+        self.one_shot = isinstance(data, Iterator)
+        self.batch: Any = _END
+        self.batches: Any = None
+
+    def take(self) -> Any:
+        """The next batch."""
+        if self.batch is _END:
+            self._open()
+        return self.batch
+
+    def advance(self, last: bool) -> tuple[int, int]:
+        """Moves on by one batch; the position ``(epoch, index)`` of the one that follows."""
+        self.index += 1
+        if last and self.one_shot:  # what is taken from a one-shot iterator is lost to its owner
+            self.batch = _END
+            return self.epoch, self.index
+        self.batch = next(self.batches, _END)
+        if self.batch is _END:
+            self.epoch, self.index = self.epoch + 1, 0
+        return self.epoch, self.index
+
+    def _open(self) -> None:
+        if self.one_shot and self.batches is not None:
+            raise ValueError(
+                "data: a one-shot iterator ran out before the last step, and cannot be iterated again; pass a list, "
+                "an object that can be iterated anew, or a function epoch -> iterable"
+            )
+        self.batches = iter(self.data(self.epoch) if callable(self.data) else self.data)
+        skipped = sum(1 for _ in itertools.islice(self.batches, self.index))
+        self.batch = next(self.batches, _END)
+        if self.batch is _END:
+            raise ValueError(
+                f"data: expected at least one batch, but epoch {self.epoch} has none"
+                if self.index == 0
+                else f"data: the checkpoint stands before batch {self.index} of epoch {self.epoch}, but that epoch has "
+                f"only {skipped} batches; resume with the data of the interrupted run"
+            )
+
+
+class _Record:
+    """Reads metrics back now and then, writes the history, and stops a run that is not finite."""
+
+    def __init__(self, history: dict[str, Any], step: Step, limit: int | None, in_row: int, leaves: list[str]):
+        self.history, self.limit, self.in_row, self.leaves = history, limit, in_row, leaves
+        self.pending: list[tuple[int, int, Metrics]] = []
+
+    def add(self, step: int, epoch: int, metrics: Metrics) -> None:
+        scalars = {name: x for name, x in metrics.aux.items() if jnp.shape(x) == ()}
+        self.pending.append((step, epoch, metrics._replace(aux=scalars)))
+
+    def read(self) -> None:
+        """Waits for the steps pending and sums them up in one record."""
+        if not self.pending:
+            return
+        pending: list[tuple[int, int, Metrics]] = jax.device_get(self.pending)
+        self.pending = []
+        for step, _, metrics in pending:
+            self.in_row = 0 if metrics.finite else self.in_row + 1
+            if not metrics.finite:
+                self.history["skipped"].append(int(step))
+            if self.limit is not None and self.in_row >= self.limit:
+                # One gradient that is not finite spoils all updates where the global norm is clipped.
+                finite = np.isfinite(metrics.leaf_norms)
+                good = metrics.leaf_finite if finite.all() else finite
+                bad = [name for name, is_good in zip(self.leaves, good, strict=True) if not is_good]
+                raise NonFiniteError(int(step), self.in_row, float(metrics.loss), float(metrics.grad_norm), bad)
+        rows = [{"loss": m.loss, "grad_norm": m.grad_norm, **m.aux} for _, _, m in pending if m.finite]
+        names = ("loss", "grad_norm", *pending[-1][2].aux)
+        means = {name: _mean([row[name] for row in rows]) for name in names}
+        _append(self.history["train"], {"step": int(pending[-1][0]), "epoch": int(pending[-1][1]), **means})
+
+
+@dataclasses.dataclass
+class _Display:
+    """Shows the newest record of a run.
+
+    It shows what the history holds and asks for nothing more: the records that a run makes must not depend on whether
+    somebody looks.
+    """
+
+    run: _Run
+    epochs: int | None
+    monitor: str
+
+    def place(self) -> str:
+        epoch = self.run.history["train"]["epoch"][-1] + 1
+        return f"epoch {epoch}" if self.epochs is None else f"epoch {epoch}/{self.epochs}"
+
+    def numbers(self) -> dict[str, str]:
+        train, validation = self.run.history["train"], self.run.history["validation"]
+        values = {"loss": train["loss"][-1], "grad_norm": train["grad_norm"][-1]}
+        if self.monitor in validation:
+            values[f"validation {self.monitor}"] = validation[self.monitor][-1]
+        return {name: f"{value:.4g}" for name, value in values.items()}
+
+
+class _Bar(_Display):
+    def __init__(self, run: _Run, epochs: int | None, monitor: str, bar: Any):
+        super().__init__(run, epochs, monitor)
+        self.bar = bar
+
+    def show(self, last: bool) -> None:
+        self.bar.set_description(self.place(), refresh=False)
+        self.bar.set_postfix(self.numbers(), refresh=last)
+        self.bar.update(self.run.step - self.bar.n)
+
+
+class _Lines(_Display):
+    """One line at the first record after the end of each epoch, and at the last."""
+
+    def __init__(self, run: _Run, epochs: int | None, monitor: str):
+        super().__init__(run, epochs, monitor)
+        self.shown = run.epoch
+
+    def show(self, last: bool) -> None:
+        if self.run.epoch > self.shown or last:
+            self.shown = self.run.epoch
+            numbers = "".join(f", {name} {value}" for name, value in self.numbers().items())
+            print(f"{self.place()}: step {self.run.step}{numbers}", file=sys.stderr, flush=True)
+
+
+def _validate(step: Step, params: Any, batches: Any, monitor: str, run: _Run, epoch: int) -> float:
+    carry, rows = None, []
+    for batch in batches:
+        carry, metrics = step.evaluate(params, batch, carry)
+        rows.append({name: x for name, x in metrics.items() if jnp.shape(x) == ()})
+    if not rows:
+        raise ValueError("validation: expected at least one batch, got none")
+    rows = jax.device_get(rows)
+    means = {name: _mean([row[name] for row in rows]) for name in rows[-1]}
+    if monitor not in means:
+        raise ValueError(f"monitor: expected one of {sorted(means)}, got {monitor!r}")
+    _append(run.history["validation"], {"step": run.step, "epoch": epoch, **means})
+    return means[monitor]
+
+
+def _save(store: Checkpointer, state: TrainState, best: Any, run: _Run, value: float | None, mode: str) -> None:
+    # The carry goes flat: its shapes are those of the last batch, which a fresh state does not know.
+    tree = {
+        "state": state._replace(carry=None),
+        "carry": tuple(jax.tree.leaves(state.carry)),
+        "best": () if best is None else best,
+    }
+    if value is not None and mode == "max":
+        value = -value
+    store.save(run.step, tree, info=dataclasses.asdict(run), value=value)
+
+
+def _load(store: Checkpointer, step: Step, fresh: TrainState, resume: bool | None) -> Any:
+    latest = store.latest_step()
+    if latest is None and resume:
+        raise FileNotFoundError(f"resume: expected a checkpoint in {store.directory}, found none")
+    if latest is None:
+        return None
+    if resume is False:
+        raise ValueError(
+            f"resume: False starts a new run, but {store.directory} already holds one, at step {latest}; choose an "
+            "empty directory, or leave resume out to go on with it"
+        )
+    leaves = store.leaves(latest)
+    like = {
+        "state": fresh,
+        "carry": tuple(jax.ShapeDtypeStruct(*leaf) for name, leaf in leaves.items() if name.startswith("carry/")),
+        "best": fresh.params if _below("best", leaves) else (),
+    }
+    _, tree, info = store.restore(like, latest)
+    carry = jax.tree.unflatten(step.carry_structure(fresh.params), tree["carry"])
+    info = {"waited_on": info["best_value"], **info}  # checkpoints of earlier versions lack it: there, the two were one
+    best = None if info["best_step"] is None else tree["best"]
+    return tree["state"]._replace(carry=carry), best, _Run(**info)
+
+
+def _display(
+    progress: bool | None, total: int | None, epochs: int | None, monitor: str, run: _Run, stack: contextlib.ExitStack
+) -> _Lines | _Bar | None:
+    if progress is None:
+        progress = sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
+        if not progress:
+            return _Lines(run, epochs, monitor)
+    if not progress:
+        return None
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError('progress: a bar needs tqdm, which is not installed: pip install "jrnn[progress]"') from error
+    bar = tqdm(total=total, initial=run.step, unit="step", dynamic_ncols=True)
+    return _Bar(run, epochs, monitor, stack.enter_context(bar))
+
+
+def _total(data: Any, epochs: int | None, steps: int | None) -> int | None:
+    if steps is not None or epochs is None:
+        return steps
+    return epochs * len(data) if hasattr(data, "__len__") else None
+
+
+def _due(step: int, every: int | None, epoch_over: bool) -> bool:
+    return epoch_over if every is None else step % every == 0
+
+
+def _better(value: float, than: float | None, mode: str, by: float = 0.0) -> bool:
+    """Whether `value` is better by more than `by`; NaN never is, and every finite value is better than None."""
+    sign = 1.0 if mode == "max" else -1.0
+    return sign * value > (-math.inf if than is None else sign * than + by)
+
+
+def _mean(values: list[Any]) -> float:
+    return math.fsum(float(value) for value in values) / len(values) if values else math.nan
+
+
+def _append(columns: dict[str, list[Any]], row: dict[str, Any]) -> None:
+    for name, value in row.items():
+        columns.setdefault(name, []).append(value)
+
+
+def _leaf_names(params: Any) -> list[str]:
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") or "params" for path, _ in paths]
+
+
+def _check(
+    step: Any, data: Any, epochs: Any, steps: Any, validation: Any, validate_every: Any, monitor: Any, mode: Any,
+    patience: Any, min_delta: Any, log_every: Any, max_nonfinite: Any, progress: Any, checkpoint: Any,
+    checkpoint_every: Any, resume: Any,
+) -> None:  # fmt: skip
+    if not isinstance(step, Step):
+        raise TypeError(f"step: expected make_step(loss_fn, optimizer) or a tbptt_step, got {type(step).__name__}")
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"epochs, steps: expected exactly one of the two, got epochs={epochs} and steps={steps}")
+    counts = {
+        "epochs": epochs, "steps": steps, "validate_every": validate_every, "patience": patience,
+        "log_every": log_every, "max_nonfinite": max_nonfinite, "checkpoint_every": checkpoint_every,
+    }  # fmt: skip
+    for name, value in counts.items():
+        if value is not None or name == "log_every":
+            positive_int(value, name)
+    if not callable(data) and not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise TypeError(f"data: expected an iterable of batches or a function of the epoch, got {type(data).__name__}")
+    if epochs is not None and epochs > 1 and isinstance(data, Iterator):
+        raise ValueError(
+            f"data: a one-shot iterator cannot be iterated for epochs={epochs}; pass a list, an object that can be "
+            "iterated anew, or a function epoch -> iterable"
+        )
+    if hasattr(data, "__len__") and len(data) == 0:
+        raise ValueError("data: expected at least one batch, got none")
+    if validation is None and (patience is not None or validate_every is not None):
+        raise ValueError("validation: patience and validate_every need it, got None")
+    if checkpoint is None and (checkpoint_every is not None or resume is not None):
+        raise ValueError("checkpoint: checkpoint_every and resume need it, got None")
+    if validation is not None and (callable(validation) or isinstance(validation, Iterator)):
+        raise TypeError(
+            "validation: expected batches that can be iterated anew each time, such as a list, got "
+            f"{type(validation).__name__}"
+        )
+    if mode not in ("min", "max"):
+        raise ValueError(f'mode: expected "min" or "max", got {mode!r}')
+    if not min_delta >= 0:
+        raise ValueError(f"min_delta: expected zero or more, got {min_delta}")
