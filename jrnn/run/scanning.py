@@ -157,7 +157,7 @@ def _choose(
         if backend is not None:
             raise ValueError(_cannot(backend, reason)) from None
         return _Choice("reference", reason)
-    params, inputs, _, resets = jax.eval_shape(body.operands, consts, carry, xs)
+    params, inputs, resets = body.shapes(xs)
     name, reason = body.choose(params, inputs, Steps(None, resets, bool(reverse), remat=remat), backend)
     if name is None and backend is not None:
         raise ValueError(_cannot(backend, reason))
