@@ -16,10 +16,10 @@ from jrnn import activations, initializers, sequence
 from jrnn.cells.base import AffineCell, Cell, HiddenState, Layer, product
 from jrnn.cells.elman import elman, indrnn, jordan
 from jrnn.cells.gru import gru, layer_norm_gru, mgu, ugrnn
-from jrnn.cells.lstm import LSTMState, coupled_lstm, layer_norm_lstm, lstm, peephole_lstm, projection_lstm
+from jrnn.cells.lstm import LSTM, LSTMState, coupled_lstm, layer_norm_lstm, lstm, peephole_lstm, projection_lstm
 from jrnn.cells.tdnn import TDNNState, tdnn
 from jrnn.compose.combine import bidirectional, highway, residual, stack
-from jrnn.compose.regularise import dropconnect, learned_state, variational, zoneout
+from jrnn.compose.regularise import Wrapper, dropconnect, learned_state, variational, zoneout
 from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
 from jrnn.run.scanning import choose_scan_backend, scan
 from jrnn.run.streaming import stepper
@@ -47,12 +47,14 @@ _LAZY = {
 }
 
 __all__ = [
+    "LSTM",
     "AffineCell",
     "Cell",
     "HiddenState",
     "LSTMState",
     "Layer",
     "TDNNState",
+    "Wrapper",
     "activation",
     "activations",
     "bidirectional",

@@ -8,9 +8,10 @@ Shared arguments:
   model, params, xs, state, lengths, mask, resets, reverse, key: as for `jrnn.unroll`; a step that is padding there is
     padding here, and everything measured is NaN at it.
   layer: which recurrent layer of a model to look at: an index into a stack, "forward" or "backward" for a direction of
-    a bidirectional layer, or a tuple of them from the outside in, such as ``(1, "forward")``. `jrnn.residual` and
-    `jrnn.highway` are looked through and take no place in it. None where there is but one recurrent layer. The
-    layers below the chosen one feed it, those above carry its gradient.
+    a bidirectional layer, or a tuple of them from the outside in, such as ``(1, "forward")``. A combinator
+    of one layer, such as `jrnn.residual`, `jrnn.highway` or one of your own, is looked through and takes no place in
+    it; one of your own with several layers is indexed by its ``children()``. None where there is only one recurrent
+    layer. The layers below the chosen one feed it, those above carry its gradient.
 
 Nothing here can be called inside jit: results are for reading, and leave the device.
 

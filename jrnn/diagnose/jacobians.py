@@ -138,7 +138,7 @@ def jacobian_products(
     _, names, sizes = float_parts(probe.state, len(batch))
     width = sum(sizes)
     eye = np.broadcast_to(np.eye(width), (*batch, width, width))
-    factor, reason = weight_factor(probe.cell, probe.cell_params, slope, key)
+    factor, reason = weight_factor(probe.cell, trace.params, slope, key)
 
     product, bound, steps = eye, np.ones(batch), np.zeros(batch, int)
     known = np.ones(batch, bool) if fixed is None else valid[fixed]

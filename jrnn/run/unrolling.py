@@ -13,9 +13,9 @@ import numpy as np
 from jax import lax
 
 from jrnn import sequence
-from jrnn._core.checks import as_tree, describe, is_traced, readable, same_form
+from jrnn._core.checks import as_tree, describe, is_traced, prng_key, readable, same_form
 from jrnn._core.devices import batch_spec, one_step, placed, placed_as, varying_as
-from jrnn.cells.base import Layer
+from jrnn.cells.base import Layer, check_layer
 from jrnn.run.step import Step, read_step
 from jrnn.schedules import SCHEDULES, check_backend, choose
 from jrnn.schedules.steps import SEQUENCE, Steps, check_remat, check_step, select, zeroed
@@ -101,8 +101,7 @@ def unroll(
     >>> bool(jnp.allclose(ys, jrnn.unroll(cell, params, xs)[1][4:], atol=1e-6))
     True
     """
-    if not isinstance(cell, Layer):
-        raise TypeError(f"cell: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {cell!r}")
+    check_layer(cell, "cell", params)
     try:
         hash(cell)
     except TypeError as error:
@@ -130,8 +129,8 @@ def unroll(
 def choose_backend(model: Layer, params: Any, xs: Any, *, key: jax.Array | None = None) -> tuple[str, str]:
     """What ``unroll(model, params, xs, key=key)`` would run, and why: ``(name, reason)``.
 
-    For a model of several cells the reason has a part for each, and the name joins different names with "+". Lengths,
-    masks, resets and ``remat`` change no choice. To ask can mean to compile the native loop.
+    For a model of several cells the reason has a part for each different one, and the name joins different names with
+    "+". Lengths, masks, resets and ``remat`` change no choice. To ask can mean to compile the native loop.
 
     Only shapes and dtypes matter: ``params``, ``xs`` and ``key`` may be ``jax.ShapeDtypeStruct``, as `jax.eval_shape`
     gives them.
@@ -141,8 +140,7 @@ def choose_backend(model: Layer, params: Any, xs: Any, *, key: jax.Array | None 
     >>> name
     'hoisted'
     """
-    if not isinstance(model, Layer):
-        raise TypeError(f"model: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {model!r}")
+    check_layer(model, "model", params)
     xs, batch_shape = _check_xs(model, xs, structs=True)
     _check_key(model, key)
     chosen: list[tuple[Any, str, str]] = []
@@ -155,6 +153,7 @@ def choose_backend(model: Layer, params: Any, xs: Any, *, key: jax.Array | None 
     jax.eval_shape(walk, as_tree(params), xs, key)
     if not chosen:
         return "reference", "no layer is recurrent: each is applied to all steps at once"
+    chosen = list(dict.fromkeys(chosen))  # equal cells, such as the directions of a bidirectional layer, once
     if len(chosen) == 1:
         return chosen[0][1:]
     names = dict.fromkeys(name for _, name, _ in chosen)
@@ -238,8 +237,7 @@ def draw(layer: Layer, params: Any, key: jax.Array | None, x: Any) -> Any:
     >>> bool(jnp.allclose(y, jrnn.unroll(model, params, xs, key=key)[1][-1], atol=1e-6))
     True
     """
-    if not isinstance(layer, Layer):
-        raise TypeError(f"layer: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {layer!r}")
+    check_layer(layer, "layer", params)
     _check_key(layer, key)
     x = jnp.asarray(x)
     layer.check(params, x)
@@ -398,10 +396,7 @@ def _check_flags(flags: Any, argument: str, shape: tuple[int, ...]) -> Any:
 def _check_key(cell: Layer, key: Any) -> None:
     if key is None:
         return
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (typed and shape == ()) and not (dtype == jnp.uint32 and shape is not None and len(shape) == 1):
-        raise TypeError(f"key: expected one PRNG key, as from jax.random.key(0), got {describe(key)}")
+    prng_key(key)
     if cell.uses_key is False:
         raise ValueError(
             f"key: expected None, since nothing in {cell!r} is random, got a key; leave it out, or add "

@@ -12,7 +12,6 @@ import numpy as np
 
 from jrnn._interpret import call
 from jrnn.cells.base import Layer
-from jrnn.compose.combine import stepless
 from jrnn.run.unrolling import unroll
 from jrnn.testing.comparison import compare
 from jrnn.testing.oracle import Init, Initial, fold
@@ -31,7 +30,6 @@ class Bench:
         self.dtype = np.dtype(dtype)
         self.tolerance = 3e-5 if self.dtype == np.float32 else 1e-11
         self.rng = np.random.default_rng(seed)
-        self.stepless = stepless(cell)
         self.params = jax.tree.map(self._cast, _initialised(cell, in_features, seed, jnp.result_type(float)))
         # Zeros would hide what is multiplied by them: biases, peepholes, learned states.
         self.params = self.noisy(self.params) if params is None else jax.tree.map(self._cast, params)

@@ -21,8 +21,7 @@ from jrnn import sequence
 from jrnn._core.checks import is_traced, positive_int
 from jrnn._core.devices import batch_spec, placed
 from jrnn.cells.base import Layer
-from jrnn.compose.combine import Bidirectional
-from jrnn.run.unrolling import unroll
+from jrnn.run import unrolling
 from jrnn.training.step import Metrics, Step, TrainState, check_function, check_optimizer, split_loss
 
 
@@ -156,7 +155,7 @@ class TBPTTStep(Step):
         return jax.random.fold_in(state.key, state.step - jnp.asarray(batch.index, state.step.dtype))
 
     def forward(self, params: Any, carry: Any, batch: Chunk, key: Any) -> tuple[jax.Array, tuple[Any, dict[str, Any]]]:
-        carry, predictions = unroll(
+        carry, predictions = unrolling.unroll(
             self.model, params, batch.xs, carry, lengths=batch.lengths, mask=batch.mask, resets=batch.resets,
             key=key, start=batch.start,
         )  # fmt: skip
@@ -220,10 +219,10 @@ def tbptt_step(model: Layer, loss: Callable[..., Any], optimizer: optax.Gradient
     """
     if not isinstance(model, Layer):
         raise TypeError(f"model: expected a layer, such as jrnn.lstm(128), got {type(model).__name__}")
-    if _has_bidirectional(model):
+    if not model.causal:
         raise ValueError(
-            f"model: expected one that runs forward in time, got {model!r}; a bidirectional layer needs the end of the "
-            "sequence first, so train it on whole sequences with make_step"
+            f"model: expected one that runs forward in time, got {model!r}; a layer that is not causal needs the "
+            "end of the sequence first, so train it on whole sequences with make_step"
         )
     check_function(
         loss,
@@ -247,7 +246,9 @@ def truncated_unroll(
     resets: Any = None,
     key: jax.Array | None = None,
     start: Any = 0,
-    **options: Any,
+    backend: str | None = None,
+    remat: int | str | None = None,
+    unroll: int = 1,
 ) -> tuple[Any, jax.Array]:
     """`jrnn.unroll` whose gradient is stopped every `length` steps: one update for many chunks.
 
@@ -257,7 +258,8 @@ def truncated_unroll(
 
     Args:
       model: any layer that runs forward in time.
-      length: steps per chunk; the others are those of `unroll`, ``options`` being ``backend``, ``remat``, ``unroll``.
+      length: steps per chunk.
+      params, xs, state, lengths, mask, resets, key, start, backend, remat, unroll: as for `jrnn.unroll`.
 
     >>> import jrnn
     >>> cell = jrnn.elman(3)
@@ -268,7 +270,7 @@ def truncated_unroll(
     [False, False, False, False, True, True]
     """
     positive_int(length, "length")
-    if isinstance(model, Layer) and _has_bidirectional(model):
+    if isinstance(model, Layer) and not model.causal:
         raise ValueError(f"model: expected one that runs forward in time, got {model!r}")
     time, flags = _time(xs, "xs"), {"mask": mask, "resets": resets}
     if lengths is not None:
@@ -279,7 +281,8 @@ def truncated_unroll(
 
     def run(state: Any, part: Any, at: Any) -> tuple[Any, jax.Array]:
         xs, flags = part
-        return unroll(model, params, xs, state, key=key, start=start + at, **flags, **options)
+        options: dict[str, Any] = {"backend": backend, "remat": remat, "unroll": unroll}
+        return unrolling.unroll(model, params, xs, state, key=key, start=start + at, **flags, **options)
 
     cut = lambda a, b: jax.tree.map(lambda x: jnp.asarray(x)[a:b], (xs, flags))
     state, first = run(state, cut(0, length), 0)
@@ -309,16 +312,6 @@ def _carry_into(chunk: Any, carry: Any) -> Any:
             f"{chunk.index}"
         )
     return carry
-
-
-def _has_bidirectional(layer: Any) -> bool:
-    if isinstance(layer, Bidirectional):
-        return True
-    if isinstance(layer, tuple | list):
-        return any(map(_has_bidirectional, layer))
-    if isinstance(layer, Layer) and dataclasses.is_dataclass(layer):
-        return any(_has_bidirectional(getattr(layer, field.name)) for field in dataclasses.fields(layer))
-    return False
 
 
 def _time(array: Any, argument: str) -> int:
