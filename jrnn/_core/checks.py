@@ -62,7 +62,7 @@ def prng_key(key: Any, argument: str = "key") -> None:
 
 
 def brief(value: Any) -> str:
-    """What came, for messages, in a line: not the contents of a container or an array."""
+    """A value for error messages, in one line: without the contents of a container or an array."""
     if isinstance(value, str | int | float | complex | type | None) or callable(value):
         return repr(value)
     if hasattr(value, "shape") and hasattr(value, "dtype"):
@@ -90,7 +90,7 @@ def rate(value: Any, argument: str) -> None:
 
 
 def epsilon(value: Any) -> None:
-    """What is added to a variance, so that its square root is not zero."""
+    """The number that is added to a variance, so that its square root is not zero."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"epsilon: expected a positive float, got {value!r}")
     if not value > 0.0:

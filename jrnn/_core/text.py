@@ -11,7 +11,7 @@ _PUBLIC = {"jrnn.initializers": "initializers.", "jrnn.activations": "activation
 
 
 def written(value: Any) -> str:
-    """A value as an expression: functions by their names, and what is jrnn's by its name in jrnn."""
+    """A value as an expression: functions by their names, and jrnn's own values by their names in jrnn."""
     if isinstance(value, tuple) and type(value) is tuple:
         return f"({', '.join(map(written, value))}{',' if len(value) == 1 else ''})"
     if callable(value) and hasattr(value, "__qualname__"):

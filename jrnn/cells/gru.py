@@ -18,7 +18,7 @@ __all__ = ["gru", "layer_norm_gru", "mgu", "ugrnn"]
 
 @dataclass(frozen=True, repr=False)
 class _Gated(AffineCell):
-    """What the gated units share: a function for the gates and one for the candidate."""
+    """The base of the gated units, with a function for the gates and one for the candidate."""
 
     activation: activations.Activation = field(default="tanh", kw_only=True)
     gate_activation: activations.Activation = field(default="sigmoid", kw_only=True)
@@ -129,7 +129,7 @@ def gru(
 
     Args:
       hidden: H.
-      reset: "after" or "before": whether the reset gate acts on the product or on what goes into it.
+      reset: "after" or "before": whether the reset gate multiplies the product ``h U_n`` or its factor ``h``.
       activation: the function of the candidate, a name of `jrnn.activations` or a module-level function.
       gate_activation: the function of the gates.
       input_init, recurrent_init, bias_init: initialisers of ``w_ih``, ``w_hh`` and ``b``, drawn gate by gate (see
@@ -256,7 +256,8 @@ def mgu(
         n = tanh(x W_n + b_n + f * (h U_n + b_hn))
         h = (1 - f) * h + f * n
 
-    The paper's ``(f * h) U_n`` would need two products in a row; acting after it is what `gru` does by default.
+    The paper's ``(f * h) U_n`` would need two products one after the other; here the gate acts after the product, as
+    that of `gru` does by default.
 
     Args:
       hidden, activation, gate_activation, input_init, recurrent_init, bias_init: as for `gru`.

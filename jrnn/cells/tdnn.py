@@ -19,7 +19,7 @@ __all__ = ["TDNNState", "tdnn"]
 
 @exported
 class TDNNState(NamedTuple):
-    """``pending (*B, (window - 1) * dilation, H)``: what past steps have already added to the next outputs.
+    """``pending (*B, (window - 1) * dilation, H)``: the sums of past inputs' contributions to the next outputs.
 
     >>> jrnn.tdnn(4, window=3).initial_state(jrnn.tdnn(4, window=3).init(jax.random.key(0), 2), ()).pending.shape
     (2, 4)

@@ -31,7 +31,7 @@ def check_part(layer: Any, argument: str) -> None:
 
 
 class Combinator(Layer):
-    """A layer made of layers, which draws for a sequence what its parts draw, and nothing of its own."""
+    """A layer made of layers, which has no randomness of its own: it draws the masks of its parts."""
 
     @property
     def draws_once(self) -> bool:
@@ -263,8 +263,9 @@ def bidirectional(
     boundary between steps t-1 and t for both directions: the backward layer begins afresh at t-1, so no output sees
     a step of another segment.
 
-    Parameters and states are ``{"forward": …, "backward": …}``; ``state["backward"]`` is where the backward run
-    starts (after the last step) and what is returned is where it ends. There is no ``step``.
+    Parameters and states are ``{"forward": …, "backward": …}``. The given ``state["backward"]`` is the state after the
+    last step, where the backward run starts; the one returned is the state before the first step, where it ends. There
+    is no ``step``.
 
     Args:
       cell: the forward layer.

@@ -295,7 +295,7 @@ def dropout(rate: float) -> Dropout:
     """Dropout between layers, a new mask at every step (Srivastava et al. 2014; Zaremba et al. 2014).
 
     With a key, each element is zero with probability ``rate`` and divided by ``1 - rate`` otherwise; without a key
-    the layer does nothing. It drops what passes through it: in a stack, put it between layers.
+    the layer does nothing. It drops elements of its own input: in a stack, put it between layers.
 
     Args:
       rate: probability of dropping, in [0, 1).

@@ -57,7 +57,7 @@ def limits_of(cell: Any, gate: str, function: Any, given: Mapping[str, Any]) -> 
 
 
 def weight_factor(cell: Any, params: Any, slope: float | None, key: Any) -> tuple[float | None, str]:
-    """The largest norm that a step's Jacobian can have, whatever the input: from the weights alone."""
+    """An upper bound of the norm of a step's Jacobian for any input, from the weights alone."""
     while isinstance(cell, LearnedState) or (key is None and isinstance(cell, Variational | DropConnect)):
         cell, params = cell.cell, cell.inner(params)  # without a key these wrappers leave the step as it is
     if slope is not None and (isinstance(slope, bool) or not isinstance(slope, int | float) or not slope > 0):

@@ -25,7 +25,7 @@ class Tapped(NamedTuple):
 
 
 class Shifts(NamedTuple):
-    """What is added to the state: before the first step, and after each step."""
+    """The numbers that are added to the state: before the first step, and after each step."""
 
     initial: list[jax.Array]
     steps: list[jax.Array]
@@ -109,11 +109,11 @@ class Tap(Layer):
         return self.result(last, found[0]), ys
 
     def run_cell(self, run: Any, cell: Any, params: Any, extra: Any, xs: jax.Array, state: Any) -> Any:
-        """The cell over all steps: its last state, its outputs, and what is kept for `result`."""
+        """The cell over all steps: its last state, its outputs, and a value that is passed to `result`."""
         raise NotImplementedError
 
     def result(self, last: Any, kept: Any) -> Any:
-        """What takes the place of the model's last state."""
+        """The value to return in place of the model's last state."""
         return kept
 
 
@@ -149,7 +149,7 @@ class Shifted(Tap):
 
 
 class Recorded(Tap):
-    """Returns what every step was given in place of the final state."""
+    """Returns the arguments of every step in place of the final state."""
 
     def run_cell(self, run: Any, cell: Any, params: Any, extra: Any, xs: jax.Array, state: Any) -> Any:
         update = _parts(cell, params, xs)[2]
@@ -194,7 +194,7 @@ def _add(state: Any, shifts: list[jax.Array]) -> Any:
 
 
 class Trace(NamedTuple):
-    """What the steps of one layer were given: ``states[t]`` is the state that step t consumed, after any reset."""
+    """The arguments of one layer's steps: ``states[t]`` is the state that step t consumed, after any reset."""
 
     params: Any
     xs: jax.Array

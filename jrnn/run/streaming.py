@@ -20,21 +20,21 @@ __all__ = ["stepper"]
 def stepper(layer: Layer) -> Any:
     """The layer's step, compiled, with its state donated: ``step(params, state, x, key=None) -> (state, y)``.
 
-    A call costs what calling any compiled function costs, and the arithmetic. Folded over the steps of a sequence, it
-    gives what `jrnn.unroll` gives where every step is valid and no reset: without a key as it is, and with a key for
-    parameters from `jrnn.draw` and the key ``jax.random.fold_in(key, t)`` at step t.
+    A call costs as much as a call of any compiled function, and its arithmetic. Applied to the steps of a sequence one
+    after another, it returns the outputs and the state of `jrnn.unroll` where every step is valid and none is reset.
+    With a key, pass it the parameters from `jrnn.draw`, and at step t the key ``jax.random.fold_in(key, t)``.
 
     B batch axes (any number, or none), F input features, H output features.
 
     Args:
-      layer: a layer that has a step: any but a bidirectional one, whose backward half needs the future.
+      layer: a layer that has a step. A bidirectional layer has none, since its backward direction needs later steps.
 
     Returns:
       A jitted function, one and the same for equal layers, with the attributes of one (``lower``, ``trace``). Its ``x``
       is ``(*B, F)`` (integers ``(*B,)`` for models that begin with `jrnn.embed`), its ``y`` ``(*B, H)``. The state that
-      it is given is donated: its buffers are reused, so go on with the state returned, and copy what else you want to
-      keep. Over a mesh whose axes are Explicit, let the first state lie as ``x`` does, as in ``jax.device_put(state,
-      PartitionSpec("data"))``, or its buffers cannot be reused.
+      it is given is donated: its buffers are reused, so continue with the state returned, and copy a state that you
+      want to keep. Over a mesh whose axes are Explicit, shard the first state as ``x`` is sharded, by
+      ``jax.device_put(state, PartitionSpec("data"))``, or its buffers cannot be reused.
 
     Raises:
       TypeError: where the layer has no step.

@@ -72,7 +72,7 @@ def _keyed(key: Any) -> str:
 
 @_law
 def check_draws(bench: Bench) -> None:
-    """What a part draws once per sequence (see `jrnn.Layer.draw`) is not drawn again at every step.
+    """The masks that a part draws once per sequence (see `jrnn.Layer.draw`) are not drawn again at every step.
 
     Arguments are those of `check_cell`; raises AssertionError.
 
@@ -89,7 +89,7 @@ def check_draws(bench: Bench) -> None:
 
 @_law
 def check_padding(bench: Bench) -> None:
-    """What stands in padding changes nothing: outputs, states and every gradient, with NaN and infinity there.
+    """The contents of padding, NaN and infinity included, change no output, no state and no gradient.
 
     Outputs there and gradients of padded inputs are exactly zero, resets there are ignored, and a sequence with its
     invalid steps cut out gives the same. Arguments are those of `check_cell`; raises AssertionError.
@@ -641,7 +641,7 @@ def check_cell(
       laws: which laws; None for all of `LAWS`.
 
     Raises:
-      AssertionError: a law does not hold; it says which, what differed and by how much.
+      AssertionError: a law does not hold; the message names the law, the leaf that differs, and by how much.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Leaky(jrnn.Cell):

@@ -15,7 +15,7 @@ from jrnn.cells.base import Layer
 from jrnn.compose.combine import Bidirectional, Highway, Residual, Stack, stepless
 from jrnn.testing.trials import Trial, has_gradient, inexact, only_inexact, results, with_gradients
 
-_ONCE = 0xFFFFFFFF  # what is folded into a key for randomness drawn once per sequence
+_ONCE = 0xFFFFFFFF  # the number that is folded into a key for randomness drawn once per sequence
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class _Keys:
 
 @dataclass(frozen=True)
 class _Mix:
-    """What a combinator without a step does with its input and its parts' outputs, and the gradients of that."""
+    """The output of a combinator without a step from its input and its parts' outputs, and the gradients of it."""
 
     layer: Layer
 
@@ -337,7 +337,7 @@ def fold(cell: Layer, trial: Trial, *, reverse: bool = False) -> dict[str, Any]:
 
     Args:
       cell: a cell or layer.
-      trial: its arguments. What stands in padding should be finite here.
+      trial: its arguments. Inputs at padding should be finite here.
       reverse: as for `jrnn.unroll`.
 
     Returns:

@@ -56,8 +56,8 @@ def chunks(
     """Cuts a batch of sequences into chunks of `length` steps; the last may be shorter.
 
     Lengths are counted anew in each chunk, ``clip(lengths - start, 0, t)``. Chunks in which no sequence has a valid
-    step are left out: they hold the state and have nothing to learn from. Arrays stay what they are, NumPy on the
-    host too, so a series longer than the device's memory can be cut.
+    step are left out, since they would only hold the state. NumPy arrays stay NumPy arrays on the host, so a series
+    larger than the device's memory can be cut.
 
     Args:
       xs: ``(T, *B, F)``, or ``(T, *B)`` integers for a model that begins with an embedding.
@@ -68,7 +68,7 @@ def chunks(
       resets: ``(T, *B)`` booleans.
 
     Raises:
-      ValueError, TypeError: at once, not at the first chunk, where an argument does not fit.
+      ValueError, TypeError: an argument does not fit; raised by the call, not at the first chunk.
 
     >>> xs = np.zeros((5, 2, 1))
     >>> for chunk in chunks(xs, None, 2, lengths=np.array([5, 3])):
