@@ -318,6 +318,7 @@ def test_repr_is_an_expression(case):
         "stack(embed(5, 3), layer_norm(), activation('relu'), layer_norm(epsilon=0.1))",
     ],
 )
+@pytest.mark.smoke
 def test_repr(text):
     assert repr(eval(text, {name: getattr(jrnn, name) for name in jrnn.__all__})) == text
 
@@ -328,6 +329,7 @@ def test_repr_of_a_subclass_has_its_name():
     assert repr(cases.Doubled(jrnn.lstm(4))).endswith("Doubled(cell=lstm(4))")  # a dataclass' own
 
 
+@pytest.mark.smoke
 def test_misspelt_options_are_refused():
     with pytest.raises(TypeError, match="forget_bais"):
         jrnn.lstm(4, forget_bais=1.0)

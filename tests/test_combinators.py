@@ -154,6 +154,7 @@ def test_what_a_walk_says_is_what_the_contract_says(monkeypatch):
             bench.compare(bench.fold(trial, reverse), expected[reverse], f"walks, reverse={reverse}")
 
 
+@pytest.mark.smoke
 def test_causal():
     for name, (model, _) in MODELS.items():
         assert model.causal == (name not in ("around_bidirectional", "around_bidirectional_with_a_step", "backwards"))
@@ -196,6 +197,7 @@ def square(state, ys):
     return jnp.sum(ys[-1] ** 2)
 
 
+@pytest.mark.smoke
 def test_diagnosis_looks_through():
     """Through a combinator of one layer: the gradient is the inner layer's, times the derivative of the scale."""
     inner = jrnn.gru(4)
@@ -240,5 +242,5 @@ def test_other_libraries_lack_it():
     torch = pytest.importorskip("torch")
     del torch
     model = Scaled(jrnn.gru(2))
-    with pytest.raises(TypeError, match=r"model: expected jrnn\.elman.*got Scaled\(gru\(2\)\)"):
+    with pytest.raises(TypeError, match=r"model: expected jrnn\.elman.*got Scaled\(layer=gru\(2\)\)"):
         jrnn.interop.to_torch(model, model.init(jax.random.key(0), 3))
