@@ -492,7 +492,7 @@ def _with_validity(
     batch_shape = ys.shape[1 : 1 + max(batch_axes, 0)]
     if lengths is not None:
         _check_lengths(lengths, ys.shape[0], batch_shape)
-    # Gathers want their operand to lie over a mesh as their indices do.
+    # A gather needs its operand to be sharded over a mesh as its indices are.
     spec = batch_spec(len(batch_shape), sequences=(ys, mask), states=lengths)
     return placed(ys, spec, 1), valid_steps(lengths, mask, ys.shape[0], batch_shape)
 

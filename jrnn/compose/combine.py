@@ -130,10 +130,10 @@ class Stack(Combinator):
 
 
 def stack(*layers: Layer) -> Stack:
-    """Layers one above the other, each fed with the outputs of the one before; of any kind and width.
+    """Layers one above the other, of any kind and width; each gets the outputs of the one before as its inputs.
 
-    Parameters and states are tuples with one entry a layer. Over a sequence each layer runs over all T before the
-    next begins.
+    Parameters and states are tuples with one entry for each layer. Over a sequence, each layer runs over all T steps
+    before the next begins.
 
     Args:
       *layers: at least one layer.
@@ -335,7 +335,7 @@ def same_features(layer: Layer, in_features: Any) -> int:
 
 
 def residual(layer: Layer) -> Residual:
-    """A layer and a connection round it (He et al. 2016; for recurrent stacks Wu et al. 2016): ``y = x + layer(x)``.
+    """A layer and a connection around it (He et al. 2016; for recurrent stacks Wu et al. 2016): ``y = x + layer(x)``.
 
     Parameters and states are the layer's.
 
@@ -409,13 +409,13 @@ class Highway(Combinator):
 
 
 def highway(layer: Layer, *, gate_bias: float = -1.0) -> Highway:
-    """A layer and a gated connection round it (Srivastava, Greff and Schmidhuber 2015).
+    """A layer and a gated connection around it (Srivastava, Greff and Schmidhuber 2015).
 
     ``t = sigmoid(x w + b)``, ``y = t * layer(x) + (1 - t) * x``.
 
     Args:
       layer: a layer with as many output as input features.
-      gate_bias: where ``b`` starts; negative, so that the input passes at first.
+      gate_bias: the initial value of ``b``; negative, so that at first the input passes.
 
     Parameters: ``{"layer": …, "w": (F, F), "b": (F,)}``; the state is the layer's.
 

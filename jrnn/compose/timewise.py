@@ -159,9 +159,9 @@ class Embed(Timewise):
             raise TypeError(f"xs: expected integer ids for {self!r}, got {x.dtype}")
 
     def apply(self, params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        # An id outside the vocabulary cannot raise in compiled code: NaN shows itself, a neighbour's row would not.
+        # Compiled code cannot raise for an id outside the vocabulary. A row of NaN is noticed, another id's is not.
         known = (x >= 0) & (x < self.vocab)
-        # Over a mesh, rows lie as their ids do.
+        # Over a mesh, rows are sharded as their ids are.
         sharding = PartitionSpec(*jax.typeof(x).sharding.spec, None) if is_placed(x) else None
         rows = params["w"].at[jnp.where(known, x, 0)].get(mode="clip", out_sharding=sharding)
         return jnp.where(known[..., None], rows, jnp.nan)

@@ -11,7 +11,7 @@ from jrnn import activations
 from jrnn.cells.elman import Elman, IndRNN, Jordan
 from jrnn.compose.regularise import DropConnect, LearnedState, Variational
 
-# Limits by activation, and whether it reaches them, so that no epsilon is needed.
+# The limits of each activation, and whether it reaches them: then saturation is counted without an epsilon.
 _LIMITS: dict[str, tuple[tuple[float, float], bool]] = {
     "elu": ((-1.0, np.inf), False),
     "linear": ((-np.inf, np.inf), False),

@@ -151,7 +151,7 @@ def _choose(
             body = Body(affine.read(program, len(consts), len(carry)))
         except Refusal as refusal:
             reason = f"the body is not read as a recurrent cell: {refusal}"
-            # Parts pay for some bodies and not for others: they are not chosen unasked.
+            # Running in parts is faster for some bodies and slower for others, so it is never the default.
             if backend != "hoisted":
                 raise
             parts = Parts(sites.read(program, len(consts), len(carry)))
@@ -199,7 +199,7 @@ def _plain(f: Any, init: Any, xs: Any, length: Any, reverse: Any, unroll: Any, r
     return checkpointed(segment, init, xs, leaves[0].shape[0], steps)
 
 
-# A function of its own, static in the body: a second call in eager mode with an equal body compiles nothing.
+# Jitted with the body as a static argument, so that a second eager call with an equal body compiles nothing.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _run(body: Body | Parts, name: str, reverse: bool, unroll: Any, remat: Any, consts: Any, init: Any, xs: Any) -> Any:
     time = jax.tree.leaves(xs)[0].shape[0]

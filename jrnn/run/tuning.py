@@ -141,7 +141,7 @@ def tune(
     options = {"reverse": reverse, "remat": remat, "unroll": unroll}
     args = (as_tree(params), jnp.asarray(xs), state, flags)
     run = functools.partial(_forward, model, tuple(options.items()))
-    # Raises what is wrong with the arguments: those of known values are not traced here.
+    # Raises the errors of `unroll` for these arguments; the flags are not traced, so that their values are checked.
     check = lambda params, xs, state: run("reference", params, xs, state, flags)
     out = jax.eval_shape(check, *args[:3])
     weights = jax.tree.map(lambda y: jax.random.normal(jax.random.key(0), y.shape).astype(y.dtype), out[1])

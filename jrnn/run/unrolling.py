@@ -274,7 +274,7 @@ class Run:
 
     def scan(self, cell: Layer, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
         """Runs a recurrent layer step by step, by the schedule that suits it."""
-        # The key of a model, where other layers use it, is none to a cell that is known to use none.
+        # A cell that is known to have no randomness gets no key, even where other layers of the model use one.
         steps = replace(self.steps, key=None) if cell.uses_key is False else self.steps
         # The type of a loop's carry is fixed, and may include a sharding: that of the inputs, or of a step's result.
         state = placed(state, batch_spec(len(self.batch_shape), sequences=xs), 0)
@@ -284,8 +284,8 @@ class Run:
         state = varying_as(state, params, xs, steps.valid, steps.resets, steps.key)
         if steps.valid is None or not xs.shape[0]:
             return loop(state)
-        # A state that no valid step consumes stays out of the loop: held over invalid steps, a NaN in it would meet
-        # the zero gradients of those steps.
+        # A state that no valid step consumes stays out of the loop: if it were held over invalid steps, a NaN in it
+        # would be multiplied by the zero gradients of those steps.
         met, any_valid = steps.meets(), steps.valid.any(0)
         restart = placed_as(cell.initial_state(params, self.batch_shape), state)
         last, ys = loop(select(met, state, restart))

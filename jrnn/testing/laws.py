@@ -109,7 +109,7 @@ def check_padding(bench: Bench) -> None:
             for name in ("ys", "gradient of xs"):
                 if got[name] is not None:
                     bench.compare(got[name][~valid], np.zeros_like(got[name][~valid]), f"{about}: {name}", exact=True)
-    # Resets behind holes: a boundary lies between the valid steps on both sides of it.
+    # Resets next to invalid steps: the boundary lies between the valid steps before and after it.
     mask, resets = np.zeros((2, TIME), bool)
     mask[[1, 3, 4]] = resets[[1, 3]] = True
     whole = bench.trial(batch=(), lengths=None, mask=mask, resets=resets, start=0, cotangents=None)
@@ -179,7 +179,8 @@ def check_resets(bench: Bench) -> None:
     """
     cut = TIME // 2
     after = np.arange(TIME) >= cut
-    # Given, so that the program of other laws serves; but a backward direction starts behind the reset.
+    # All arguments are given, so that the traced program of other laws is reused. A layer that is not causal gets no
+    # state, since its backward direction would start from it after the reset.
     no_padding = {
         "state": bench.initial((BATCH,)) if bench.cell.causal else None,
         "lengths": np.full(BATCH, TIME, np.int32),
@@ -193,7 +194,7 @@ def check_resets(bench: Bench) -> None:
         zero = tuple(map(np.zeros_like, whole.cotangents[:-1]))
         whole = whole._replace(resets=resets, cotangents=(*zero, ys_bar))
         got = bench.run(whole)
-        # The second part by itself: its outputs, and all gradients of its outputs, are those of the whole.
+        # A run of the second part by itself has the outputs of the whole run, and the gradients of these outputs.
         last = Trial(whole.params, whole.xs[cut:], key=key, start=whole.start + cut, cotangents=(*zero, ys_bar[cut:]))
         part = bench.fold(last)
         about = f"outputs after a reset, {_keyed(key)}"

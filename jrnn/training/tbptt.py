@@ -274,7 +274,7 @@ def truncated_unroll(
         raise ValueError(f"model: expected one that runs forward in time, got {model!r}")
     time, flags = _time(xs, "xs"), {"mask": mask, "resets": resets}
     if lengths is not None:
-        # One mask for all: a chunk inside the loop has no lengths of its own.
+        # One mask for all chunks: inside the loop they all run with the same arguments.
         batch_shape = np.shape(xs)[1 : np.ndim(xs) - model.event_ndim]
         sequence._check_lengths(lengths, time, batch_shape)
         flags["mask"] = sequence.valid_steps(lengths, mask, time, batch_shape)
