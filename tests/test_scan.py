@@ -219,6 +219,7 @@ def test_remat(remat, backend, make):
     close(values_and_gradients(got, weights, carry, xs), values_and_gradients(expected, weights, carry, xs))
 
 
+@pytest.mark.smoke
 def test_a_reset_lets_no_nan_pass():
     weights, carry, step = reset_lstm(jax.random.key(1), F, H, (4,))
     xs = jax.random.normal(jax.random.key(2), (T, 4, F)).at[0, :, 1].set(-1.0)  # every sequence starts anew
@@ -236,6 +237,7 @@ def raised(function, *args):
     return None
 
 
+@pytest.mark.smoke
 def test_arguments_and_errors_are_those_of_lax_scan():
     def count(carry, _):
         return carry + 1, carry
@@ -341,6 +343,7 @@ def test_inside_other_loops():
     close(got, outer(jax.lax.scan)(carry, xs))
 
 
+@pytest.mark.smoke
 def test_choice_follows_the_size():
     weights, carry, step = elman(jax.random.key(1), 64, 64, (16,))
     name, reason = jrnn.choose_scan_backend(lambda c, x: step(weights, c, x), carry, jnp.ones((128, 16, 64)))
