@@ -321,6 +321,22 @@ def test_what_has_no_end_is_refused(gate):
     assert "not read as a recurrent cell" in reason
 
 
+@interpreted
+def test_numbers_in_a_carry_are_arrays():
+    w = jax.random.normal(jax.random.key(0), (4, 4)) / 2
+
+    def body(carry, x):
+        h, count, scale = carry
+        return (jnp.tanh(x + jnp.roll(h, 1, -1) @ w) * scale, count + 1, scale), (h, count)
+
+    init, xs = (jnp.zeros((2, 4)), 0, 0.5), jnp.ones((5, 2, 4))
+    expected = jax.lax.scan(body, init, xs)
+    for backend in (None, "hoisted"):
+        got = jrnn.scan(body, init, xs, backend=backend)
+        assert jax.tree.map(jax.typeof, got) == jax.tree.map(jax.typeof, expected)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
+
+
 def test_options_are_checked():
     with pytest.raises(ValueError, match="backend: expected None or one of"):
         jrnn.scan(lambda c, x: (c, x), 0.0, jnp.ones(3), backend="fast")
