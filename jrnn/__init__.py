@@ -16,12 +16,19 @@ from jrnn import activations, initializers, sequence
 from jrnn.cells.base import AffineCell, Cell, HiddenState, Layer, product
 from jrnn.cells.elman import ElmanState, IndRNNState, JordanState, elman, indrnn, jordan
 from jrnn.cells.gru import GRUState, MGUState, UGRNNState, gru, layer_norm_gru, mgu, ugrnn
+from jrnn.cells.linear import LinearCell
+from jrnn.cells.lru import lru, s5
 from jrnn.cells.lstm import LSTMState, coupled_lstm, layer_norm_lstm, lstm, peephole_lstm, projection_lstm
+from jrnn.cells.minimal import min_gru, min_lstm
+from jrnn.cells.qrnn import QRNNState, qrnn
+from jrnn.cells.rg_lru import rg_lru
+from jrnn.cells.sru import SRUState, sru
 from jrnn.cells.tdnn import TDNNState, tdnn
 from jrnn.compose.combine import bidirectional, highway, residual, stack
 from jrnn.compose.regularise import dropconnect, learned_state, variational, zoneout
 from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
 from jrnn.run.scan import choose_scan_backend, scan
+from jrnn.schedules.linear import linear_scan
 from jrnn.streaming import stepper
 from jrnn.tuning import Timing, Tuning, tune
 from jrnn.unroll import choose_backend, draw, unroll
@@ -57,7 +64,10 @@ __all__ = [
     "JordanState",
     "LSTMState",
     "Layer",
+    "LinearCell",
     "MGUState",
+    "QRNNState",
+    "SRUState",
     "TDNNState",
     "Timing",
     "Tuning",
@@ -85,17 +95,25 @@ __all__ = [
     "layer_norm_gru",
     "layer_norm_lstm",
     "learned_state",
+    "linear_scan",
     "losses",
+    "lru",
     "lstm",
     "mgu",
+    "min_gru",
+    "min_lstm",
     "native",
     "optimizer",
     "peephole_lstm",
     "product",
     "projection_lstm",
+    "qrnn",
     "residual",
+    "rg_lru",
+    "s5",
     "scan",
     "sequence",
+    "sru",
     "stack",
     "stepper",
     "tdnn",

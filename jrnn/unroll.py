@@ -73,6 +73,7 @@ def unroll(
         - "reference", the plain scan of the cell's step
         - "hoisted", scans with all that does not need the state taken out of them
         - "native", the loop as C++, which a compiler on this machine makes and keeps in ``~/.cache/jrnn``
+        - "associative", all steps at once, for cells that are linear in their state (see `jrnn.linear_scan`)
         - "kernel", one kernel for the loop, through Pallas. Those that span a GPU must not run at the same time as
           each other: they may wait for each other for ever.
         - "cudnn", NVIDIA's LSTM
@@ -314,7 +315,8 @@ class Run:
     def _reads(self, cell: Layer, xs: jax.Array) -> bool:
         """Whether a cell's step is read: where it says nothing of its form, and a schedule could use that."""
         some = isinstance(xs.shape[0], int) and xs.shape[0] > 0
-        return some and self.backend in (None, "hoisted", "native") and not getattr(cell, "is_affine", False)
+        declared = getattr(cell, "is_affine", False) or getattr(cell, "is_linear", False)
+        return some and self.backend in (None, "hoisted", "native") and not declared
 
     def child(self, index: int) -> Run:
         """The run of a layer's part, with randomness of its own."""

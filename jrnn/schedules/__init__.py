@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jrnn.schedules import cudnn, hoisted, kernels, measured, native, reference
+from jrnn.schedules import associative, cudnn, hoisted, kernels, measured, native, reference
 from jrnn.schedules.steps import Steps
 
 __all__ = ["SCHEDULES", "Schedule", "Steps", "choose"]
@@ -35,6 +35,7 @@ class Schedule(NamedTuple):
 SCHEDULES: dict[str, Schedule] = {
     "kernel": Schedule(kernels.serves, kernels.run, automatic=False),
     "native": Schedule(native.serves, native.run, pays=native.pays),
+    "associative": Schedule(associative.serves, associative.run),
     "hoisted": Schedule(hoisted.serves, hoisted.run),
     "cudnn": Schedule(cudnn.serves, cudnn.run, automatic=False),
     "reference": Schedule(reference.serves, reference.run),
