@@ -173,6 +173,13 @@ def test_nothing_passes_a_reset(quick_compilation, backend, reverse):
     rest = np.ones(6, bool)
     rest[after] = False
     assert (np.asarray(db)[rest] == 0).all()
+    # What comes after a reset is NaN, its coefficient too.
+    a, b, h0, _, _ = data((6, 2, 3), "float32", 0)
+    a[cut, 0] = b[cut, 0] = np.nan
+    found = jax.grad(lambda *args: scan(*args)[rest].sum(), argnums=(0, 1, 2))(a, b, h0)
+    assert all(np.isfinite(d[rest] if d.ndim == 3 else d).all() for d in found)
+    b[cut, 0] = 2.0
+    assert (np.asarray(scan(a, b, h0))[cut, 0] == 2).all()
 
 
 @every_backend

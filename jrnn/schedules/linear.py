@@ -238,6 +238,8 @@ def sequential(reverse: bool, a: Any, b: Any, h0: Any, resets: Any) -> jax.Array
         if reset is not None:
             h = jnp.where(_expand(reset, h), jnp.zeros((), h.dtype), h)
         h = (a[0] if constant else a_t) * h + b_t
+        if reset is not None:  # where a is NaN too, as backwards in time it may be of the step after
+            h = jnp.where(_expand(reset, h), b_t, h)
         return h, h
 
     return lax.scan(step, h0, (None if constant else a, b, resets), None, reverse)[1]

@@ -197,11 +197,19 @@ struct Resets {
     const uint8_t* row = flags + t * sequences;
     return std::any_of(row + c0 / width, row + (c1 - 1) / width + 1, [](uint8_t flag) { return flag; });
   }
-  template <class R>
-  void clear(long t, R* columns) const {  // those from c0 on
+  template <class Function>
+  void each(long t, Function work) const {  // work(first, last) on the columns of each sequence that is reset
     for (long s = c0 / width; s <= (c1 - 1) / width; ++s)
-      if (flags[t * sequences + s])
-        std::fill(columns + std::max(c0, s * width) - c0, columns + std::min(c1, (s + 1) * width) - c0, R(0));
+      if (flags[t * sequences + s]) work(std::max(c0, s * width), std::min(c1, (s + 1) * width));
+  }
+  // `to` begins at column c0, `from` at the first of all.
+  template <class R>
+  void clear(long t, R* to) const {
+    each(t, [&](long first, long last) { std::fill(to + first - c0, to + last - c0, R(0)); });
+  }
+  template <class R>
+  void copy(long t, const R* from, R* to) const {
+    each(t, [&](long first, long last) { std::copy(from + first, from + last, to + first - c0); });
   }
 };
 
@@ -243,10 +251,15 @@ void forward(const Sizes& sizes, const R* a, const R* b, const R* h0, const uint
     R* carry = reinterpret_cast<R*>(scratch.take((c1 - c0) * sizeof(R) / 4));
     std::copy(h0 + c0, h0 + c1, carry);
     for (long i = 0; i < T;) {
-      if (resets.any(begin + way * i)) resets.clear(begin + way * i, carry);
+      const long t = begin + way * i;
+      const bool reset = resets.any(t);
       long next = flags ? i + 1 : T;
-      while (next < T && !resets.any(begin + way * next)) ++next;
-      tile<complex>(all.from(i, c0), next - i, c1 - c0, carry, stream);
+      while (!reset && next < T && !resets.any(begin + way * next)) ++next;
+      tile<complex>(all.from(i, c0), next - i, c1 - c0, carry, stream && !reset);
+      if (reset) {  // h is b, whatever a is
+        resets.copy(t, b + t * N, h + t * N + c0);
+        resets.copy(t, b + t * N, carry);
+      }
       i = next;
     }
   });
