@@ -74,6 +74,8 @@ def unroll(
         - "hoisted", scans with all that does not need the state taken out of them
         - "native", the loop as C++, which a compiler on this machine makes and keeps in ``~/.cache/jrnn``
         - "associative", all steps at once, for cells that are linear in their state (see `jrnn.linear_scan`)
+        - "newton", all steps at once for any cell with real states, by Newton's method, and by a scan where that does
+          not converge
         - "kernel", one kernel for the loop, through Pallas. Those that span a GPU must not run at the same time as
           each other: they may wait for each other for ever.
         - "cudnn", NVIDIA's LSTM

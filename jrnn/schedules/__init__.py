@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jrnn.schedules import associative, cudnn, hoisted, kernels, measured, native, reference
+from jrnn.schedules import associative, cudnn, hoisted, kernels, measured, native, newton, reference
 from jrnn.schedules.steps import Steps
 
 __all__ = ["SCHEDULES", "Schedule", "Steps", "choose"]
@@ -38,6 +38,7 @@ SCHEDULES: dict[str, Schedule] = {
     "associative": Schedule(associative.serves, associative.run),
     "hoisted": Schedule(hoisted.serves, hoisted.run),
     "cudnn": Schedule(cudnn.serves, cudnn.run, automatic=False),
+    "newton": Schedule(newton.serves, newton.run, automatic=False),
     "reference": Schedule(reference.serves, reference.run),
 }
 
