@@ -13,7 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jrnn import activations, initializers, sequence
-from jrnn.cells.base import AffineCell, Cell, HiddenState, Layer, product
+from jrnn.cells.affine import AffineCell
+from jrnn.cells.base import Cell, HiddenState, Layer, product
 from jrnn.cells.elman import ElmanState, IndRNNState, JordanState, elman, indrnn, jordan
 from jrnn.cells.gru import GRUState, MGUState, UGRNNState, gru, layer_norm_gru, mgu, ugrnn
 from jrnn.cells.lstm import LSTMState, coupled_lstm, layer_norm_lstm, lstm, peephole_lstm, projection_lstm

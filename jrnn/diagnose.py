@@ -31,7 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrnn import activations, sequence
-from jrnn.cells.base import AffineCell, Layer, compute_params, emitted, output
+from jrnn.cells.affine import AffineCell
+from jrnn.cells.base import Layer, compute_params, emitted, output
 from jrnn.cells.elman import Elman, IndRNN, Jordan
 from jrnn.cells.gru import ResetBeforeGRU
 from jrnn.cells.lstm import ProjectionLSTM
@@ -690,7 +691,7 @@ class _Tap(Layer):
 
         restart = restarts(self.cell, params, xs, state, steps)
         inputs = lambda w, xs: (project(w, xs), extra, run.steps.valid)
-        return scan(self.cell, params, xs, state, restart, steps, inputs, held)
+        return scan(params, xs, state, restart, steps, inputs, held)
 
 
 class _Shifted(_Tap):

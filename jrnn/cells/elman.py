@@ -10,17 +10,8 @@ import jax.numpy as jnp
 
 from jrnn import activations, initializers
 from jrnn._core.checks import batch_axes, non_negative_int, positive_int
-from jrnn.cells.base import (
-    AffineCell,
-    Cell,
-    HiddenState,
-    check_affine,
-    check_features,
-    check_named,
-    product,
-    stable,
-    vector,
-)
+from jrnn.cells.affine import AffineCell, check_affine
+from jrnn.cells.base import Cell, HiddenState, check_features, check_named, product, stable, vector
 
 __all__ = ["ElmanState", "IndRNNState", "JordanState", "elman", "indrnn", "jordan"]
 
@@ -43,7 +34,7 @@ class Elman(AffineCell):
         activations.resolve(self.activation)
 
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
-        return HiddenState(activations.resolve(self.activation)(u[0] + v[0]))
+        return HiddenState(activations.resolve(self.activation)(u.h + v.h))
 
 
 def elman(hidden: int, activation: activations.Activation = "tanh", **options: Any) -> Elman:

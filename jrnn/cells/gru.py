@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jrnn import activations, initializers
 from jrnn._core import checks
-from jrnn.cells.base import AffineCell, Cell, HiddenState, check_affine, check_features, product, vector
+from jrnn.cells.affine import AffineCell, check_affine
+from jrnn.cells.base import Cell, HiddenState, check_features, product, vector
 from jrnn.cells.norm import layer_norm, layer_norm_gates
 
 __all__ = ["GRUState", "MGUState", "UGRNNState", "gru", "layer_norm_gru", "mgu", "ugrnn"]
@@ -52,8 +53,8 @@ class GRU(_Gated):
 
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
         sigma, tanh = self.functions
-        r, z = sigma(u[0] + v[0]), sigma(u[1] + v[1])
-        n = tanh(u[2] + r * (v[2] + vector(theta["b_hn"], r)))
+        r, z = sigma(u.r + v.r), sigma(u.z + v.z)
+        n = tanh(u.n + r * (v.n + vector(theta["b_hn"], r)))
         return HiddenState((1 - z) * n + z * state.h)
 
 
@@ -100,8 +101,8 @@ class ResetBeforeGRU(Cell):
         sigma, tanh = self._gru.functions
         h, hidden = state.h, self.hidden
         rz = product(h, params["w_hh"][:, : 2 * hidden])
-        r, z = sigma(p[0] + rz[..., :hidden]), sigma(p[1] + rz[..., hidden:])
-        n = tanh(p[2] + product(r * h, params["w_hh"][:, 2 * hidden :]))
+        r, z = sigma(p.r + rz[..., :hidden]), sigma(p.z + rz[..., hidden:])
+        n = tanh(p.n + product(r * h, params["w_hh"][:, 2 * hidden :]))
         h = (1 - z) * n + z * h
         return HiddenState(h), h
 
@@ -158,7 +159,7 @@ class LayerNormGRU(GRU):
         return self.split(u + vector(params["b"], u))
 
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
-        v = layer_norm_gates(v, self.split(theta["scale_hh"]), self.epsilon)
+        v = type(v)(*layer_norm_gates(v, self.split(theta["scale_hh"]), self.epsilon))
         return super().gates(theta, u, v, state)
 
 
@@ -190,8 +191,8 @@ class MGU(_Gated):
 
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
         sigma, tanh = self.functions
-        f = sigma(u[0] + v[0])
-        n = tanh(u[1] + f * (v[1] + vector(theta["b_hn"], f)))
+        f = sigma(u.f + v.f)
+        n = tanh(u.n + f * (v.n + vector(theta["b_hn"], f)))
         return HiddenState((1 - f) * state.h + f * n)
 
 
@@ -224,7 +225,7 @@ class UGRNN(_Gated):
 
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
         sigma, tanh = self.functions
-        g, n = sigma(u[0] + v[0]), tanh(u[1] + v[1])
+        g, n = sigma(u.g + v.g), tanh(u.n + v.n)
         return HiddenState(g * state.h + (1 - g) * n)
 
 

@@ -11,17 +11,8 @@ import jax.numpy as jnp
 from jrnn import activations, initializers
 from jrnn._core import checks
 from jrnn._core.checks import batch_axes, non_negative_int, positive_int
-from jrnn.cells.base import (
-    AffineCell,
-    Cell,
-    check_affine,
-    check_features,
-    check_named,
-    exported,
-    product,
-    stable,
-    vector,
-)
+from jrnn.cells.affine import AffineCell, check_affine
+from jrnn.cells.base import Cell, check_features, check_named, exported, product, stable, vector
 from jrnn.cells.norm import layer_norm, layer_norm_gates
 
 __all__ = ["LSTMState", "coupled_lstm", "layer_norm_lstm", "lstm", "peephole_lstm", "projection_lstm"]

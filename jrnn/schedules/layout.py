@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn.cells.base import product, stable
+from jrnn.cells.form import Gates
 from jrnn.schedules.steps import select as select_rows
 
 
@@ -59,8 +60,8 @@ class Rows:
         """An array for each gate."""
         return tuple(jnp.split(z, count, axis=-1))
 
-    def gates(self, cell: Any, theta: Any, u: Any, v: Any, state: Any, key: Any) -> Any:
-        return cell.combine(theta, u, v, state, key)
+    def gates(self, gates: Gates, theta: Any, u: Any, v: Any, state: Any, key: Any) -> Any:
+        return gates.combine(theta, u, v, state, key)
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,6 @@ class Units:
     def split(self, z: jax.Array, count: int) -> tuple[jax.Array, ...]:
         return tuple(jnp.split(z, count, axis=-2))
 
-    def gates(self, cell: Any, theta: Any, u: Any, v: Any, state: Any, key: Any) -> Any:
+    def gates(self, gates: Gates, theta: Any, u: Any, v: Any, state: Any, key: Any) -> Any:
         # An elementwise function does not mind that the axes are swapped, if vectors are given an axis for sequences.
-        return cell.combine(jax.tree.map(lambda a: a[:, None], theta), u, v, state, None)
+        return gates.combine(jax.tree.map(lambda a: a[:, None], theta), u, v, state, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,13 +18,20 @@ from jrnn._core.devices import placed_as
 SEQUENCE = 0xFFFFFFFF
 
 
-@dataclass(frozen=True)
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("valid", "resets", "key", "start", "path"),
+    meta_fields=("reverse", "remat", "unroll"),
+)
+@dataclass(frozen=True, eq=False)
 class Steps:
     """How to run steps: which are valid, where to restart, in which order, with which randomness and memory.
 
     ``valid`` and ``resets`` are ``(T, *B)`` booleans or None. ``key`` is the run's key, ``start`` the absolute time of
     the first step and ``path`` the position of the layer in the model: the key of a step is ``key`` with the time and
     then each index of the path folded in. The numbers of a path may be traced.
+
+    A pytree, equal in its tree for layers that differ in their place alone.
     """
 
     valid: jax.Array | None = None
@@ -38,16 +46,8 @@ class Steps:
     def child(self, index: int) -> Steps:
         return replace(self, path=(*self.path, index))
 
-    def parted(self) -> tuple[Steps, tuple[Any, ...]]:
-        """What is static, and what is or may be traced: the same for layers that differ in their place alone."""
-        random = (0, ()) if self.key is None else (self.start, self.path)
-        static = replace(self, valid=None, resets=None, key=None, start=0, path=())
-        return static, (self.valid, self.resets, self.key, *random)
-
-    def joined(self, arrays: tuple[Any, ...]) -> Steps:
-        """From both parts the whole."""
-        valid, resets, key, start, path = arrays
-        return replace(self, valid=valid, resets=resets, key=key, start=start, path=path)
+    def without_key(self) -> Steps:
+        return replace(self, key=None, start=0, path=())
 
     def opposite(self) -> Steps:
         """The same steps run from the other end, where a boundary is met at the last valid step before it."""
@@ -124,7 +124,6 @@ def zeroed(valid: jax.Array, tree: Any) -> Any:
 
 
 def scan(
-    cell: Any,
     params: Any,
     xs: jax.Array,
     state: Any,
@@ -134,9 +133,10 @@ def scan(
     step: Callable[..., tuple[Any, jax.Array]],
     loop: Callable[..., tuple[Any, Any]] = lax.scan,
 ) -> tuple[Any, jax.Array]:
-    """``step(params, state, p, key)`` over what ``project(params, xs)`` gives, under the sequence contract.
+    """``step(params, state, p, key)`` over what ``project(params, xs)`` gives.
 
-    ``loop`` runs a body as `jax.lax.scan` does.
+    At steps that are not valid the state is held, and outputs may be anything. ``loop`` runs a body as `jax.lax.scan`
+    does.
     """
     length = xs.shape[0]
 
@@ -147,7 +147,6 @@ def scan(
         new, y = step(params, state, p, steps.key_at(time))
         if valid is not None:
             new = select(valid, new, state)
-            y = zeroed(valid, y)
         return new, y
 
     def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
