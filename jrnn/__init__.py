@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from jrnn import activations, initializers, sequence
 from jrnn.cells.affine import AffineCell
 from jrnn.cells.base import Cell, HiddenState, Layer, product
-from jrnn.cells.elman import ElmanState, IndRNNState, JordanState, elman, indrnn, jordan
-from jrnn.cells.gru import GRUState, MGUState, UGRNNState, gru, layer_norm_gru, mgu, ugrnn
+from jrnn.cells.elman import elman, indrnn, jordan
+from jrnn.cells.gru import gru, layer_norm_gru, mgu, ugrnn
 from jrnn.cells.lstm import LSTMState, coupled_lstm, layer_norm_lstm, lstm, peephole_lstm, projection_lstm
 from jrnn.cells.tdnn import TDNNState, tdnn
 from jrnn.compose.combine import bidirectional, highway, residual, stack
@@ -27,6 +27,7 @@ from jrnn.run.streaming import stepper
 from jrnn.run.unrolling import choose_backend, draw, unroll
 
 if TYPE_CHECKING:
+    import jrnn.decoding as decoding
     import jrnn.diagnose as diagnose
     import jrnn.interop as interop
     import jrnn.losses as losses
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 
 # Imported where they are used: each needs a library that a plain forward pass does not.
 _LAZY = {
+    "decoding": "jrnn.decoding",
     "diagnose": "jrnn.diagnose",
     "interop": "jrnn.interop",
     "losses": "jrnn.losses",
@@ -50,22 +52,17 @@ _LAZY = {
 __all__ = [
     "AffineCell",
     "Cell",
-    "ElmanState",
-    "GRUState",
     "HiddenState",
-    "IndRNNState",
-    "JordanState",
     "LSTMState",
     "Layer",
-    "MGUState",
     "TDNNState",
-    "UGRNNState",
     "activation",
     "activations",
     "bidirectional",
     "choose_backend",
     "choose_scan_backend",
     "coupled_lstm",
+    "decoding",
     "dense",
     "diagnose",
     "draw",

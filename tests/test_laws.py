@@ -11,6 +11,8 @@ import pytest
 
 import jrnn
 from jrnn import testing
+from jrnn.testing import oracle
+from jrnn.testing.bench import Bench
 from tests.cases import CASES, Decoder, DrawingDecoder, Rotating, StepOnly
 
 # These compile, which takes longer than all the other laws together: on some rows.
@@ -66,7 +68,7 @@ def test_combination(case, options):
     """lengths x mask x resets x state x reverse x key x remat x backend x unroll x batch axes."""
     lengths, mask, resets, state, reverse, keyed, remat, backend, unroll, batch = options
     with jax.enable_x64(True):
-        bench = testing._Bench("combination", case.layer, case.in_features, "float64", 1, False, None)
+        bench = Bench("combination", case.layer, case.in_features, "float64", 1, False, None)
         chosen = {"lengths": lengths, "mask": mask, "resets": resets, "state": state}
         absent = {name: None for name, present in chosen.items() if not present}
         key = jax.random.key(5) if keyed and bench.may_draw else None
@@ -84,11 +86,11 @@ def test_combination(case, options):
 def test_fold_without_a_step():
     """`fold` reads a layer without a step as its parts; where a layer has a step both readings agree."""
     model = jrnn.stack(jrnn.gru(4), jrnn.dropout(0.3), jrnn.highway(jrnn.elman(4)))
-    bench = testing._Bench("fold", model, 3, "float32", 0, False, None)
+    bench = Bench("fold", model, 3, "float32", 0, False, None)
     trial = bench.trial(key=jax.random.key(3))
     expected = bench.fold(trial)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(testing, "_stepless", lambda layer: isinstance(layer, type(model) | type(model.layers[2])))
+        patch.setattr(oracle, "stepless", lambda layer: isinstance(layer, type(model) | type(model.layers[2])))
         bench.compare(bench.fold(trial), expected, "parts")
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import jrnn
-from jrnn import testing
 from jrnn.schedules import native, read
 from jrnn.schedules.native import build
+from jrnn.testing.bench import Bench
 from tests.cases import CASES, HiddenAndMemory, Leaky, softsign
 
 pytestmark = pytest.mark.skipif(not build.available()[0], reason=build.available()[1] or "")
@@ -51,7 +51,7 @@ def in_turn(cases):
 
 
 def check_row(case, options, served, **more):
-    bench = testing._Bench("native", case.layer, case.in_features, "float32", 1, False, None)
+    bench = Bench("native", case.layer, case.in_features, "float32", 1, False, None)
     options = dict(options)
     flow = {name: options.pop(name) for name in ("reverse", "remat")}
     trial = bench.trial(**options, **more)

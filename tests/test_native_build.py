@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -46,6 +47,16 @@ def fake_compiler(path, text):
     program.write_text(f'#!/bin/sh\ncase "$1" in --version) echo {path};; *) {text};; esac\n')
     program.chmod(0o755)
     return str(program)
+
+
+def test_the_digest_covers_every_file_and_every_include():
+    known = {*build.LOOP, *build.LOOP_HEADERS, *build.CELL, *build.CELL_HEADERS}
+    folder = Path(build.__file__).parent
+    assert known == {path.name for path in folder.iterdir() if path.suffix in (".cc", ".h")}
+    for sources, headers in ((build.LOOP, build.LOOP_HEADERS), (build.CELL, build.CELL_HEADERS)):
+        for name in (*sources, *headers):
+            included = set(re.findall(r'#include "(\w+\.h)"', (folder / name).read_text())) - {"cell.h"}
+            assert included <= set(headers), name
 
 
 # --- what cannot be compiled -------------------------------------------------------------------------------------

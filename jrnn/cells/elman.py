@@ -13,11 +13,7 @@ from jrnn._core.checks import batch_axes, non_negative_int, positive_int
 from jrnn.cells.affine import AffineCell, check_affine
 from jrnn.cells.base import Cell, HiddenState, check_features, check_named, product, stable, vector
 
-__all__ = ["ElmanState", "IndRNNState", "JordanState", "elman", "indrnn", "jordan"]
-
-ElmanState = HiddenState
-JordanState = HiddenState
-IndRNNState = HiddenState
+__all__ = ["elman", "indrnn", "jordan"]
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,11 +14,7 @@ from jrnn.cells.affine import AffineCell, check_affine
 from jrnn.cells.base import Cell, HiddenState, check_features, product, vector
 from jrnn.cells.norm import layer_norm, layer_norm_gates
 
-__all__ = ["GRUState", "MGUState", "UGRNNState", "gru", "layer_norm_gru", "mgu", "ugrnn"]
-
-GRUState = HiddenState
-MGUState = HiddenState
-UGRNNState = HiddenState
+__all__ = ["gru", "layer_norm_gru", "mgu", "ugrnn"]
 
 
 @dataclass(frozen=True, repr=False)

@@ -77,7 +77,7 @@ def as_states(model, leaves):
         if isinstance(layer, type(jrnn.bidirectional(jrnn.gru(1)))):
             return {"forward": of(layer.forward), "backward": of(layer.backward)}
         i = next(index)
-        state = jrnn.LSTMState if len(leaves) == 2 else jrnn.GRUState
+        state = jrnn.LSTMState if len(leaves) == 2 else jrnn.HiddenState
         return state(*(leaf[i] for leaf in leaves))
 
     return of(model)

@@ -27,7 +27,7 @@ __all__ = ["pays", "plan"]
 
 # From how much on it is chosen by default: floating-point operations, to be worth a compilation; and steps of all
 # sequences, since the weights are packed anew in each call, which costs as much as some of these. Not so where few
-# steps of few sequences read them in place (`kernel.cc`): there STEP operations are enough.
+# steps of few sequences read them in place (`forward.h`): there STEP operations are enough.
 WORK, ROWS, STEP = 2**20, 32, 2**18
 FEW_STEPS, FEW_SEQUENCES, WHOLE_BLOCKS = 4, 3, 32
 

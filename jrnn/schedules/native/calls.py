@@ -43,7 +43,7 @@ class Options:
         return tuple(getattr(after, name) for name in self.emits)
 
     def row(self, hidden: int) -> int:
-        """Floats of a row of what the gates read: whole blocks of units, and no multiple of a page (`kernel.cc`)."""
+        """Floats of a row of what the gates read: whole blocks of units, and no multiple of a page (`run.h`)."""
         block = build.load(self.header).unit_block
         floats = -(-hidden // block) * block * parts(self.sums)
         return floats if floats % 256 else floats + 16

@@ -1,0 +1,170 @@
+// The loop: all steps of a run, with both products and the gates of each.
+
+#pragma once
+
+#include "run.h"
+
+namespace {
+
+using Inputs = std::vector<const float*>;  // an array for each state, or each vector of theta
+using Outputs = std::vector<float*>;
+
+struct Forward {
+  const float *x, *w_ih, *b, *w_hh;
+  const uint8_t *valid, *resets;  // (T, N) or null
+  const float* mask;              // (N, H) or null: what h is multiplied by on its way into the recurrent product
+  Inputs theta, state, restart;
+  Outputs last;
+  float* parts;   // (T, N, parts_row) or null: what the gates read, for the derivative
+  Outputs after;  // (T, N, H): the states after each step; null, but for h, where nobody asks for them
+  long parts_row;
+};
+
+// Few steps of few sequences read the weights where they are: to pack them would take longer than to use them.
+inline bool reads_in_place(const Run& run) { return run.T <= 4 && run.N <= FEW && run.H % UB == 0; }
+
+Weights forward_weights(const Run& run) {
+  const size_t columns = reads_in_place(run) ? 0 : run.blocks * run.G * UB;
+  return Weights(columns * run.F, columns * run.H, columns, run.cell.thetas * run.blocks * UB);
+}
+
+void forward_steps(Run run, const Forward& f, Weights& weights) {
+  run.plan(processors());
+  Crew crew(run.threads());
+  if (crew.size() < run.threads()) run.plan(crew.size());
+  const Cell& cell = run.cell;
+  const long T = run.T, N = run.N, F = run.F, H = run.H, G = run.G, blocks = run.blocks, threads = run.threads();
+  const long P = cell.parts, S = cell.states, hidden = blocks * UB;
+  const long most_rows = (N + run.across - 1) / run.across, most_blocks = (blocks + run.units - 1) / run.units;
+  const long chunk = std::max(1L, std::min(T, 96 / most_rows));
+  const bool far = 4 * (F + H) * run.width > NEAR, in_place = reads_in_place(run);
+  const long u_row = padded(blocks * G * UB);
+  const long at_once = most_rows > FEW ? 1 : most_blocks;  // blocks of units whose gates follow their product
+  const size_t tile_size = most_rows * at_once * P * UB;
+  const size_t u_size = chunk * most_rows * u_row;
+  const size_t own = Scratch::rounded(tile_size) + Scratch::rounded(most_rows * H);
+  Scratch scratch(run.across * Scratch::rounded(u_size) + threads * own);
+  float *p_ih = weights.ih, *p_hh = weights.hh, *p_b = weights.b, *p_theta = weights.theta;
+  std::vector<float*> projected(run.across), mine(threads);
+  for (auto& u : projected) u = scratch.take(u_size);
+  for (auto& m : mine) m = scratch.take(own);
+  std::vector<Inputs> olds(threads, Inputs(S));
+  std::vector<Outputs> news(threads, Outputs(S));
+  std::vector<int> own_places(G);
+  for (long g = 0; g < G; ++g) own_places[g] = g;
+
+  divide(run, crew, [&](const Part& part) {
+    const long id = part.id, n0 = part.n0, n1 = part.n1;
+    if (!weights.packed) {
+      const auto [k0, k1] = part.share(blocks * G);
+      for (long p = k0; p < k1 && !in_place; ++p) {
+        pack(run, f.w_ih, F, p / G, p % G, p_ih + p * F * UB);
+        pack(run, f.w_hh, H, p / G, p % G, p_hh + p * H * UB);
+        pack(run, f.b, 1, p / G, p % G, p_b + p * UB);
+      }
+      if (id == 0) pack_theta(run, f.theta, p_theta);
+      part.all.wait();
+    }
+    const long rows = n1 - n0;
+    const Split split{blocks, part.units, rows};
+    float* us = projected[id / run.units];
+    float* tile = mine[id];
+    float* fed = tile + Scratch::rounded(tile_size);
+    Inputs& old = olds[id];   // states before the step, (N, H)
+    Outputs& now = news[id];  // and after it
+    Panels at;
+    for (long p = 0; p < at_once * G; ++p) {
+      const long g = p % G, slot = cell.slot[g];
+      at.from.push_back(slot == g ? p * UB : -1);
+      at.to.push_back((p / G * P + slot) * UB);
+    }
+
+    for (long start = 0; start < T; start += chunk) {
+      const long count = std::min(chunk, T - start), low = run.reverse ? T - start - count : start;
+      // The input product of some blocks and rows, for all steps of the chunk.
+      const auto project = [&](long first, long end, long r0, long r1) {
+        for (long p = first * G; p < end * G; ++p) {
+          const float *panel = p_ih + p * F * UB, *next = far ? panel + F * UB : nullptr;
+          if (r1 - r0 == N)
+            multiply(count * N, F, f.x + low * N * F, F, panel, p_b + p * UB, 0, us + p * UB, u_row, next);
+          else
+            for (long i = 0; i < count; ++i)
+              multiply(r1 - r0, F, f.x + ((low + i) * N + n0 + r0) * F, F, panel, p_b + p * UB, 0,
+                       us + (i * rows + r0) * u_row + p * UB, u_row, next);
+        }
+      };
+      // Both products of a step, onto the bias.
+      const auto product = [&](long first, long end, const float* x, const float* h, float* parts, long row) {
+        for (long n = 0; n < rows; ++n)
+          for (long p = 0; p < (end - first) * P; ++p)
+            for (long j = 0; j < UB; ++j)
+              parts[n * row + p * UB + j] = p % P < G ? f.b[p % P * H + (first + p / P) * UB + j] : 0;
+        stream(rows, F, x, F, f.w_ih + first * UB, run.width, G, H, end - first, parts, row, P * UB, own_places.data());
+        stream(rows, H, h, H, f.w_hh + first * UB, run.width, G, H, end - first, parts, row, P * UB, cell.slot);
+      };
+      for (long i = start; i < start + count; ++i) {
+        const long t = run.time(i), before = run.time(i - 1);
+        const uint8_t* valid = f.valid ? f.valid + t * N : nullptr;
+        const uint8_t* resets = f.resets ? f.resets + t * N : nullptr;
+        for (long s = 0; s < S; ++s) {
+          old[s] = i == 0 ? f.state[s] : f.after[s] ? f.after[s] + before * N * H : f.last[s];
+          now[s] = f.after[s] ? f.after[s] + t * N * H : f.last[s];
+        }
+        const float* h = old[cell.hidden_state] + n0 * H;
+        if (resets || f.mask) {
+          for (long n = n0; n < n1; ++n) {
+            const float* from = (resets && resets[n] ? f.restart : old)[cell.hidden_state] + n * H;
+            float* to = fed + (n - n0) * H;
+            gather(1, H, from, H, f.mask ? f.mask + n * H : nullptr, to);
+          }
+          h = fed;
+        }
+        // Some blocks and rows of the step.
+        const auto advance = [&](long ub, long end, long r0, long r1) {
+          const float *u = us + ((t - low) * rows + r0) * u_row + ub * G * UB, *from = h + r0 * H;
+          float* parts = f.parts ? f.parts + (t * N + n0 + r0) * f.parts_row + ub * P * UB : tile;
+          const long row = f.parts ? f.parts_row : at_once * P * UB;
+          if (in_place)
+            product(ub, end, f.x + t * N * F, h, parts, row);
+          else if (rows <= FEW)
+            narrow(rows, H, h, H, p_hh + ub * G * H * UB, at, (end - ub) * G, u, u_row, parts, row);
+          else
+            for (long g = 0; g < G; ++g)
+              multiply(r1 - r0, H, from, H, p_hh + (ub * G + g) * H * UB, at.from[g] < 0 ? nullptr : u + at.from[g],
+                       u_row, parts + at.to[g], row, far ? p_hh + (ub * G + g + 1) * H * UB : nullptr);
+          for (long p = 0; p < (end - ub) * G && !in_place; ++p)
+            if (at.from[p] < 0)
+              for (long n = 0; n < r1 - r0; ++n)
+                std::memcpy(parts + n * row + (p / G * P + p % G) * UB, u + n * u_row + p * UB, 4 * UB);
+          cell.forward({n0 + r0, n0 + r1, ub, end, H, valid, resets, p_theta, hidden, parts, row, old.data(),
+                        f.restart.data(), now.data()});
+          // Nobody reads what lengthens a row, but it is returned, and memory that was never written may hold NaN.
+          for (long n = 0; n < r1 - r0 && f.parts && end == blocks; ++n)
+            std::fill(parts + n * row + (end - ub) * P * UB, parts + n * row + row - ub * P * UB, 0.0f);
+        };
+        // Of few rows each thread has one piece, of as many blocks as the others.
+        const long pieces = at_once == 1 ? split.pieces() : part.units;
+        for (;;) {
+          const auto [p0, p1] = part.steps.take(i + 1, pieces, part.unit);
+          if (p0 == p1) break;
+          const auto work = [&](long b0, long b1, long r0, long r1) {
+            if (i == start && !in_place) project(b0, b1, r0, r1);
+            for (long ub = b0; ub < b1; ub += at_once) advance(ub, std::min(b1, ub + at_once), r0, r1);
+          };
+          if (at_once == 1)
+            split.each(p0, p1, work);
+          else
+            work(blocks * p0 / pieces, blocks * p1 / pieces, 0L, rows);
+        }
+        part.group.wait();
+      }
+    }
+    if (id % run.units == 0)
+      for (long s = 0; s < S; ++s)
+        if (f.after[s])
+          std::memcpy(f.last[s] + n0 * H, f.after[s] + (run.time(T - 1) * N + n0) * H, 4 * rows * H);
+  });
+  weights.packed = !in_place;
+}
+
+}  // namespace

@@ -1,0 +1,64 @@
+"""The sequence contract as functions: every law, for any cell or layer, yours included.
+
+    jrnn.testing.check_cell(MyCell(8), in_features=3)
+
+runs all laws that apply and raises AssertionError with the law, what differed and by how much. Each law is a function
+of its own as well, and `LAWS` lists them.
+
+What `jrnn.unroll` returns is held against `fold`, which reads the contract literally: a Python loop over ``cell.step``
+with NumPy, and backpropagation through time written out by hand. So every law covers values and every gradient, of
+parameters, inputs and the initial state, for ragged lengths, masks, resets, both orders and with a key.
+
+Shapes are tiny, and compiling a program costs a thousand times more than running it once. The traced program is
+therefore interpreted, one operation after another, unless ``jit=True``; `check_jit` always compiles.
+
+T time, B batch axes (any number, or none), F input features, H output features.
+"""
+
+from __future__ import annotations
+
+from jrnn.testing.comparison import compare
+from jrnn.testing.laws import (
+    LAWS,
+    check_backends,
+    check_cell,
+    check_chunks,
+    check_compiles_once,
+    check_derivatives,
+    check_draws,
+    check_hashing,
+    check_jit,
+    check_padding,
+    check_remat,
+    check_resets,
+    check_reverse,
+    check_state_dtype,
+    check_step_equals_unroll,
+    check_vmap,
+    check_zero_length,
+)
+from jrnn.testing.oracle import fold
+from jrnn.testing.trials import Trial
+
+__all__ = [
+    "LAWS",
+    "Trial",
+    "check_backends",
+    "check_cell",
+    "check_chunks",
+    "check_compiles_once",
+    "check_derivatives",
+    "check_draws",
+    "check_hashing",
+    "check_jit",
+    "check_padding",
+    "check_remat",
+    "check_resets",
+    "check_reverse",
+    "check_state_dtype",
+    "check_step_equals_unroll",
+    "check_vmap",
+    "check_zero_length",
+    "compare",
+    "fold",
+]

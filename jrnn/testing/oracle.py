@@ -1,0 +1,279 @@
+"""The sequence contract read literally: a Python loop over ``cell.step``, and its gradients by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrnn._interpret import call
+from jrnn.cells.base import Layer
+from jrnn.compose.combine import Bidirectional, Highway, Residual, Stack, stepless
+from jrnn.testing.trials import Trial, has_gradient, inexact, only_inexact, results, with_gradients
+
+_ONCE = 0xFFFFFFFF  # what is folded into a key for randomness drawn once per sequence
+
+
+@dataclass(frozen=True)
+class _Step:
+    cell: Layer
+
+    def __call__(self, params: Any, state: Any, x: Any, key: Any, cotangents: Any) -> dict[str, Any]:
+        def forward(params: Any, x: Any, state: Any) -> Any:
+            return self.cell.step(params, state, x, key)
+
+        return with_gradients(forward, (params, x, state), cotangents)
+
+
+@dataclass(frozen=True)
+class Init:
+    cell: Layer
+    in_features: Any
+
+    def __call__(self, key: Any) -> Any:
+        return self.cell.init(key, self.in_features)
+
+
+@dataclass(frozen=True)
+class Initial:
+    cell: Layer
+    batch: tuple[int, ...]
+
+    def __call__(self, params: Any, cotangents: Any) -> Any:
+        floats, rebuild = inexact(params)
+        if cotangents is None:
+            return self.cell.initial_state(params, self.batch)
+        pull = jax.vjp(lambda p: inexact(self.cell.initial_state(rebuild(p), self.batch))[0], floats)[1]
+        return only_inexact(params, pull(list(cotangents))[0])
+
+
+@dataclass(frozen=True)
+class Draw:
+    cell: Layer
+    batch: tuple[int, ...]
+    in_features: Any
+
+    def __call__(self, params: Any, key: Any, cotangents: Any) -> Any:
+        once = jax.random.fold_in(key, _ONCE)
+        floats, rebuild = inexact(params)
+        if cotangents is None:
+            return self.cell.draw(params, once, self.batch, self.in_features)
+        pull = jax.vjp(lambda p: inexact(self.cell.draw(rebuild(p), once, self.batch, self.in_features))[0], floats)[1]
+        return only_inexact(params, pull(list(cotangents))[0])
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """A key for each step; for a part of a layer that has no step of its own, with the part's index folded in."""
+
+    time: int
+    path: tuple[int, ...]
+
+    def __call__(self, key: Any, start: Any) -> Any:
+        keys = []
+        for t in range(self.time):
+            step = jax.random.fold_in(key, jnp.asarray(start + t, jnp.uint32))
+            for index in self.path:
+                step = jax.random.fold_in(step, index)
+            keys.append(step)
+        return keys
+
+
+@dataclass(frozen=True)
+class _Mix:
+    """What a combinator without a step does with its input and its parts' outputs, and the gradients of that."""
+
+    layer: Layer
+
+    def __call__(self, params: Any, x: Any, ys: Any, cotangent: Any) -> Any:
+        def mix(params: Any, x: Any, ys: Any) -> Any:
+            if isinstance(self.layer, Bidirectional):
+                return self.layer.merged(*ys)
+            if isinstance(self.layer, Residual):
+                return x + ys[0]
+            gate = jax.nn.sigmoid(jnp.matmul(x, params["w"]) + jnp.broadcast_to(params["b"], x.shape))
+            return gate * ys[0] + (1 - gate) * x
+
+        y, pull = jax.vjp(mix, params, x, ys)
+        return y if cotangent is None else pull(cotangent)
+
+
+class _Flow(NamedTuple):
+    valid: np.ndarray
+    resets: np.ndarray
+    reverse: bool
+    key: Any
+    start: Any
+    path: tuple[int, ...] = ()
+
+    def child(self, index: int) -> _Flow:
+        return self._replace(path=(*self.path, index))
+
+    def opposite(self) -> _Flow:
+        """The other direction begins afresh at the last valid step before a boundary, as it meets it."""
+        resets = np.zeros_like(self.resets)
+        order = list(range(len(resets)))[:: -1 if self.reverse else 1]
+        for b in np.ndindex(*resets.shape[1:]):
+            before = None
+            for t in order:
+                if self.valid[(t, *b)]:
+                    if self.resets[(t, *b)] and before is not None:
+                        resets[(before, *b)] = True
+                    before = t
+        return self._replace(resets=resets, reverse=not self.reverse)
+
+
+def _pick(flags: np.ndarray, new: Any, old: Any) -> Any:
+    def leaf(n: Any, o: Any) -> Any:
+        n, o = np.asarray(n), np.asarray(o)
+        return np.where(flags.reshape(flags.shape + (1,) * (n.ndim - flags.ndim)), n, o)
+
+    return jax.tree.map(leaf, new, old)
+
+
+def zero_tree(tree: Any) -> Any:
+    return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), tree)
+
+
+def add_trees(a: Any, b: Any) -> Any:
+    return jax.tree.map(np.add, a, b)
+
+
+def _fold_steps(layer: Layer, params: Any, xs: Any, state: Any, flow: _Flow) -> Any:
+    """Python's fold over ``layer.step``, and the pullback by which backpropagation through time goes."""
+    time, batch = len(xs), flow.valid.shape[1:]
+    initial = call(Initial(layer, batch), params, None)
+    keys = [None] * time if flow.key is None else call(_Keys(time, flow.path), flow.key, flow.start)
+    ys: list[Any] = [None] * time
+    tape = []
+    order = range(time)[:: -1 if flow.reverse else 1]
+    for t in order:
+        before = _pick(flow.resets[t], initial, state)
+        out = call(_Step(layer), params, before, xs[t], keys[t], None)
+        state = _pick(flow.valid[t], out["state"], state)
+        ys[t] = _pick(flow.valid[t], out["ys"], np.zeros_like(out["ys"]))
+        tape.append((t, before))
+
+    def pull(state_bar: list[Any], ys_bar: Any) -> tuple[Any, Any, Any]:
+        params_bar = zero_tree(inexact(params)[0])
+        initial_bar = zero_tree(inexact(initial)[0])
+        xs_bar: list[Any] = [None] * time
+        for t, before in reversed(tape):
+            nothing = zero_tree(state_bar)
+            y_bar = _pick(flow.valid[t], ys_bar[t], np.zeros_like(ys_bar[t]))
+            new_bar = _pick(flow.valid[t], state_bar, nothing)
+            out = call(_Step(layer), params, before, xs[t], keys[t], (*new_bar, y_bar))
+            before_bar = jax.tree.leaves(out["gradient of state"])
+            params_bar = add_trees(params_bar, jax.tree.leaves(out["gradient of params"]))
+            initial_bar = add_trees(initial_bar, _pick(flow.resets[t], before_bar, nothing))
+            held = _pick(flow.valid[t], nothing, state_bar)
+            state_bar = add_trees(held, _pick(flow.resets[t], nothing, before_bar))
+            xs_bar[t] = out["gradient of xs"]
+        first = call(Initial(layer, batch), params, tuple(initial_bar))
+        params_bar = add_trees(params_bar, jax.tree.leaves(first))
+        xs_gradient = None if not has_gradient(xs) else np.stack(xs_bar) if time else np.zeros_like(xs)
+        return only_inexact(params, params_bar), xs_gradient, only_inexact(state, state_bar)
+
+    return state, np.stack(ys) if time else None, pull
+
+
+def _fold_layers(layer: Any, params: Any, xs: Any, state: Any, flow: _Flow) -> Any:
+    """The same for layers without a step, which are made of layers that have one."""
+    if not stepless(layer):
+        return _fold_steps(layer, params, xs, state, flow)
+    if isinstance(layer, Stack):
+        states, pulls = [], []
+        for i, part in enumerate(layer.layers):
+            new, xs, pull = _fold_layers(part, params[i], xs, state[i], flow.child(i))
+            states.append(new)
+            pulls.append(pull)
+
+        def pull_stack(state_bar: list[Any], ys_bar: Any) -> Any:
+            bars = []
+            for new, pull in zip(reversed(states), reversed(pulls), strict=True):
+                count = len(inexact(new)[0])
+                part = state_bar[len(state_bar) - count :]
+                state_bar = state_bar[: len(state_bar) - count]
+                params_bar, ys_bar, start_bar = pull(part, ys_bar)
+                bars.append((params_bar, start_bar))
+            return tuple(p for p, _ in reversed(bars)), ys_bar, tuple(s for _, s in reversed(bars))
+
+        return tuple(states), xs, pull_stack
+    if isinstance(layer, Bidirectional):
+        # Leaves of a dict come in the order of its names: backward before forward.
+        parts = {
+            "backward": (layer.backward, params["backward"], state["backward"], flow.child(1).opposite()),
+            "forward": (layer.forward, params["forward"], state["forward"], flow.child(0)),
+        }
+        own: Any = {}
+    else:
+        inner = params["layer"] if isinstance(layer, Highway) else params
+        parts = {"layer": (layer.layer, inner, state, flow)}
+        own = {"w": params["w"], "b": params["b"]} if isinstance(layer, Highway) else {}
+    runs = {name: _fold_layers(part, p, xs, s, f) for name, (part, p, s, f) in parts.items()}
+    names = sorted(runs, reverse=True)
+    outs = tuple(runs[name][1] for name in names)
+    ys = call(_Mix(layer), own, xs, outs, None)
+    ys = _pick(flow.valid, ys, np.zeros_like(ys))
+
+    def pull_parts(state_bar: list[Any], ys_bar: Any) -> Any:
+        ys_bar = _pick(flow.valid, ys_bar, np.zeros_like(ys_bar))
+        own_bar, xs_bar, outs_bar = call(_Mix(layer), own, xs, outs, ys_bar)
+        xs_bar = xs_bar if has_gradient(xs) else None  # integers have no gradient
+        params_bar, start_bar = {}, {}
+        for name in sorted(runs):
+            count = len(inexact(runs[name][0])[0])
+            part, state_bar = state_bar[:count], state_bar[count:]
+            params_bar[name], more, start_bar[name] = runs[name][2](part, outs_bar[names.index(name)])
+            xs_bar = None if xs_bar is None else add_trees(xs_bar, more)
+        if isinstance(layer, Bidirectional):
+            return params_bar, xs_bar, start_bar
+        inner_bar = {**own_bar, **params_bar} if isinstance(layer, Highway) else params_bar["layer"]
+        return inner_bar, xs_bar, start_bar["layer"]
+
+    ends = {name: runs[name][0] for name in runs}
+    return (ends if isinstance(layer, Bidirectional) else ends["layer"]), ys, pull_parts
+
+
+def fold(cell: Layer, trial: Trial, *, reverse: bool = False) -> dict[str, Any]:
+    """The sequence contract read literally: a Python loop over ``cell.step`` in NumPy, gradients by hand.
+
+    Steps are taken in the order of processing. At a step that is not valid nothing happens, a reset included; else a
+    reset replaces the state, then the step is taken under the key of its absolute time. A layer without a step is made
+    of parts that have one: a bidirectional layer's backward part treats a reset at t as the boundary before it.
+
+    Args:
+      cell: a cell or layer.
+      trial: its arguments. What stands in padding should be finite here.
+      reverse: as for `jrnn.unroll`.
+
+    Returns:
+      a dict of NumPy trees: ``state``, ``ys``, and with ``trial.cotangents`` the gradients.
+
+    >>> cell = jrnn.elman(4)
+    >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3))
+    >>> ys = jrnn.testing.fold(cell, jrnn.testing.Trial(params, xs, lengths=jnp.array([5, 2])))["ys"]
+    >>> bool(jnp.allclose(ys, jrnn.unroll(cell, params, xs, lengths=jnp.array([5, 2]))[1], atol=1e-6))
+    True
+    """
+    xs = np.asarray(trial.xs)
+    batch = xs.shape[1 : xs.ndim - cell.event_ndim]
+    in_features = xs.shape[-1] if cell.event_ndim else None
+    valid, resets = trial.flags(batch)
+    draw = Draw(cell, batch, in_features)
+    params = trial.params if trial.key is None else call(draw, trial.params, trial.key, None)
+    state = call(Initial(cell, batch), trial.params, None) if trial.state is None else trial.state
+    flow = _Flow(valid, resets, reverse, trial.key, trial.start)
+    last, ys, pull = _fold_layers(cell, params, xs, state, flow)
+    if trial.cotangents is None:
+        return {"state": last, "ys": ys}
+    params_bar, xs_bar, state_bar = pull(list(trial.cotangents[:-1]), trial.cotangents[-1])
+    if trial.key is not None:
+        params_bar = call(draw, trial.params, trial.key, tuple(jax.tree.leaves(params_bar)))
+    if trial.state is None:
+        first = call(Initial(cell, batch), trial.params, tuple(jax.tree.leaves(state_bar)))
+        params_bar, state_bar = add_trees(params_bar, first), None
+    return results(last, ys, params_bar, xs_bar, state_bar)
