@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jrnn._core.devices import default_device
 from jrnn.cells.base import is_low, side_by_side
+from jrnn.cells.form import AffineForm
 from jrnn.schedules import promises
 from jrnn.schedules.native import build, emit, operation
 from jrnn.schedules.native.calls import Flags, Inputs, Options, loop
@@ -77,9 +78,8 @@ def plan(task: Task) -> Plan | Refusal:
             )
     if any(leaf.shape != state.h.shape for leaf in state):
         return Refusal("the fields of its state differ in shape")
-    sums = promises.sums(form.gates, form.theta, state)
     try:
-        header = emit.header(form.gates, promises.Forms.of(form.theta, state), sums)
+        sums, header = read_gates(form, state)
     except emit.Unserved as error:
         return Refusal(str(error))
     if default_device().platform != "cpu":
@@ -94,6 +94,12 @@ def plan(task: Task) -> Plan | Refusal:
     chunks = None if length is None else Chunks.of(task.xs.shape[0], count, length)
     options = Options(form.emits, sums, header, task.steps.reverse, chunks)
     return Plan(run, "the whole loop is one compiled function for this CPU", options, of_form=True, flat=True)
+
+
+def read_gates(form: AffineForm, state: Any) -> tuple[tuple[bool, ...], str]:
+    """Of each gate whether it uses only ``u + v``, and the gates in C++."""
+    sums = promises.sums(form.gates, form.theta, state)
+    return sums, emit.header(form.gates, promises.Forms.of(form.theta, state), sums)
 
 
 def run(options: Options, task: Task) -> tuple[Any, jax.Array]:
