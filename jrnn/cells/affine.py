@@ -15,6 +15,7 @@ from jrnn._core.checks import batch_axes, describe, non_negative_int, positive_i
 from jrnn.cells.base import (
     Cell,
     HiddenState,
+    Layer,
     check_emits,
     check_features,
     check_named,
@@ -26,11 +27,44 @@ from jrnn.cells.base import (
 )
 from jrnn.cells.form import AffineForm, Gates, gate_tuple
 
-__all__ = ["AffineCell", "check_affine"]
+__all__ = ["AffineCell", "WeightedCell", "check_affine"]
 
 
 @dataclass(frozen=True, repr=False)
-class AffineCell(Cell):
+class WeightedCell(Cell):
+    """What cells share that have ``w_ih``, ``w_hh`` and ``b``: initialisers of these, and the input projection."""
+
+    hidden: int
+    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
+    recurrent_init: initializers.Initializer = field(default="orthogonal", kw_only=True)
+    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
+
+    state_type: ClassVar[Any] = HiddenState
+    emits = "h"
+    uses_key = False
+
+    def __post_init__(self) -> None:
+        positive_int(self.hidden, "hidden")
+        for name in ("input_init", "recurrent_init", "bias_init"):
+            initializers.resolve(getattr(self, name), name)
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
+        """Zeros, ``(*B, H)`` for each field of the state, in the parameters' dtype but at least float32."""
+        shape, dtype = (*batch_axes(batch_shape), self.hidden), stable(params["w_hh"].dtype)
+        # Arrays of their own: a state may be donated, and a buffer only once.
+        return self.state_type(*(jnp.zeros(shape, dtype) for _ in self.state_type._fields))
+
+    def out_features(self, in_features: Any) -> int:
+        return self.hidden
+
+    def project(self, params: Any, xs: jax.Array) -> Any:
+        """``u = x W_ih + b``, for one step or for all T in one product."""
+        u = product(xs, params["w_ih"])
+        return u + vector(params["b"], u)
+
+
+@dataclass(frozen=True, repr=False)
+class AffineCell(WeightedCell):
     """A cell whose step is two matrix products and a function of gates; the library owns the products.
 
     A subclass names its gates in ``gate_names`` and gives ``gates(theta, u, v, state) -> state``. ``u`` and ``v`` are
@@ -65,25 +99,15 @@ class AffineCell(Cell):
     ((5, 2, 8), 'hoisted')
     """
 
-    hidden: int
-    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
-    recurrent_init: initializers.Initializer = field(default="orthogonal", kw_only=True)
-    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
-
     gate_names: ClassVar[tuple[str, ...]] = ("h",)
-    state_type: ClassVar[Any] = HiddenState
     elementwise: ClassVar[bool | None] = None
     additive: ClassVar[bool | tuple[str, ...] | None] = None
-    emits = "h"
-    uses_key = False
 
     def __post_init__(self) -> None:
-        positive_int(self.hidden, "hidden")
+        super().__post_init__()
         gate_tuple(tuple(self.gate_names))
         if self.is_affine:
             check_emits(self, self.state_type._fields)
-        for name in ("input_init", "recurrent_init", "bias_init"):
-            initializers.resolve(getattr(self, name), name)
 
     # What a subclass gives.
 
@@ -115,14 +139,8 @@ class AffineCell(Cell):
             **self.init_theta(k_theta),
         }
 
-    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
-        """Zeros, ``(*B, H)`` for each field of the state, in the parameters' dtype but at least float32."""
-        shape, dtype = (*batch_axes(batch_shape), self.hidden), stable(params["w_hh"].dtype)
-        # Arrays of their own: a state may be donated, and a buffer only once.
-        return self.state_type(*(jnp.zeros(shape, dtype) for _ in self.state_type._fields))
-
     def out_features(self, in_features: Any) -> int:
-        return self.hidden * len(emitted_fields(self)) if self.is_affine else super().out_features(in_features)
+        return self.hidden * len(emitted_fields(self)) if self.is_affine else Layer.out_features(self, in_features)
 
     def check(self, params: Any, x: Any) -> None:
         check_affine(self, params, (self.hidden, len(self.gate_names) * self.hidden))
@@ -131,16 +149,20 @@ class AffineCell(Cell):
 
     def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
         """``u = x W_ih + b``, one array a gate, for one step or for all T in one product."""
-        u = product(xs, params["w_ih"])
-        return self.split(u + vector(params["b"], u))
+        return self.split(super().project(params, xs))
 
     def recur(self, params: Any, h: jax.Array) -> tuple[jax.Array, ...]:
         """``v = h W_hh``, one array a gate."""
         return self.split(product(h, params["w_hh"]))
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
-        state = _Combine(self)(_theta(params), p, self.recur(params, state.h), state, key)
+        state = self.combine(_theta(params), p, self.recur(params, state.h), state, key)
         return state, output(self, state)
+
+    def combine(self, theta: Any, u: Any, v: Any, state: Any, key: Any) -> Any:
+        """The gates, as a form has them: see `jrnn.cells.form.Gates`."""
+        named = gate_tuple(tuple(self.gate_names))
+        return self.gates(theta, named(*u), named(*v), state)
 
     def form(self, params: Any) -> AffineForm | None:
         """What is known of the step; None where a subclass overrides more of it than ``project`` and ``gates``."""
@@ -150,12 +172,12 @@ class AffineCell(Cell):
         sums = tuple(name in named for name in self.gate_names)
         projects = type(self).project is not AffineCell.project
         return AffineForm(
-            Gates(_Combine(self), sums, self.elementwise, self.additive),
+            Gates(_Method(self, "combine"), sums, self.elementwise, self.additive),
             emitted_fields(self),
             params if projects else (params["w_ih"], params["b"]),
             params["w_hh"],
             _theta(params),
-            projection=_Project(self) if projects else None,
+            projection=_Method(self, "project") if projects else None,
         )
 
     @property
@@ -173,28 +195,15 @@ class AffineCell(Cell):
         return jnp.concatenate([initializers.draw(init, k, shape) for k in keys], axis=-1)
 
 
-# Functions of a cell that are equal where the cells are, as bound methods of equal cells are not.
-
-
 @dataclass(frozen=True)
-class _Combine:
-    """The gates of a cell, which get named tuples, as `Gates` has them."""
+class _Method:
+    """A method of a cell, equal to that of an equal cell, as bound methods are not."""
 
     cell: AffineCell
+    name: str
 
-    def __call__(self, theta: Any, u: Any, v: Any, state: Any, key: Any) -> Any:
-        named = gate_tuple(tuple(self.cell.gate_names))
-        return self.cell.gates(theta, named(*u), named(*v), state)
-
-
-@dataclass(frozen=True)
-class _Project:
-    """The projection of a cell that has its own."""
-
-    cell: AffineCell
-
-    def __call__(self, params: Any, xs: jax.Array) -> Any:
-        return self.cell.project(params, xs)
+    def __call__(self, *args: Any) -> Any:
+        return getattr(self.cell, self.name)(*args)
 
 
 def _theta(params: Any) -> dict[str, jax.Array]:

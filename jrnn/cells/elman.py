@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jrnn import activations, initializers
 from jrnn._core.checks import batch_axes, non_negative_int, positive_int
-from jrnn.cells.affine import AffineCell, check_affine
-from jrnn.cells.base import Cell, HiddenState, check_features, check_named, product, stable, vector
+from jrnn.cells.affine import AffineCell, WeightedCell, check_affine
+from jrnn.cells.base import HiddenState, check_features, check_named, product, stable, vector
 
 __all__ = ["elman", "indrnn", "jordan"]
 
@@ -52,27 +52,18 @@ def elman(hidden: int, activation: activations.Activation = "tanh", **options: A
 
 
 @dataclass(frozen=True, repr=False)
-class Jordan(Cell):
+class Jordan(WeightedCell):
     """See `jordan`."""
 
-    hidden: int
     out: int
     activation: activations.Activation = "tanh"
     out_activation: activations.Activation = "linear"
-    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
-    recurrent_init: initializers.Initializer = field(default="orthogonal", kw_only=True)
-    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
-
-    emits = "h"
-    uses_key = False
 
     def __post_init__(self) -> None:
-        positive_int(self.hidden, "hidden")
+        super().__post_init__()
         positive_int(self.out, "out")
         activations.resolve(self.activation)
         activations.resolve(self.out_activation, "out_activation")
-        for name in ("input_init", "recurrent_init", "bias_init"):
-            initializers.resolve(getattr(self, name), name)
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         non_negative_int(in_features, "in_features")
@@ -95,10 +86,6 @@ class Jordan(Cell):
         check_affine(self, params, (self.out, self.hidden))
         check_named(self, params, {"w_ho": (self.hidden, self.out), "b_o": (self.out,)})
         check_features(x, params["w_ih"], "xs", self)
-
-    def project(self, params: Any, xs: jax.Array) -> jax.Array:
-        u = product(xs, params["w_ih"])
-        return u + vector(params["b"], u)
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         z = activations.resolve(self.activation)(p + product(state.h, params["w_hh"]))
@@ -130,23 +117,15 @@ def jordan(hidden: int, out: int, activation: activations.Activation = "tanh", *
 
 
 @dataclass(frozen=True, repr=False)
-class IndRNN(Cell):
+class IndRNN(WeightedCell):
     """See `indrnn`."""
 
-    hidden: int
     activation: activations.Activation = "relu"
-    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
     recurrent_init: initializers.Initializer = field(default=initializers.uniform(1.0), kw_only=True)
-    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
-
-    emits = "h"
-    uses_key = False
 
     def __post_init__(self) -> None:
-        positive_int(self.hidden, "hidden")
+        super().__post_init__()
         activations.resolve(self.activation)
-        for name in ("input_init", "recurrent_init", "bias_init"):
-            initializers.resolve(getattr(self, name), name)
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         non_negative_int(in_features, "in_features")
@@ -157,19 +136,9 @@ class IndRNN(Cell):
             "b": initializers.draw(self.bias_init, k_b, (self.hidden,)),
         }
 
-    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> HiddenState:
-        return HiddenState(jnp.zeros((*batch_axes(batch_shape), self.hidden), stable(params["w_hh"].dtype)))
-
-    def out_features(self, in_features: Any) -> int:
-        return self.hidden
-
     def check(self, params: Any, x: Any) -> None:
         check_affine(self, params, (self.hidden,))
         check_features(x, params["w_ih"], "xs", self)
-
-    def project(self, params: Any, xs: jax.Array) -> jax.Array:
-        u = product(xs, params["w_ih"])
-        return u + vector(params["b"], u)
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         h = activations.resolve(self.activation)(p + vector(params["w_hh"], p) * state.h)

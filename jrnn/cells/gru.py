@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jrnn import activations, initializers
 from jrnn._core import checks
-from jrnn.cells.affine import AffineCell, check_affine
-from jrnn.cells.base import Cell, HiddenState, check_features, product, vector
+from jrnn.cells.affine import AffineCell, WeightedCell, check_affine
+from jrnn.cells.base import HiddenState, check_features, product, vector
 from jrnn.cells.norm import layer_norm, layer_norm_gates
 
 __all__ = ["gru", "layer_norm_gru", "mgu", "ugrnn"]
@@ -55,18 +55,11 @@ class GRU(_Gated):
 
 
 @dataclass(frozen=True, repr=False)
-class ResetBeforeGRU(Cell):
+class ResetBeforeGRU(WeightedCell):
     """See `gru`: reset before the product, which makes the step two products, one after the other."""
 
-    hidden: int
     activation: activations.Activation = field(default="tanh", kw_only=True)
     gate_activation: activations.Activation = field(default="sigmoid", kw_only=True)
-    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
-    recurrent_init: initializers.Initializer = field(default="orthogonal", kw_only=True)
-    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
-
-    emits = "h"
-    uses_key = False
 
     def __post_init__(self) -> None:
         self._gru  # noqa: B018 - checks every field
@@ -79,12 +72,6 @@ class ResetBeforeGRU(Cell):
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         return {name: value for name, value in self._gru.init(key, in_features).items() if name != "b_hn"}
-
-    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> HiddenState:
-        return self._gru.initial_state(params, batch_shape)
-
-    def out_features(self, in_features: Any) -> int:
-        return self.hidden
 
     def check(self, params: Any, x: Any) -> None:
         check_affine(self, params, (self.hidden, 3 * self.hidden))

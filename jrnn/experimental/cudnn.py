@@ -20,7 +20,7 @@ from jrnn._core.devices import is_placed
 from jrnn.cells.form import AffineForm
 from jrnn.cells.lstm import LSTM
 from jrnn.schedules.plan import Plan, Refusal, Task
-from jrnn.schedules.steps import checkpointed, select
+from jrnn.schedules.steps import select
 
 # Values of jax_default_matmul_precision that ask for no more than TF32; cuDNN has this choice alone.
 _TF32 = (None, "default", "fastest", "bfloat16", "high", "tensorfloat32", "BF16_BF16_F32", "TF32_TF32_F32")
@@ -47,13 +47,7 @@ def plan(task: Task) -> Plan | Refusal:
 
 
 def run(options: Any, task: Task) -> tuple[Any, jax.Array]:
-    weights, steps = flat_weights(task.form), task.steps
-
-    def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
-        xs, valid = inputs
-        return _sequences(weights, xs, valid, state, steps.reverse)
-
-    return checkpointed(segment, task.state, (task.xs, steps.valid), task.xs.shape[0], steps)
+    return _sequences(flat_weights(task.form), task.xs, task.steps.valid, task.state, task.steps.reverse)
 
 
 def unavailable() -> str | None:

@@ -191,8 +191,7 @@ def _plain(f: Any, init: Any, xs: Any, length: Any, reverse: Any, unroll: Any, r
     if remat is None or not leaves or not isinstance(leaves[0].shape[0], int):
         return lax.scan(f, init, xs, length, reverse, unroll)
     steps = Steps(reverse=bool(reverse), remat=remat)
-    segment = lambda carry, xs: lax.scan(f, carry, xs, None, reverse)
-    return checkpointed(segment, init, xs, leaves[0].shape[0], steps)
+    return checkpointed(lambda xs, carry, steps: lax.scan(f, carry, xs, None, steps.reverse), xs, init, steps)
 
 
 # A function of its own, static in the body: a second call in eager mode with an equal body compiles nothing.

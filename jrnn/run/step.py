@@ -33,7 +33,7 @@ class ReadStep:
         if isinstance(found, Refusal):
             return Refusal(f"{read}; {found.reason}")
         name, plan = found
-        return name, Plan(_run, f"{read}; {plan.reason}", plan, of_form=True)
+        return name, Plan(_run, f"{read}; {plan.reason}", plan, of_form=True, recomputes=True)
 
 
 def read_step(task: Task) -> ReadStep | Refusal:

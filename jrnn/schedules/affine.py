@@ -32,7 +32,7 @@ from jrnn.schedules import promises
 from jrnn.schedules.layout import Rows, Units
 from jrnn.schedules.plan import Task
 from jrnn.schedules.read import pack, parts, slots, unpack
-from jrnn.schedules.steps import Steps, checkpointed, chunked, times_in_a_body
+from jrnn.schedules.steps import Steps, chunked, times_in_a_body
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,6 @@ class Options:
     chunk: int
     keep: bool
     read: bool
-    reverse: bool
-    unroll: int
 
 
 class Inputs(NamedTuple):
@@ -70,32 +68,11 @@ class Kept(NamedTuple):
     read: Any
 
 
-class Schedule(NamedTuple):
-    """What steers the loop and has no derivative.
-
-    A key and the layer's path in the model, and of each step its time, whether it is valid, and resets.
-    """
-
-    key: Any
-    path: Any
-    times: Any
-    valid: Any
-    resets: Any
-
-
 def run(options: Any, task: Task) -> tuple[Any, jax.Array]:
     """An affine form over all steps; ``ys`` in the state's dtype."""
-    steps = task.steps
-
-    def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
-        xs, valid, resets, times = inputs
-        inputs = Inputs(task.form, xs, state, task.restart)
-        schedule = Schedule(steps.key, () if steps.key is None else steps.path, times, valid, resets)
-        last, outs, _ = loop(choose_options(inputs, steps), inputs, schedule)
-        return last, side_by_side(outs)
-
-    time = task.xs.shape[0]
-    return checkpointed(segment, task.state, (task.xs, steps.valid, steps.resets, steps.times(time)), time, steps)
+    inputs = Inputs(task.form, task.xs, task.state, task.restart)
+    last, outs, _ = loop(choose_options(inputs, task.steps), inputs, task.steps)
+    return last, side_by_side(outs)
 
 
 # --- choices, made from shapes alone -----------------------------------------------------------------------------
@@ -140,7 +117,7 @@ def choose_options(inputs: Inputs, steps: Steps) -> Options:
     sums = promises.sums(form.gates, form.theta, inputs.state)
     read = features + hidden >= LIMITS.read
     chunk = choose_chunk(time, count, len(sums) * hidden) if known else time
-    return Options(sums, forward, backward, chunk, False, read, steps.reverse, steps.unroll)
+    return Options(sums, forward, backward, chunk, False, read)
 
 
 def choose_chunk(time: int, count: int, width: int) -> int:
@@ -155,7 +132,7 @@ def choose_chunk(time: int, count: int, width: int) -> int:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def loop(options: Options, inputs: Inputs, schedule: Schedule) -> tuple[Any, Any, Any]:
+def loop(options: Options, inputs: Inputs, steps: Steps) -> tuple[Any, Any, Any]:
     """The state after the last step, the fields that the cell emits after every step, and what a derivative needs.
 
     The last is None unless it is to be kept.
@@ -169,7 +146,7 @@ def loop(options: Options, inputs: Inputs, schedule: Schedule) -> tuple[Any, Any
         if resets is not None:
             state = layout.select(resets, restart, state)
         v = layout.product(fed(state.h, mask), w_hh)
-        key = Steps(key=schedule.key, path=schedule.path).key_at(time)
+        key = steps.key_at(time)
         new = layout.gates(form.gates, form.theta, u, layout.split(v, form.count), state, key)
         if valid is not None:
             new = layout.select(valid, new, state)
@@ -180,33 +157,33 @@ def loop(options: Options, inputs: Inputs, schedule: Schedule) -> tuple[Any, Any
         parts, time = step
         return both([advance(s, p, m, r, time) for s, p, m, r in zip(states, parts, masks, restarts, strict=True)])
 
-    def segment(state: Any, steps: Any) -> tuple[Any, Any]:
-        xs, times, valid, resets = steps
+    def segment(state: Any, given: Any) -> tuple[Any, Any]:
+        xs, times, valid, resets = given
         u = form.project(xs)
         us, flags = layout.enter(u, steps=True), layout.enter_flags((valid, resets), steps=True)
         parts = tuple((u, *flags) for u, flags in zip(us, flags, strict=True))
-        last, outs = scan(options, body, layout.enter(state), (parts, times))
+        last, outs = scan(steps, body, layout.enter(state), (parts, times))
         ys, kept = (layout.leave(parts, batch, steps=True) for parts in both(outs))
         if options.keep and options.read:
             kept = Kept(kept.before, pack(options.sums, u, kept.read))
         return layout.leave(last, batch), (ys, kept)
 
-    last, (ys, kept) = chunks(options, segment, inputs.state, (inputs.xs, *schedule[2:]))
+    last, (ys, kept) = chunks(options, steps, segment, inputs.state, (inputs.xs,))
     return last, ys, kept
 
 
 @functools.partial(loop.defjvp, symbolic_zeros=True)
 def _loop_jvp(options: Options, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    inputs, schedule = primals
-    last, ys, kept = loop(replace(options, keep=True), inputs, schedule)
+    inputs, steps = primals
+    last, ys, kept = loop(replace(options, keep=True), inputs, steps)
     d = jax.tree.map(lambda t: None if isinstance(t, SymbolicZero) else t, tangents[0], is_leaf=_is_zero)
-    return (last, ys, kept if options.keep else None), tangent(options, inputs, schedule, kept, d)
+    return (last, ys, kept if options.keep else None), tangent(options, inputs, steps, kept, d)
 
 
 # --- its derivative ----------------------------------------------------------------------------------------------
 
 
-def tangent(options: Options, inputs: Inputs, schedule: Schedule, kept: Kept, d: Inputs) -> tuple[Any, Any, Any]:
+def tangent(options: Options, inputs: Inputs, steps: Steps, kept: Kept, d: Inputs) -> tuple[Any, Any, Any]:
     """The derivative of `loop` in the direction ``d``, whose leaves are None where nothing moves."""
     form, layout, batch = inputs.form, options.backward, inputs.xs.shape[1:-1]
     w_hh = layout.weights_t(form.w_hh)
@@ -218,7 +195,7 @@ def tangent(options: Options, inputs: Inputs, schedule: Schedule, kept: Kept, d:
         read, dread, state, valid, resets, time = step
         if resets is not None:
             ds = layout.select(resets, restart, ds)
-        key = Steps(key=schedule.key, path=schedule.path).key_at(time)
+        key = steps.key_at(time)
         dv = layout.product_t(fed(ds.h, mask), w_hh)
 
         def gates(theta: Any, parts: Any, state: Any) -> Any:
@@ -247,22 +224,22 @@ def tangent(options: Options, inputs: Inputs, schedule: Schedule, kept: Kept, d:
 
     # Checkpointed: what a chunk of the tangent needs is made again backwards, from what the loop kept, chunk by chunk.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def segment(ds: Any, steps: Any) -> tuple[Any, Any]:
-        xs, dxs, before, read, times, valid, resets = steps
+    def segment(ds: Any, given: Any) -> tuple[Any, Any]:
+        xs, dxs, before, read, times, valid, resets = given
         u, du = jvp_of(project, (form, xs), (d.form, dxs))
         v, dv = jvp_of(recur, (form, before.h), (d.form, None))
         read = pack(options.sums, u, v) if read is None else read
         (inside,) = layout.enter((read, pack(options.sums, du, dv), before), steps=True)
         (flags,) = layout.enter_flags((valid, resets), steps=True)
         (ds,) = layout.enter(ds)
-        last, outs = scan(options, body, ds, (*inside, *flags, times))
+        last, outs = scan(steps, body, ds, (*inside, *flags, times))
         ys, kept = (layout.leave((part,), batch, steps=True) for part in outs)
         if options.keep and options.read:
             kept = Kept(kept.before, jnp.concatenate(kept.read, -1))
         return layout.leave((last,), batch), (ys, kept)
 
-    steps = (inputs.xs, d.xs, kept.before, kept.read, *schedule[2:])
-    last, (ys, kept) = chunks(options, segment, dense(inputs.state, d.state), steps)
+    given = (inputs.xs, d.xs, kept.before, kept.read)
+    last, (ys, kept) = chunks(options, steps, segment, dense(inputs.state, d.state), given)
     return last, ys, kept
 
 
@@ -303,13 +280,15 @@ def both(pairs: Any) -> tuple[Any, ...]:
     return tuple(zip(*pairs, strict=True))
 
 
-def chunks(options: Options, segment: Any, state: Any, steps: Any) -> tuple[Any, Any]:
-    return chunked(segment, state, steps, steps[0].shape[0], options.chunk, options.reverse)
+def chunks(options: Options, steps: Steps, segment: Any, state: Any, given: tuple[Any, ...]) -> tuple[Any, Any]:
+    length = given[0].shape[0]
+    given = (*given, steps.times(length), steps.valid, steps.resets)
+    return chunked(segment, state, given, length, options.chunk, steps.reverse)
 
 
-def scan(options: Options, body: Any, state: Any, steps: Any) -> tuple[Any, Any]:
-    count = jax.tree.leaves(steps)[0].shape[0]
-    return jax.lax.scan(body, state, steps, None, options.reverse, times_in_a_body(options.unroll, count))
+def scan(steps: Steps, body: Any, state: Any, given: Any) -> tuple[Any, Any]:
+    count = jax.tree.leaves(given)[0].shape[0]
+    return jax.lax.scan(body, state, given, None, steps.reverse, times_in_a_body(steps.unroll, count))
 
 
 def _is_zero(t: Any) -> bool:

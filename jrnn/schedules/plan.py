@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jrnn.cells.base import compute_params, emitted
 from jrnn.cells.form import AffineForm
-from jrnn.schedules.steps import Steps, zeroed
+from jrnn.schedules.steps import Steps, checkpointed, zeroed
 
 __all__ = ["Plan", "Refusal", "Task"]
 
@@ -72,7 +72,7 @@ class Plan:
 
     ``run`` is a function of a module and ``options`` are static: a plan compiles once for equal ones. With ``of_form``
     it runs the form of the task, and otherwise the cell's own step. A ``flat`` plan runs an affine form of one batch
-    axis and at least one step of one sequence.
+    axis and at least one step of one sequence. A plan that ``recomputes`` sees to ``steps.remat`` itself.
     """
 
     run: Callable[[Any, Task], tuple[Any, Any]]
@@ -80,6 +80,7 @@ class Plan:
     options: Any = None
     of_form: bool = False
     flat: bool = False
+    recomputes: bool = False
 
     def __call__(self, task: Task) -> tuple[Any, Any]:
         """The state after the last step, and ``ys``, zero at steps that are not valid."""
@@ -91,16 +92,23 @@ class Plan:
 @functools.partial(jax.jit, static_argnums=0)
 def _run(plan: Plan, task: Task) -> tuple[Any, Any]:
     if not plan.flat:
-        last, ys = plan.run(plan.options, task)
+        last, ys = _checkpointed(plan, task)
     elif 0 in task.xs.shape[:-1]:
         outs = task.form.output(task.state)
         last, ys = task.state, jnp.zeros((*task.xs.shape[:-1], outs.shape[-1]), outs.dtype)
     else:
-        last, ys = plan.run(plan.options, _flat(task))
+        last, ys = _checkpointed(plan, _flat(task))
         last = jax.tree.map(lambda a: a.reshape(*task.batch, *a.shape[1:]), last)
         ys = ys.reshape(*task.xs.shape[:-1], ys.shape[-1])
     valid = task.steps.valid
     return last, emitted(ys if valid is None else zeroed(valid, ys), task.xs)
+
+
+def _checkpointed(plan: Plan, task: Task) -> tuple[Any, Any]:
+    if plan.recomputes:
+        return plan.run(plan.options, task)
+    run = lambda xs, state, steps: plan.run(plan.options, replace(task, xs=xs, state=state, steps=steps))
+    return checkpointed(run, task.xs, task.state, task.steps)
 
 
 def _flat(task: Task) -> Task:

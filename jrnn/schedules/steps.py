@@ -138,7 +138,6 @@ def scan(
     At steps that are not valid the state is held, and outputs may be anything. ``loop`` runs a body as `jax.lax.scan`
     does.
     """
-    length = xs.shape[0]
 
     def body(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
         p, valid, resets, time = inputs
@@ -149,14 +148,9 @@ def scan(
             new = select(valid, new, state)
         return new, y
 
-    def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
-        # The projection is made inside the segment, so that with remat it is recomputed and not kept for all T.
-        xs, *rest = inputs
-        unroll = times_in_a_body(steps.unroll, xs.shape[0])
-        return loop(body, state, (project(params, xs), *rest), None, steps.reverse, unroll)
-
-    inputs = (xs, steps.valid, steps.resets, steps.times(length))
-    return checkpointed(segment, state, inputs, length, steps)
+    unroll = times_in_a_body(steps.unroll, xs.shape[0])
+    inputs = (project(params, xs), steps.valid, steps.resets, steps.times(xs.shape[0]))
+    return loop(body, state, inputs, None, steps.reverse, unroll)
 
 
 def times_in_a_body(unroll: int, count: Any) -> int:
@@ -164,11 +158,19 @@ def times_in_a_body(unroll: int, count: Any) -> int:
     return max(1, min(unroll, count)) if unroll > 1 else 1
 
 
-def checkpointed(segment: Any, state: Any, inputs: Any, length: int, steps: Steps) -> tuple[Any, Any]:
-    """Runs a segment function over all steps, in chunks whose insides are recomputed backwards (Chen et al. 2016)."""
+def checkpointed(run: Callable[[Any, Any, Steps], Any], xs: Any, state: Any, steps: Steps) -> tuple[Any, Any]:
+    """``run(xs, state, steps)``, in chunks whose insides are recomputed backwards (Chen et al. 2016), as steps ask."""
+    length = jax.tree.leaves(xs)[0].shape[0]
     chunk = steps.chunk(length)
     if chunk is None:
-        return segment(state, inputs)
+        return run(xs, state, steps)
+
+    def segment(state: Any, inputs: Any) -> tuple[Any, Any]:
+        xs, valid, resets, times = inputs
+        start = 0 if times is None else times[0]
+        return run(xs, state, replace(steps, valid=valid, resets=resets, start=start, remat=None))
+
+    inputs = (xs, steps.valid, steps.resets, steps.times(length))
     return chunked(jax.checkpoint(segment, prevent_cse=False), state, inputs, length, chunk, steps.reverse)
 
 

@@ -26,7 +26,6 @@ from jrnn._core.devices import default_device, is_placed
 from jrnn.experimental.kernels import body, rule
 from jrnn.experimental.kernels.plan import Chip, Settings
 from jrnn.schedules import Plan, Refusal, Task, promises
-from jrnn.schedules.steps import checkpointed
 
 # What the kernels' language has in every JAX that is supported, besides what `body` rewrites.
 # fmt: off
@@ -91,13 +90,10 @@ def plan(task: Task, target: Target | None = None) -> Plan | Refusal:
 def run(settings: Settings, task: Task) -> Any:
     """An affine form over all steps, by kernels."""
     form, steps = task.form, task.steps
-
-    def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
-        xs, valid, resets = inputs
-        u = jnp.concatenate(form.project(xs), -1)
-        return rule.recur(settings, rule.Operands(u, form.w_hh, form.theta, state, task.restart), valid, resets)
-
-    return checkpointed(segment, task.state, (task.xs, steps.valid, steps.resets), task.xs.shape[0], steps)
+    operands = rule.Operands(
+        jnp.concatenate(form.project(task.xs), -1), form.w_hh, form.theta, task.state, task.restart
+    )
+    return rule.recur(settings, operands, steps.valid, steps.resets)
 
 
 def present() -> Target | None:

@@ -93,7 +93,9 @@ def plan(task: Task) -> Plan | Refusal:
     length, count = task.steps.chunk(task.xs.shape[0]), math.prod(task.batch)
     chunks = None if length is None else Chunks.of(task.xs.shape[0], count, length)
     options = Options(form.emits, sums, header, task.steps.reverse, chunks)
-    return Plan(run, "the whole loop is one compiled function for this CPU", options, of_form=True, flat=True)
+    return Plan(
+        run, "the whole loop is one compiled function for this CPU", options, of_form=True, flat=True, recomputes=True
+    )
 
 
 def read_gates(form: AffineForm, state: Any) -> tuple[tuple[bool, ...], str]:

@@ -278,16 +278,14 @@ class Backward(Operation):
 
 def hoisted(options: Options, inputs: Inputs, flags: Flags) -> tuple[Any, tuple[jax.Array, ...]]:
     """The same as `loop`, and whatever JAX makes of it."""
-    form = replace(inputs.form, mask=flags.mask)
-    steps = Steps(reverse=options.reverse, remat=None if options.chunks is None else options.chunks.length)
+    remat = None if options.chunks is None else options.chunks.length
+    steps = Steps(flags.valid, flags.resets, options.reverse, remat=remat)
 
-    def segment(state: Any, at: Any) -> tuple[Any, tuple[jax.Array, ...]]:
-        xs, *marks = at
-        given = affine.Inputs(form, xs, state, inputs.restart)
-        last, outs, _ = affine.loop(affine.choose_options(given, steps), given, affine.Schedule(None, (), None, *marks))
-        return last, outs
+    def run(xs: Any, state: Any, steps: Steps) -> tuple[Any, tuple[jax.Array, ...]]:
+        given = affine.Inputs(replace(inputs.form, mask=flags.mask), xs, state, inputs.restart)
+        return affine.loop(affine.choose_options(given, steps), given, steps)[:2]
 
-    return checkpointed(segment, inputs.state, (inputs.xs, flags.valid, flags.resets), inputs.xs.shape[0], steps)
+    return checkpointed(run, inputs.xs, inputs.state, steps)
 
 
 def tangent(options: Options, inputs: Inputs, flags: Flags, d: Inputs, dmask: Any = None) -> tuple[Any, Any]:
