@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jrnn.cells.base import product, side_by_side, vector
 
-__all__ = ["AffineForm", "Gates", "gate_tuple"]
+__all__ = ["AffineForm", "Gates", "ReadGates", "gate_tuple"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,16 @@ class Gates:
     elementwise: bool | None = None
     additive: Any = None
     draws: bool = False
+
+
+@dataclass(frozen=True)
+class ReadGates:
+    """Gates that were read from a step, `jrnn.jaxprs.gates.Gates`, to combine; theta is a tuple of vectors."""
+
+    program: Any
+
+    def __call__(self, theta: Any, u: Any, v: Any, state: Any, key: Any) -> Any:
+        return type(state)(*self.program(theta, u, v, tuple(state)))
 
 
 @functools.partial(

@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jrnn.cells.form import AffineForm, Gates
+from jrnn.cells.form import AffineForm, Gates, ReadGates
 from jrnn.jaxprs.affine import Affine
 from jrnn.jaxprs.blocks import Piece
 from jrnn.jaxprs.flat import Op, broadcast, evaluate, typed
-from jrnn.jaxprs.recipes import INPUT, INVARIANT, Recipe, needed
+from jrnn.jaxprs.recipes import INPUT, INVARIANT, Atom, Recipe, needed, side_by_side
 from jrnn.schedules import SCHEDULES, Plan, Refusal, Steps, Task, hoisted, native
 
 __all__ = ["WORK", "Body"]
 
-# From how many floating-point operations of a step's product of the state on it is taken apart without being asked for.
+# The least floating-point operations in a step's matmul of the state for which "hoisted" is chosen by default.
 WORK = 2**18
 
 
@@ -52,14 +52,47 @@ class Body:
         """Floating-point operations of the product of the state, a step."""
         return 2 * math.prod(self.form.batch) * self.form.units**2 * len(self.form.gates.summed)
 
-    def task(self, consts: Sequence[Any], carry: Sequence[Any], xs: Any, steps: Steps, restart: Any = None) -> Task:
-        """The loop over the cell; ``restart`` is the carry that a reset of ``steps`` restores, None where none is."""
+    def affine(self, inputs: Any, w_hh: Any, theta: Any) -> AffineForm:
+        """The form of the step, from its arrays; ``inputs`` is None where the gates' inputs are given."""
+        gates = self.form.gates
+        return AffineForm(
+            Gates(ReadGates(gates), gates.summed, elementwise=True, additive=()),
+            tuple(self.fields[self.form.leaves.index(leaf)] for leaf in self.emitted),
+            inputs,
+            w_hh,
+            theta,
+            projection=Split(len(gates.summed)) if inputs is None else None,
+        )
+
+    def shapes(self, xs: Any, steps: Steps) -> Task:
+        """The loop over the cell, by shape and dtype, without resets of its own."""
         form, units = self.form, self.form.units
-        env = self._invariant(consts, carry)
+        time, width = jax.tree.leaves(xs)[0].shape[0], units * len(form.gates.summed)
+        array = lambda *shape: jax.ShapeDtypeStruct(shape, form.dtype)
+        features, weights = width, None
+        if self.product is not None:
+            features = sum(vector.shape[-1] for vector in self.product[0])
+            weights = (array(features, width), array(width))
+        affine = self.affine(weights, array(units, width), (array(units),) * len(form.parts.theta))
+        state = _state_type(self.fields)(*(array(*form.batch, units),) * len(form.leaves))
+        return Task(None, None, affine, array(time, *form.batch, features), state, None, steps)
+
+    def task(self, env: dict[int, Any], carry: Sequence[Any], xs: Any, steps: Steps, restart: Any = None) -> Task:
+        """The loop over the cell, given the variables that are the same at each step.
+
+        ``restart`` is the carry that a reset of ``steps`` restores, None where nothing does.
+        """
+        form, units = self.form, self.form.units
         state_type = _state_type(self.fields)
 
         def vector(recipe: Recipe | None) -> jax.Array:
             return jnp.zeros(units, form.dtype) if recipe is None else broadcast(recipe.make(env), (units,))
+
+        def joined(recipes: Sequence[Recipe | None]) -> jax.Array:
+            if any(recipe is None or recipe.shape != (units,) for recipe in recipes):
+                return lax.concatenate(list(map(vector, recipes)), 0)
+            made = [recipe.make(env) for recipe in side_by_side(recipes)]  # type: ignore[arg-type]
+            return made[0] if len(made) == 1 else lax.concatenate(made, 0)
 
         if form.resets is not None:
             (flags,) = self._at_all_steps(env, [form.resets.flags], xs)
@@ -67,8 +100,7 @@ class Body:
             restart = state_type(*(broadcast(value.make(env), (*form.batch, units)) for value in form.resets.values))
         elif restart is not None:
             restart = state_type(*(restart[i] for i in form.leaves))
-        weights: Any
-        projection = None
+        weights: Any = None
         if self.product is None:
             parts = form.parts.inputs()
             made = iter(self._at_all_steps(env, [p for p in parts if p is not None], xs))
@@ -76,7 +108,6 @@ class Body:
             given = [
                 jnp.zeros((time, *shape), form.dtype) if p is None else over_batch(next(made), shape) for p in parts
             ]
-            weights, projection = None, Split(len(parts))
         else:
             vectors, pieces, biases = self.product
             given = self._at_all_steps(env, vectors, xs)
@@ -84,15 +115,9 @@ class Body:
                 columns([gate[i] for gate in pieces], env, (a.shape[-1], units), form.dtype)
                 for i, a in enumerate(given)
             ]
-            weights = (rows[0] if len(rows) == 1 else jnp.concatenate(rows), jnp.concatenate(list(map(vector, biases))))
-        affine = AffineForm(
-            Gates(Read(form.gates), form.gates.summed, elementwise=True, additive=()),
-            tuple(self.fields[form.leaves.index(leaf)] for leaf in self.emitted),
-            weights,
-            columns(form.parts.v, env, (units, units), form.dtype),
-            tuple(map(vector, form.parts.theta)),
-            projection=projection,
-        )
+            weights = (rows[0] if len(rows) == 1 else jnp.concatenate(rows), joined(biases))
+        w_hh = columns(form.parts.v, env, (units, units), form.dtype)
+        affine = self.affine(weights, w_hh, tuple(map(vector, form.parts.theta)))
         inputs = given[0] if len(given) == 1 else jnp.concatenate(given, -1)
         return Task(None, None, affine, inputs, state_type(*(carry[i] for i in form.leaves)), restart, steps)
 
@@ -119,11 +144,12 @@ class Body:
 
         Resets are those of ``steps``, to the leaves ``restart`` of a carry, where the step has none of its own.
         """
-        last, hs = plan(self.task(consts, carry, xs, steps, restart))
+        env = self._invariant(consts, carry)
+        last, hs = plan(self.task(env, carry, xs, steps, restart))
         leaves = list(carry)
         for leaf, value in zip(self.form.leaves, last, strict=True):
             leaves[leaf] = value
-        ys = self._outputs(self._invariant(consts, carry), carry, hs, xs, steps.reverse)
+        ys = self._outputs(env, carry, hs, xs, steps.reverse)
         outs = typed(self.form.program, [*leaves, *ys])
         return outs[: len(leaves)], outs[len(leaves) :]
 
@@ -137,14 +163,18 @@ class Body:
     def _at_all_steps(self, env: dict[int, Any], recipes: Sequence[Recipe], xs: Any) -> list[Any]:
         """``(T, ...)`` of each recipe."""
         form = self.form
-        ops = needed(form.program, form.kinds, INPUT, recipes)
+        given = dict(enumerate(jax.tree.leaves(xs), form.consts + form.carry))
+        found = [given.get(recipe.value) if isinstance(recipe, Atom) else None for recipe in recipes]  # type: ignore[arg-type]
+        rest = [recipe for recipe, there in zip(recipes, found, strict=True) if there is None]
+        ops = needed(form.program, form.kinds, INPUT, rest)
 
         def at_one(x: Any) -> list[Any]:
-            inside = env | dict(enumerate(jax.tree.leaves(x), form.consts + form.carry))
+            inside = env | x
             evaluate(ops, inside)
-            return [recipe.make(inside) for recipe in recipes]
+            return [recipe.make(inside) for recipe in rest]
 
-        return jax.vmap(at_one)(xs) if recipes else []
+        made = iter(jax.vmap(at_one)(given) if rest else ())
+        return [next(made) if there is None else there for there in found]
 
     def _outputs(self, env: dict[int, Any], carry: Sequence[Any], hs: jax.Array, xs: Any, reverse: bool) -> list[Any]:
         """The outputs of all steps at once, from the carry before the first step and what the cell emits."""
@@ -163,16 +193,6 @@ class Body:
 
         made = iter(jax.vmap(at_one)(given, xs) if rest else ())
         return [given[out] if out in given else next(made) for out in form.outputs]
-
-
-@dataclass(frozen=True)
-class Read:
-    """Gates that were read, as `jrnn.cells.form.Gates` has them."""
-
-    gates: Any
-
-    def __call__(self, theta: Any, u: Any, v: Any, state: Any, key: Any) -> Any:
-        return type(state)(*self.gates(theta, u, v, tuple(state)))
 
 
 @dataclass(frozen=True)

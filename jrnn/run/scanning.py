@@ -159,7 +159,7 @@ def _choose(
         if backend is not None:
             raise ValueError(_cannot(backend, reason)) from None
         return _Choice("reference", reason)
-    found = body.plan(jax.eval_shape(body.task, consts, carry, xs, Steps(reverse=bool(reverse), remat=remat)), backend)
+    found = body.plan(body.shapes(xs, Steps(reverse=bool(reverse), remat=remat)), backend)
     if isinstance(found, schedules.Refusal):
         if backend is not None:
             raise ValueError(_cannot(backend, found.reason))

@@ -29,7 +29,7 @@ class ReadStep:
     def plan(self, task: Task, backend: str | None) -> tuple[str, Plan] | Refusal:
         """The schedule that runs it, and its plan."""
         read = "its step was read as that of an affine cell"
-        found = self.body.plan(jax.eval_shape(_task, task), backend)
+        found = self.body.plan(self.body.shapes(task.xs, task.steps), backend)
         if isinstance(found, Refusal):
             return Refusal(f"{read}; {found.reason}")
         name, plan = found
@@ -51,12 +51,6 @@ def read_step(task: Task) -> ReadStep | Refusal:
     if contract and (form.resets is not None or not all(is_new for _, is_new in form.after.values())):
         return Refusal("its step replaces its state, or puts out what it was, which masks and resets change")
     return ReadStep(Body(form), ys, consts)
-
-
-def _task(task: Task) -> Task:
-    """The loop over the cell that was read."""
-    state, restart = jax.tree.leaves(task.state), None if task.restart is None else jax.tree.leaves(task.restart)
-    return task.form.body.task(task.form.consts, state, task.xs, task.steps, restart)
 
 
 def _run(plan: Plan, task: Task) -> tuple[Any, Any]:

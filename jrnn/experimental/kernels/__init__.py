@@ -25,16 +25,8 @@ import jax.numpy as jnp
 from jrnn._core.devices import default_device, is_placed
 from jrnn.experimental.kernels import body, rule
 from jrnn.experimental.kernels.plan import Chip, Settings
+from jrnn.jaxprs.primitives import primitive
 from jrnn.schedules import Plan, Refusal, Task, promises
-
-# What the kernels' language has in every JAX that is supported, besides what `body` rewrites.
-# fmt: off
-OPERATIONS = frozenset((
-    "abs", "add", "and", "broadcast_in_dim", "clamp", "convert_element_type", "cos", "div", "eq", "exp", "exp2", "ge",
-    "gt", "le", "log", "logistic", "lt", "max", "min", "mul", "ne", "neg", "or", "rsqrt", "select_n", "sign", "sin",
-    "square", "sub", "tanh", "xor",
-))
-# fmt: on
 
 
 class Target(NamedTuple):
@@ -81,7 +73,8 @@ def plan(task: Task, target: Target | None = None) -> Plan | Refusal:
         form.gates.combine, form.hidden, len(state), sums, target.device, target.interpret, task.steps.reverse,
         target.chip,
     )  # fmt: skip
-    if beyond := sorted(body.operations(settings, form.theta, state) - OPERATIONS):
+    used = body.operations(settings, form.theta, state)
+    if beyond := sorted(name for name in used if primitive(name).pallas is not True):
         return Refusal(f"the gates, or their derivatives, use what a kernel's language lacks: {', '.join(beyond)}")
     fits, reason = device.fits(settings, math.prod(task.batch), form.w_hh)
     return Plan(run, reason, settings, of_form=True, flat=True) if fits else Refusal(reason)
