@@ -17,12 +17,12 @@ from jrnn.cells.affine import AffineCell
 from jrnn.cells.base import Cell, HiddenState, Layer, product
 from jrnn.cells.elman import elman, indrnn, jordan
 from jrnn.cells.gru import gru, layer_norm_gru, mgu, ugrnn
-from jrnn.cells.lstm import LSTMState, coupled_lstm, layer_norm_lstm, lstm, peephole_lstm, projection_lstm
+from jrnn.cells.lstm import LSTM, LSTMState, coupled_lstm, layer_norm_lstm, lstm, peephole_lstm, projection_lstm
 from jrnn.cells.tdnn import TDNNState, tdnn
 from jrnn.compose.attention import AttentionState, Memory, attend, attention, remember
 from jrnn.compose.combine import bidirectional, highway, residual, stack
 from jrnn.compose.describing import summary
-from jrnn.compose.regularise import dropconnect, learned_state, variational, zoneout
+from jrnn.compose.regularise import Wrapper, dropconnect, learned_state, variational, zoneout
 from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
 from jrnn.run.scanning import choose_scan_backend, scan
 from jrnn.run.streaming import stepper
@@ -52,6 +52,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "LSTM",
     "AffineCell",
     "AttentionState",
     "Cell",
@@ -60,6 +61,7 @@ __all__ = [
     "Layer",
     "Memory",
     "TDNNState",
+    "Wrapper",
     "activation",
     "activations",
     "attend",

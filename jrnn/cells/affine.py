@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn import initializers
-from jrnn._core.checks import batch_axes, describe, non_negative_int, positive_int
+from jrnn._core.checks import batch_axes, describe, non_negative_int, positive_int, prng_key
 from jrnn.cells.base import (
     Cell,
     HiddenState,
@@ -130,6 +130,7 @@ class AffineCell(WeightedCell):
 
         Without input features (F = 0) the network is autonomous: its inputs, ``(T, *B, 0)``, say how many steps to run.
         """
+        prng_key(key)
         non_negative_int(in_features, "in_features")
         k_ih, k_hh, k_b, k_theta = jax.random.split(key, 4)
         return {

@@ -26,7 +26,7 @@ _END = object()
 
 
 class FitResult(NamedTuple):
-    """What `fit` returns.
+    """The result of `fit`.
 
     Attributes:
       params: the parameters with the best validation so far; without validation, the last ones.
@@ -127,13 +127,13 @@ def fit(
     The first ^C ends the run after the current step: its result is returned, with ``stopped="interrupt"``, and a
     checkpoint is saved where there are checkpoints. A second ^C raises KeyboardInterrupt at once.
 
-    The device is never waited for between records: batches are fetched while it works, and numbers are read back
-    every `log_every` steps. Same data, parameters, key and arguments give the same result, bit for bit, whether or
-    not the run was interrupted and resumed from a checkpoint.
+    The host does not wait for the device between records: it fetches batches while the device works, and reads numbers
+    back every `log_every` steps. The same data, parameters, key and arguments give the same result, bit for bit, even
+    if the run was interrupted and resumed from a checkpoint.
 
     Args:
       step: from `make_step` or `tbptt_step`.
-      params: where to start; copied, not changed.
+      params: the initial parameters; they are copied, not changed.
       data: the batches: anything that can be iterated once per epoch (a list, a loader), or a function of the epoch's
         number that returns an iterable, for a shuffle of its own, reproducible, in each epoch. A one-shot iterator (a
         generator) serves for one pass. A batch must not be changed after it was handed over.
@@ -143,25 +143,25 @@ def fit(
       validation: batches to validate on, iterated anew each time, with ``key=None``. A metric is the mean of its
         values over the batches: make them of one size.
       validate_every: in steps; None for the end of each epoch. The last step always validates.
-      monitor, mode: which metric decides what is best ("loss", or a name in the loss function's aux dictionary), and
-        whether "min" or "max" is.
-      patience: stop after so many validations in a row without an improvement by more than
-      min_delta: counted from the value that last was such an improvement, so that several small ones add up. This is
-        for `patience` alone: the best parameters are those of the best validation, however small the gain.
-      log_every: how many steps a record sums up.
-      max_nonfinite: stop with `NonFiniteError` after so many steps in a row that were not finite (such steps change
-        nothing, see `Step`); None to go on for ever. Found when the numbers are read back.
+      monitor: the metric to validate by: "loss", or a name in the loss function's aux dictionary.
+      mode: whether the "min" or the "max" of that metric is best.
+      patience: stop after this many validations in a row without an improvement; None never stops early.
+      min_delta: `patience` counts a change by more than this as an improvement, measured from the last value that was
+        one, so that several small changes add up. The best parameters are always those of the best validation.
+      log_every: the number of steps that a record averages over.
+      max_nonfinite: stop with `NonFiniteError` after this many steps in a row that were not finite (such steps change
+        nothing, see `Step`); None never stops for this reason. It is noticed when the numbers are read back.
       progress: True shows a tqdm bar on stderr (needs the extra ``progress``), with steps per second and the numbers of
         the latest record: the epoch (counted from 1 here), the loss, the gradient norm before clipping, and the
         monitored metric of the latest validation. False shows nothing. None shows the bar where tqdm is installed and
         stderr is a terminal; elsewhere it prints these numbers on one line an epoch, at the first record after the end
         of each epoch and at the last record.
-      checkpoint: a directory, or a `Checkpointer` (which stays open), to save to (needs the extra ``checkpoint``): at
-        every improvement, at the end, and
-      checkpoint_every: every so many steps; None for the end of each epoch.
-      resume: None goes on from the latest checkpoint if there is one, and then `params` and `key` only tell what to
-        expect; True insists on one, False on there being none. `data` must be the same again: batches that the run
-        has already consumed in its current epoch are skipped.
+      checkpoint: a directory, or a `Checkpointer` (which stays open), to save to (needs the extra ``checkpoint``). A
+        checkpoint is saved at every improvement, at the end, and as `checkpoint_every` says.
+      checkpoint_every: save a checkpoint every this many steps; None saves one at the end of each epoch.
+      resume: None continues from the latest checkpoint if there is one; then `params` and `key` only give the structure
+        to expect. True requires a checkpoint, False requires that there is none. `data` must be the same again: batches
+        that the run has already consumed in its current epoch are skipped.
       callbacks: functions that are called with a `Report` after each record, in order. One that returns True ends the
         run, with ``stopped="callback"``.
       logger: a `Logger`, such as `CSVLogger`: its ``log(step, scalars)`` gets the numbers of each record as
@@ -314,7 +314,7 @@ def _below(root: str, leaves: dict[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class _Run:
-    """Where a run stands, as plain data: what a checkpoint holds beside arrays."""
+    """The progress of a run, as plain data: the part of a checkpoint that is not arrays."""
 
     step: int = 0
     epoch: int = 0

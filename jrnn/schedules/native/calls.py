@@ -1,7 +1,7 @@
-"""The loop over time as operations: the run itself, its derivative in a direction, and that transposed.
+"""The loop over time as operations: the run, its tangent, and the transpose of the tangent.
 
-The run and the transpose are compiled code; what differentiates them again, and what runs where they cannot, is the
-hoisted schedule's loop.
+The run and the transpose are compiled code. Their derivatives, and their replacements where compiled code cannot run,
+are the hoisted schedule's loop.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ __all__ = ["Flags", "Inputs", "Options", "loop"]
 
 @dataclass(frozen=True)
 class Options:
-    """What is static about a run: the fields of the state that are put out after every step, which gates read a sum,
-    the C++ of the gates, and the direction of time.
+    """The static part of a run: the fields of the state that are outputs, for which gates ``u + v`` is enough, the C++
+    of the gates, and the direction.
 
-    With ``chunks`` only the states that these meet are kept for a derivative.
+    With ``chunks``, only the state before each chunk is a residual.
     """
 
     emits: tuple[str, ...]
@@ -39,22 +39,22 @@ class Options:
     chunks: Chunks | None = None
 
     def emitted(self, after: Any) -> tuple[Any, ...]:
-        """Of the states after each step, the fields that the cell emits."""
+        """The fields that the cell emits, of the states after each step."""
         return tuple(getattr(after, name) for name in self.emits)
 
     def row(self, hidden: int) -> int:
-        """Floats of a row of what the gates read: whole blocks of units, and no multiple of a page (`run.h`)."""
+        """Floats in a row of gate inputs: whole blocks of units, and not a multiple of a page (`run.h`)."""
         block = build.load(self.header).unit_block
         floats = -(-hidden // block) * block * parts(self.sums)
         return floats if floats % 256 else floats + 16
 
     def keywords(self, hidden: int, chunked: bool = True) -> dict[str, int]:
-        """What the compiled functions are told beside their operands."""
+        """The attributes of a call of the compiled functions."""
         length, together = (self.chunks.length, self.chunks.together) if self.chunks and chunked else (0, 0)
         return dict(reverse=int(self.reverse), parts_row=self.row(hidden), chunk=length, together=together)
 
     def work(self, states: int, count: int, hidden: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """What the derivative in chunks makes again, kept while it is worked on."""
+        """The buffer for the residuals that the derivative in chunks recomputes."""
         if self.chunks is None:
             return ()
         steps = self.chunks.length if self.chunks.groups else 0
@@ -62,7 +62,10 @@ class Options:
 
 
 class Inputs(NamedTuple):
-    """What the loop is differentiated by; the form has no masks, and ``restart`` is None where nothing resets."""
+    """The operands that the loop has derivatives with respect to.
+
+    The form has no masks. ``restart`` is None where no step resets.
+    """
 
     xs: Any
     form: AffineForm
@@ -71,10 +74,10 @@ class Inputs(NamedTuple):
 
 
 class Flags(NamedTuple):
-    """What steers the loop, or None.
+    """The masks of a run, each None where there is none.
 
-    Booleans ``(T, N)``, which steps are valid and before which the state is replaced; and ``mask`` ``(N, H)``, what was
-    drawn to multiply ``h`` on its way into the recurrent product. Only in plain JAX has that a derivative.
+    ``valid`` and ``resets`` are booleans ``(T, N)``. ``mask (N, H)`` is the dropout mask that ``h`` is multiplied by
+    before the recurrent product; only the loop in plain JAX has a derivative with respect to it.
     """
 
     valid: Any
@@ -83,7 +86,7 @@ class Flags(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the transpose needs of a run: the states after every step, and what the gates read."""
+    """The residuals of a run: the states after every step, and the gate inputs."""
 
     after: Any
     read: Any
@@ -147,11 +150,11 @@ class Forward(Operation):
 
     def plain(self, inputs: Inputs, flags: Flags) -> Any:
         last, outs = hoisted(self.options, inputs, flags)
-        # The plain transpose makes again what it needs.
+        # The transpose in plain JAX recomputes its residuals.
         return (last, self.unkept(outs, inputs, flags)) if self.keep else (last, outs)
 
     def unkept(self, outs: Any, inputs: Inputs, flags: Flags) -> Any:
-        """What is kept, all zeros but the outputs."""
+        """Residuals that are all zeros, except for the outputs among them."""
         kept = jax.tree.map(_zeros, self.forms(inputs, flags)[1])
         if isinstance(kept, Met):
             return kept._replace(outs=outs)
@@ -164,12 +167,12 @@ class Forward(Operation):
             return apply(Forward, self.options, operands), tangent(self.options, inputs, flags, d, dmask)
         last, kept = apply(Forward, self.options, operands, keep=True)
         if self.keep:
-            # A derivative of a derivative: what is kept is read by the transpose alone, which has its own.
+            # A second derivative: only the transpose reads the residuals, and its derivative recomputes its own.
             dlast, douts = tangent(self.options, inputs, flags, d, dmask)
             return (last, kept), (dlast, self.unkept(douts, inputs, flags))
         if self.options.chunks is None:
             outs, needed = self.options.emitted(kept.after), kept
-        else:  # the outputs are none of what is kept
+        else:  # the outputs are not among the residuals
             outs, needed = kept.outs, kept._replace(outs=None)
         return (last, outs), apply(Tangent, self.options, (inputs, flags, needed, d))
 
@@ -188,9 +191,9 @@ class Forward(Operation):
 
 @dataclass(frozen=True)
 class Tangent(Operation):
-    """``(inputs, flags, kept, d)`` to the derivative of ``(last, outs)`` in the direction ``d``, and linear in that.
+    """``(inputs, flags, kept, d)`` to the tangents of ``(last, outs)``, linear in the tangents ``d`` of the inputs.
 
-    ``d`` is an `Inputs` with None where nothing moves.
+    ``d`` is an `Inputs` with None for each zero tangent.
     """
 
     options: Options
@@ -207,7 +210,7 @@ class Tangent(Operation):
     def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
         inputs, flags, kept, d = operands
         out = apply(Tangent, self.options, operands)
-        if not jax.tree.leaves((tangents[0], tangents[1].mask)):  # linear in what moves
+        if not jax.tree.leaves((tangents[0], tangents[1].mask)):  # only d moves, and the operation is linear in it
             return out, apply(Tangent, self.options, (inputs, flags, kept, tangents[3]))
         moved = affine.jvp_of(
             lambda inputs, mask, d: tangent(self.options, inputs, flags._replace(mask=mask), d),
@@ -224,7 +227,7 @@ class Tangent(Operation):
 
 @dataclass(frozen=True)
 class Backward(Operation):
-    """``(inputs, flags, kept, (dlast, douts))`` to the gradients by the leaves of inputs that are ``moving``."""
+    """``(inputs, flags, kept, (dlast, douts))`` to the gradients with respect to the ``moving`` leaves of inputs."""
 
     options: Options
     moving: tuple[bool, ...]
@@ -233,7 +236,7 @@ class Backward(Operation):
         return self.only(jax.tree.map(_form, inputs))
 
     def only(self, inputs: Inputs) -> Inputs:
-        """None where nothing moves."""
+        """The inputs, with None for each leaf that is not moving."""
         tree: Any
         leaves, tree = jax.tree.flatten(inputs)
         return tree.unflatten([leaf if moves else None for leaf, moves in zip(leaves, self.moving, strict=True)])
@@ -277,7 +280,7 @@ class Backward(Operation):
 
 
 def hoisted(options: Options, inputs: Inputs, flags: Flags) -> tuple[Any, tuple[jax.Array, ...]]:
-    """The same as `loop`, and whatever JAX makes of it."""
+    """`loop` in plain JAX, with every derivative."""
     remat = None if options.chunks is None else options.chunks.length
     steps = Steps(flags.valid, flags.resets, options.reverse, remat=remat)
 
@@ -289,7 +292,7 @@ def hoisted(options: Options, inputs: Inputs, flags: Flags) -> tuple[Any, tuple[
 
 
 def tangent(options: Options, inputs: Inputs, flags: Flags, d: Inputs, dmask: Any = None) -> tuple[Any, Any]:
-    """The derivative of `hoisted` in the direction ``d``, and ``dmask`` of the mask."""
+    """The tangents of `hoisted` for the tangents ``d`` of the inputs and ``dmask`` of the mask."""
     return affine.jvp_of(
         lambda inputs, mask: hoisted(options, inputs, flags._replace(mask=mask)), (inputs, flags.mask), (d, dmask)
     )[1]
@@ -314,7 +317,7 @@ _NOTHING = _float(0)
 
 
 def _arguments(inputs: Inputs, flags: Flags) -> list[jax.Array]:
-    """The operands that both compiled functions begin with; without elements where there is nothing."""
+    """The first operands of both compiled functions; an absent one is an array without elements."""
     nothing = _zeros(_NOTHING)
     marks = [jnp.zeros((0,), jnp.bool_) if f is None else f for f in (flags.valid, flags.resets)]
     marks.append(nothing if flags.mask is None else flags.mask)
