@@ -131,7 +131,28 @@ class Wrapper(Cell):
         return self.map_form(form if self._emits_as_cell else replace(form, emits=emitted_fields(self)), params)
 
     def map_form(self, form: AffineForm, params: Any) -> AffineForm | None:
-        """The form of the step, from that of the wrapped cell (see `jrnn.cells.form`); None if it is not known."""
+        """The form of the step, from the form of the wrapped cell (see `jrnn.cells.form`); None if it is not known.
+
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Clipped(jrnn.Wrapper):
+        ...     cell: jrnn.Cell
+        ...     def update(self, params, state, p, key=None):
+        ...         state, y = super().update(params, state, p, key)
+        ...         return state._replace(h=state.h.clip(-0.5, 0.5)), y.clip(-0.5, 0.5)
+        ...     def map_form(self, form, params):
+        ...         gates = dataclasses.replace(form.gates, combine=ClippedGates(form.gates.combine))
+        ...         return dataclasses.replace(form, gates=gates)
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class ClippedGates:
+        ...     combine: Any
+        ...     def __call__(self, theta, u, v, state, key):
+        ...         state = self.combine(theta, u, v, state, key)
+        ...         return state._replace(h=state.h.clip(-0.5, 0.5))
+        >>> cell = Clipped(jrnn.gru(4))
+        >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((5, 3))
+        >>> jrnn.choose_backend(cell, params, xs)[0]
+        'hoisted'
+        """
         return form
 
     @property

@@ -160,7 +160,7 @@ def loop(options: Options, inputs: Inputs, steps: Steps) -> tuple[Any, Any, Any]
     def segment(state: Any, given: Any) -> tuple[Any, Any]:
         xs, times, valid, resets = given
         u = form.project(xs)
-        us, flags = layout.enter(u, steps=True), layout.enter_flags((valid, resets), steps=True)
+        us, flags = layout.enter(u, steps=True), layout.enter((valid, resets), steps=True, flags=True)
         parts = tuple((u, *flags) for u, flags in zip(us, flags, strict=True))
         last, outs = scan(steps, body, layout.enter(state), (parts, times))
         ys, kept = (layout.leave(parts, batch, steps=True) for parts in both(outs))
@@ -230,7 +230,7 @@ def tangent(options: Options, inputs: Inputs, steps: Steps, kept: Kept, d: Input
         v, dv = jvp_of(recur, (form, before.h), (d.form, None))
         read = pack(options.sums, u, v) if read is None else read
         (inside,) = layout.enter((read, pack(options.sums, du, dv), before), steps=True)
-        (flags,) = layout.enter_flags((valid, resets), steps=True)
+        (flags,) = layout.enter((valid, resets), steps=True, flags=True)
         (ds,) = layout.enter(ds)
         last, outs = scan(steps, body, ds, (*inside, *flags, times))
         ys, kept = (layout.leave((part,), batch, steps=True) for part in outs)

@@ -24,12 +24,8 @@ from jrnn.schedules.steps import select as select_rows
 class Rows:
     """Features last, as they come."""
 
-    def enter(self, tree: Any, steps: bool = False) -> tuple[Any, ...]:
-        """Features of one step, or of ``steps``, in this layout: one tree for each part of the batch."""
-        return (tree,)
-
-    def enter_flags(self, tree: Any, steps: bool = False) -> tuple[Any, ...]:
-        """Booleans of each sequence, likewise."""
+    def enter(self, tree: Any, steps: bool = False, flags: bool = False) -> tuple[Any, ...]:
+        """Features, or ``flags`` without features, of one step or of several, in this layout; a tree a part of the batch."""
         return (tree,)
 
     def leave(self, parts: tuple[Any, ...], batch: tuple[int, ...], steps: bool = False) -> Any:
@@ -73,19 +69,13 @@ class Units:
 
     parts: int = 1
 
-    def enter(self, tree: Any, steps: bool = False) -> tuple[Any, ...]:
+    def enter(self, tree: Any, steps: bool = False, flags: bool = False) -> tuple[Any, ...]:
         def part(i: int, a: jax.Array) -> jax.Array:
-            a = a.reshape(*a.shape[: int(steps)], math.prod(a.shape[int(steps) : -1]), a.shape[-1])
-            n = a.shape[-2] // self.parts
-            return jnp.swapaxes(lax.slice_in_dim(a, i * n, (i + 1) * n, axis=a.ndim - 2), -1, -2)
-
-        return tuple(jax.tree.map(functools.partial(part, i), tree) for i in range(self.parts))
-
-    def enter_flags(self, tree: Any, steps: bool = False) -> tuple[Any, ...]:
-        def part(i: int, a: jax.Array) -> jax.Array:
-            a = a.reshape(*a.shape[: int(steps)], math.prod(a.shape[int(steps) :]))
-            n = a.shape[-1] // self.parts
-            return lax.slice_in_dim(a, i * n, (i + 1) * n, axis=a.ndim - 1)
+            lead, features = a.shape[: int(steps)], () if flags else a.shape[-1:]
+            a = a.reshape(*lead, math.prod(a.shape[len(lead) : a.ndim - len(features)]), *features)
+            n = a.shape[len(lead)] // self.parts
+            a = lax.slice_in_dim(a, i * n, (i + 1) * n, axis=len(lead))
+            return a if flags else jnp.swapaxes(a, -1, -2)
 
         return tuple(jax.tree.map(functools.partial(part, i), tree) for i in range(self.parts))
 
