@@ -39,8 +39,10 @@ class Combinator(Layer):
 
 
 def stepless(layer: Layer) -> bool:
-    """Whether a layer has no step: it defines none, or a part of it needs the steps that follow."""
-    return not layer.causal or type(layer).step is Layer.step
+    """Whether a layer has no step: it needs later steps, it defines no step, or it is made of a layer without one."""
+    if not layer.causal or type(layer).step is Layer.step:
+        return True
+    return type(layer).walk is not Layer.walk and any(map(stepless, layer.children()))
 
 
 def fold(key: jax.Array | None, index: int) -> jax.Array | None:
