@@ -25,7 +25,10 @@ class Rows:
     """Features last, as they come."""
 
     def enter(self, tree: Any, steps: bool = False, flags: bool = False) -> tuple[Any, ...]:
-        """Features, or ``flags`` without features, of one step or of several, in this layout; a tree a part of the batch."""
+        """Arrays of one step, or of ``steps``, in this layout: a tree for each part of the batch.
+
+        ``flags`` have no axis of features.
+        """
         return (tree,)
 
     def leave(self, parts: tuple[Any, ...], batch: tuple[int, ...], steps: bool = False) -> Any:
