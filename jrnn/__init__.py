@@ -13,7 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jrnn import activations, initializers, sequence
-from jrnn.cells.base import AffineCell, Cell, HiddenState, Layer, product
+from jrnn.cells.affine import AffineCell
+from jrnn.cells.base import Cell, HiddenState, Layer, product
 from jrnn.cells.elman import elman, indrnn, jordan
 from jrnn.cells.gru import gru, layer_norm_gru, mgu, ugrnn
 from jrnn.cells.linear import LinearCell

@@ -173,7 +173,7 @@ class Leaky(jrnn.AffineCell):
     gate_names: ClassVar[tuple[str, ...]] = ("z", "n")
 
     def gates(self, theta, u, v, state):
-        z, n = jax.nn.sigmoid(u[0] + v[0]), jnp.tanh(u[1] + v[1])
+        z, n = jax.nn.sigmoid(u.z + v.z), jnp.tanh(u.n + v.n)
         return state._replace(h=z * state.h + (1 - z) * n)
 
 

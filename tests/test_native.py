@@ -499,8 +499,8 @@ def test_gates_of_one_unit_or_sequence_are_read(hidden, batch):
     params = cell.init(jax.random.key(0), 3)
     state = cell.initial_state(params, batch)
     header, usual = (
-        native._header(cell, params, state),
-        native._header(cell, params, cell.initial_state(params, (2,))),
+        native.read_gates(cell.form(params), state)[1],
+        native.read_gates(cell.form(params), cell.initial_state(params, (2,)))[1],
     )
     assert header == usual
 
@@ -577,6 +577,6 @@ def test_header_of_a_users_cell():
     """What is promised of a cell of one's own holds: its gates are in the header."""
     cell = Leaky(4)
     params = cell.init(jax.random.key(0), 3)
-    header = native._header(cell, params, cell.initial_state(params, ()))
+    header = native.read_gates(cell.form(params), cell.initial_state(params, ()))[1]
     assert "GATES = 2, SUMS = 2, PARTS = 2" in header
     assert read.slots((True, False, True)) == (0, 3, 2)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import jrnn
-from jrnn.schedules import SCHEDULES, Steps, native
+from jrnn.schedules import Refusal, Steps, Task, native
 from jrnn.schedules.native import build, cache
 
 pytestmark = pytest.mark.skipif(not build.available()[0], reason=build.available()[1] or "")
@@ -71,9 +71,11 @@ def test_no_compiler(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     cell = jrnn.elman(4, jnp.arctan)  # used by no other test: nothing of it is loaded
-    served, reason = SCHEDULES["native"].serves(cell, cell.init(jax.random.key(0), 3), jnp.ones((4, 2, 3)), Steps())
-    assert not served
-    assert "needs a C++ compiler" in reason
+    params = cell.init(jax.random.key(0), 3)
+    task = Task.of(cell, params, jnp.ones((4, 2, 3)), cell.initial_state(params, (2,)), Steps())
+    found = native.plan(task)
+    assert isinstance(found, Refusal)
+    assert "needs a C++ compiler" in found.reason
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_switched_off(monkeypatch):
 def test_compiled_once(monkeypatch, private):
     """Cells that differ in size alone share a kernel, and a kernel that is there is not made again."""
     headers = {
-        native._header(c, c.init(jax.random.key(0), 3), c.initial_state({"w_hh": jnp.ones(1)}, ()))
+        native.read_gates(c.form(c.init(jax.random.key(0), 3)), c.initial_state({"w_hh": jnp.ones(1)}, ()))[1]
         for c in map(jrnn.lstm, (4, 8))
     }
     assert len(headers) == 1

@@ -16,8 +16,8 @@ import pytest
 import jrnn
 from jrnn import _interpret, testing
 from jrnn._core import products as core_products
-from jrnn.run.unrolling import _loop, _unroll
-from jrnn.schedules import affine, promises
+from jrnn.run.unrolling import _unroll
+from jrnn.schedules import affine, plan, promises
 from jrnn.schedules.layout import Rows, Units
 from jrnn.schedules.steps import Steps
 from tests.cases import CASES, Leaky, ProjectAndUpdate
@@ -67,7 +67,7 @@ def limits(chosen):
 
 def forget():
     """What was traced under other limits; not what was compiled of JAX's own operations."""
-    for function in (_unroll, _loop):
+    for function in (_unroll, plan._run):
         function.clear_cache()
     _interpret._traced.cache_clear()
 
@@ -108,8 +108,7 @@ def plan_of(cell, time, batch, features):
     params = jax.eval_shape(lambda key: cell.init(key, features), jax.random.key(0))
     state = jax.eval_shape(lambda params: cell.initial_state(params, batch), params)
     xs = jax.ShapeDtypeStruct((time, *batch, features), jnp.float32)
-    inputs = affine.Inputs(params, xs, cell.theta(params), cell.recurrent_weights(params), None, state, None)
-    return affine.make_plan(cell, inputs, Steps())
+    return affine.choose_options(affine.Inputs(cell.form(params), xs, state, None), Steps())
 
 
 @pytest.mark.smoke
@@ -182,8 +181,8 @@ class Scaled(jrnn.AffineCell):
 
 def read(cell):
     params = cell.init(jax.random.key(0), 3)
-    theta, state = cell.theta(params), cell.initial_state(params, (2,))
-    return promises.elementwise(cell, theta, state), promises.sums(cell, theta, state)
+    form, state = cell.form(params), cell.initial_state(params, (2,))
+    return tuple(f(form.gates, form.theta, state) for f in (promises.elementwise, promises.sums))
 
 
 @pytest.mark.parametrize(
@@ -392,10 +391,10 @@ def test_layouts_that_were_measured_on_a_cpu_are_left_to_it(monkeypatch):
     form = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     params = jax.eval_shape(lambda key: cell.init(key, 8), jax.random.key(0))
     state = cell.state_type(form(64, 1024), form(64, 1024))
-    inputs = affine.Inputs(params, form(5, 64, 8), {}, params["w_hh"], None, state, None)
+    inputs = affine.Inputs(cell.form(params), form(5, 64, 8), state, None)
     for platform, layouts in {"cpu": (Units(2), Units()), "gpu": (Rows(), Rows())}.items():
         monkeypatch.setattr(affine, "default_device", lambda platform=platform: SimpleNamespace(platform=platform))
-        plan = affine.make_plan(cell, inputs, Steps())
+        plan = affine.choose_options(inputs, Steps())
         assert (plan.forward, plan.backward) == layouts
 
 

@@ -9,7 +9,7 @@ import pytest
 import jrnn
 import jrnn.experimental  # adds a schedule that refuses here
 from jrnn.run.tuning import Timing, Tuning, tune
-from jrnn.schedules import SCHEDULES
+from jrnn.schedules import SCHEDULES, Plan, Schedule, reference
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -47,20 +47,20 @@ def test_models_and_integers(capsys):
 
 
 def test_a_schedule_that_fails_is_a_row(monkeypatch):
-    def run(*_):
+    def run(options, task):
         raise MemoryError("RESOURCE_EXHAUSTED\nand more")
 
-    def no_gradient(cell, params, xs, state, steps):
+    def no_gradient(options, task):
         def refuse(*_):
             raise NotImplementedError("no derivative")
 
-        core = jax.custom_vjp(lambda *args: SCHEDULES["reference"].run(cell, *args, steps))
+        core = jax.custom_vjp(lambda task: reference.run(None, task))
         core.defvjp(refuse, refuse)
-        return core(params, xs, state)
+        return core(task)
 
-    hoisted = SCHEDULES["hoisted"]
-    monkeypatch.setitem(SCHEDULES, "hoisted", hoisted._replace(run=run, automatic=False))
-    monkeypatch.setitem(SCHEDULES, "cudnn", hoisted._replace(run=no_gradient, automatic=False))
+    for name, function in {"hoisted": run, "cudnn": no_gradient}.items():
+        row = Schedule(lambda _, function=function: Plan(function, "could"), automatic=False)
+        monkeypatch.setitem(SCHEDULES, name, row)
     jax.clear_caches()
     found = tune(*arguments(jrnn.elman(3)), backends=("hoisted", "cudnn", "reference"), repeats=1, quiet=True)
     jax.clear_caches()

@@ -1,8 +1,7 @@
 """The kinds of cell: what one step is, as frozen data with pure functions.
 
-`Layer` is anything `jrnn.unroll` can run over a sequence. `Cell` is a recurrent layer, known by its step. `AffineCell`
-is a cell whose step is two matrix products and a function of gates: the library owns the products. A promise a cell
-leaves out means "don't know", never "no".
+`Layer` is anything `jrnn.unroll` can run over a sequence. `Cell` is a recurrent layer, known by its step, of which it
+may declare more (see `jrnn.cells.form`). A promise a cell leaves out means "don't know", never "no".
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
@@ -19,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jrnn import initializers
-from jrnn._core.checks import batch_axes, brief, describe, non_negative_int, positive_int, prng_key, same_form
+from jrnn._core.checks import brief, describe, same_form
 from jrnn._core.products import weigh
 from jrnn._core.text import call, field_arguments
 
-__all__ = ["AffineCell", "Cell", "Drawn", "HiddenState", "Layer"]
+__all__ = ["Cell", "Drawn", "HiddenState", "Layer"]
 
 _State = TypeVar("_State")
 
@@ -217,6 +214,10 @@ class Layer:
         True
         """
         raise NotImplementedError(f"{type(self).__name__} must define step(params, state, x, key=None)")
+
+    def form(self, params: Any) -> Any:
+        """What is known of the step with these parameters (see `jrnn.cells.form`); None for nothing."""
+        return None
 
     def out_features(self, in_features: Any) -> int:
         """Features of ``y`` for inputs of ``in_features`` features; found by abstract evaluation unless given."""
@@ -484,172 +485,6 @@ def emitted(y: Any, x: jax.Array) -> Any:
     return jax.tree.map(lambda a: a.astype(x.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, y)
 
 
-@dataclass(frozen=True, repr=False)
-class AffineCell(Cell):
-    """A cell whose step is two matrix products and a function of gates; the library owns the products.
-
-    A subclass names its gates in ``gate_names`` and gives ``gates(theta, u, v, state) -> state``. ``u`` and ``v`` are
-    tuples with one ``(*B, H)`` array per gate::
-
-        u = x W_ih + b    for all T in one product        v = h W_hh    once a step        y = the new h
-
-    ``y`` is another field of the new state, or several side by side, where ``emits`` names them: for example
-    ``emits = "c"`` or ``emits = ("h", "c")`` in a subclass of an LSTM.
-
-    ``theta`` holds the other parameters (vectors), which ``init_theta`` makes. States are ``state_type``, by default
-    ``HiddenState(h)``, every field ``(*B, H)`` and zero at first.
-
-    Promises: ``elementwise`` says that unit j of each new field depends on unit j of u, v and state alone, whatever the
-    shapes of these are; ``additive`` says that ``gates`` uses only ``u + v``: of all gates (True), or of those named in
-    a tuple.
-
-    Args:
-      hidden: H, the number of units.
-      input_init, recurrent_init, bias_init: initialisers of ``w_ih (F, G*H)``, ``w_hh (H, G*H)`` and ``b (G*H,)``,
-        drawn gate by gate (see `jrnn.initializers`).
-
-    >>> class Leaky(jrnn.AffineCell):
-    ...     gate_names = ("z", "n")
-    ...     def gates(self, theta, u, v, state):
-    ...         z, n = jax.nn.sigmoid(u[0] + v[0]), jnp.tanh(u[1] + v[1])
-    ...         return state._replace(h=z * state.h + (1 - z) * n)
-    >>> cell = Leaky(8)
-    >>> params = cell.init(jax.random.key(0), 3)
-    >>> state, ys = jrnn.unroll(cell, params, jnp.ones((5, 2, 3)))
-    >>> ys.shape, jrnn.choose_backend(cell, params, jnp.ones((5, 2, 3)))[0]
-    ((5, 2, 8), 'hoisted')
-    """
-
-    hidden: int
-    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
-    recurrent_init: initializers.Initializer = field(default="orthogonal", kw_only=True)
-    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
-
-    gate_names: ClassVar[tuple[str, ...]] = ("h",)
-    state_type: ClassVar[Any] = HiddenState
-    elementwise: ClassVar[bool | None] = None
-    additive: ClassVar[bool | tuple[str, ...] | None] = None
-    emits = "h"
-    uses_key = False
-
-    def __post_init__(self) -> None:
-        positive_int(self.hidden, "hidden")
-        if self.is_affine:
-            check_emits(self, self.state_type._fields)
-        for name in ("input_init", "recurrent_init", "bias_init"):
-            initializers.resolve(getattr(self, name), name)
-
-    # What a subclass gives.
-
-    def gates(self, theta: dict[str, jax.Array], u: Any, v: Any, state: Any) -> Any:
-        """The new state from the gates' input parts ``u``, recurrent parts ``v`` and the old state."""
-        raise NotImplementedError(f"{type(self).__name__} must define gates(theta, u, v, state) -> state")
-
-    def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
-        """Parameters besides ``w_ih``, ``w_hh`` and ``b``; none by default."""
-        return {}
-
-    def init_bias(self, key: jax.Array) -> jax.Array:
-        """``b (G*H,)``, drawn gate by gate."""
-        return self._per_gate(self.bias_init, key, (self.hidden,))
-
-    # What follows from it.
-
-    def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
-        """``{"w_ih": (F, G*H), "w_hh": (H, G*H), "b": (G*H,), **theta}`` in float32.
-
-        Without input features (F = 0) the network is autonomous: its inputs, ``(T, *B, 0)``, say how many steps to run.
-        """
-        prng_key(key)
-        non_negative_int(in_features, "in_features")
-        k_ih, k_hh, k_b, k_theta = jax.random.split(key, 4)
-        return {
-            "w_ih": self._per_gate(self.input_init, k_ih, (in_features, self.hidden)),
-            "w_hh": self._per_gate(self.recurrent_init, k_hh, (self.hidden, self.hidden)),
-            "b": self.init_bias(k_b),
-            **self.init_theta(k_theta),
-        }
-
-    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
-        """Zeros, ``(*B, H)`` for each field of the state, in the parameters' dtype but at least float32."""
-        shape, dtype = (*batch_axes(batch_shape), self.hidden), stable(params["w_hh"].dtype)
-        # Arrays of their own: a state may be donated, and a buffer only once.
-        return self.state_type(*(jnp.zeros(shape, dtype) for _ in self.state_type._fields))
-
-    def out_features(self, in_features: Any) -> int:
-        return self.hidden * len(emitted_fields(self)) if self.is_affine else super().out_features(in_features)
-
-    def check(self, params: Any, x: Any) -> None:
-        check_affine(self, params, (self.hidden, len(self.gate_names) * self.hidden))
-        check_named(self, params, _theta_shapes(self))
-        check_features(x, params["w_ih"], "xs", self)
-
-    def theta(self, params: Any) -> dict[str, jax.Array]:
-        """The parameters that are not the library's two products."""
-        return {name: value for name, value in params.items() if name not in ("w_ih", "w_hh", "b")}
-
-    def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
-        """``u = x W_ih + b``, one array a gate, for one step or for all T in one product."""
-        u = product(xs, params["w_ih"])
-        return self.split(u + vector(params["b"], u))
-
-    def recur(self, params: Any, h: jax.Array) -> tuple[jax.Array, ...]:
-        """``v = h W_hh``, one array a gate."""
-        return self.split(product(h, params["w_hh"]))
-
-    def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
-        state = self.gates(self.theta(params), p, self.recur(params, state.h), state)
-        return state, output(self, state)
-
-    # What a fast schedule asks, of this cell or of a wrapper round it.
-
-    @property
-    def is_affine(self) -> bool:
-        """Whether the step is the library's two products and ``gates``, nothing overridden."""
-        own = type(self)
-        return (own.step, own.update, own.recur) == (Cell.step, AffineCell.update, AffineCell.recur)
-
-    @property
-    def sums(self) -> tuple[bool, ...]:
-        """For each gate, whether it is promised to use only ``u + v``."""
-        if isinstance(self.additive, tuple):
-            return tuple(name in self.additive for name in self.gate_names)
-        return (self.additive is True,) * len(self.gate_names)
-
-    def input_weights(self, params: Any) -> tuple[jax.Array, jax.Array] | None:
-        """``(W_ih, b)`` of the projection of what is `entering`, None where the cell makes a projection of its own."""
-        return (params["w_ih"], params["b"]) if type(self).project is AffineCell.project else None
-
-    def recurrent_weights(self, params: Any) -> jax.Array:
-        """``W_hh``, as the loop multiplies by it."""
-        return params["w_hh"]
-
-    def entering(self, params: Any, xs: jax.Array) -> jax.Array:
-        """``xs`` as they go into the input product, which wrappers mask."""
-        return xs
-
-    @property
-    def draws_at_steps(self) -> bool:
-        """Whether `combine` may draw something from its key: what is drawn once a sequence is in the parameters."""
-        return type(self).combine is not AffineCell.combine
-
-    def recurrent_mask(self, params: Any) -> jax.Array | None:
-        """What ``h`` is multiplied by on its way into the recurrent product, None for nothing."""
-        return None
-
-    def combine(self, theta: Any, u: Any, v: Any, state: Any, key: jax.Array | None) -> Any:
-        """The new state: ``gates``, and what wrappers make of it."""
-        return self.gates(theta, u, v, state)
-
-    def split(self, z: jax.Array) -> tuple[jax.Array, ...]:
-        """``(..., G*H)`` as one ``(..., H)`` array per gate."""
-        return tuple(jnp.split(z, len(self.gate_names), axis=-1))
-
-    def _per_gate(self, init: initializers.Initializer, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        keys = jax.random.split(key, len(self.gate_names))
-        return jnp.concatenate([initializers.draw(init, k, shape) for k in keys], axis=-1)
-
-
 def check_emits(cell: Any, fields: tuple[str, ...]) -> None:
     """Raises where what a cell emits is not one or several different fields of its state."""
     names = emitted_fields(cell) if isinstance(cell.emits, str | tuple) else ()
@@ -670,31 +505,4 @@ def check_named(cell: Any, params: Any, shapes: dict[str, tuple[int, ...]]) -> N
         raise ValueError(
             f"params: expected {shapes} among the parameters of {cell!r}, got {got}; "
             f"make them with {cell!r}.init(key, in_features)"
-        )
-
-
-@functools.lru_cache(maxsize=256)
-def _theta_shapes(cell: Any) -> dict[str, tuple[int, ...]]:
-    return {name: value.shape for name, value in jax.eval_shape(cell.init_theta, jax.random.key(0)).items()}
-
-
-def check_affine(cell: Any, params: Any, recurrent_shape: tuple[int, ...]) -> None:
-    """Raises where parameters are not those of a cell with ``w_ih``, ``w_hh`` of the given shape, and ``b``."""
-    remedy = f"make them with {cell!r}.init(key, in_features)"
-    if not isinstance(params, Mapping):
-        raise ValueError(f"params: expected a dict with w_ih, w_hh and b, got {describe(params)}; {remedy}")
-    missing = {"w_ih", "w_hh", "b"} - set(params)
-    if missing:
-        raise ValueError(f"params: expected a dict with w_ih, w_hh and b, got one without {sorted(missing)}; {remedy}")
-    shapes = {name: jnp.shape(params[name]) for name in ("w_ih", "w_hh", "b")}
-    width = recurrent_shape[-1]
-    if (
-        shapes["w_hh"] != recurrent_shape
-        or len(shapes["w_ih"]) != 2
-        or shapes["w_ih"][1] != width
-        or shapes["b"] != (width,)
-    ):
-        raise ValueError(
-            f"params: expected w_ih (F, {width}), w_hh {recurrent_shape} and b ({width},) for {cell!r}, "
-            f"got {shapes}; {remedy}"
         )

@@ -10,17 +10,8 @@ import jax.numpy as jnp
 
 from jrnn import activations, initializers
 from jrnn._core.checks import batch_axes, non_negative_int, positive_int, prng_key
-from jrnn.cells.base import (
-    AffineCell,
-    Cell,
-    HiddenState,
-    check_affine,
-    check_features,
-    check_named,
-    product,
-    stable,
-    vector,
-)
+from jrnn.cells.affine import AffineCell, WeightedCell, check_affine
+from jrnn.cells.base import HiddenState, check_features, check_named, product, stable, vector
 
 __all__ = ["elman", "indrnn", "jordan"]
 
@@ -41,7 +32,7 @@ class Elman(AffineCell):
         activations.resolve(self.activation)
 
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
-        return HiddenState(activations.resolve(self.activation)(u[0] + v[0]))
+        return HiddenState(activations.resolve(self.activation)(u.h + v.h))
 
 
 def elman(
@@ -76,29 +67,20 @@ def elman(
 
 
 @dataclass(frozen=True, repr=False)
-class Jordan(Cell):
+class Jordan(WeightedCell):
     """See `jordan`."""
 
-    hidden: int
     out: int
     activation: activations.Activation = "tanh"
     out_activation: activations.Activation = "linear"
-    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
-    recurrent_init: initializers.Initializer = field(default="orthogonal", kw_only=True)
-    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
-
-    emits = "h"
-    uses_key = False
 
     _constructor = "jordan"
 
     def __post_init__(self) -> None:
-        positive_int(self.hidden, "hidden")
+        super().__post_init__()
         positive_int(self.out, "out")
         activations.resolve(self.activation)
         activations.resolve(self.out_activation, "out_activation")
-        for name in ("input_init", "recurrent_init", "bias_init"):
-            initializers.resolve(getattr(self, name), name)
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         non_negative_int(in_features, "in_features")
@@ -122,10 +104,6 @@ class Jordan(Cell):
         check_affine(self, params, (self.out, self.hidden))
         check_named(self, params, {"w_ho": (self.hidden, self.out), "b_o": (self.out,)})
         check_features(x, params["w_ih"], "xs", self)
-
-    def project(self, params: Any, xs: jax.Array) -> jax.Array:
-        u = product(xs, params["w_ih"])
-        return u + vector(params["b"], u)
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         z = activations.resolve(self.activation)(p + product(state.h, params["w_hh"]))
@@ -177,25 +155,17 @@ _UNIFORM = initializers.uniform(1.0)
 
 
 @dataclass(frozen=True, repr=False)
-class IndRNN(Cell):
+class IndRNN(WeightedCell):
     """See `indrnn`."""
 
-    hidden: int
     activation: activations.Activation = "relu"
-    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
     recurrent_init: initializers.Initializer = field(default=_UNIFORM, kw_only=True)
-    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
-
-    emits = "h"
-    uses_key = False
 
     _constructor = "indrnn"
 
     def __post_init__(self) -> None:
-        positive_int(self.hidden, "hidden")
+        super().__post_init__()
         activations.resolve(self.activation)
-        for name in ("input_init", "recurrent_init", "bias_init"):
-            initializers.resolve(getattr(self, name), name)
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         non_negative_int(in_features, "in_features")
@@ -207,19 +177,9 @@ class IndRNN(Cell):
             "b": initializers.draw(self.bias_init, k_b, (self.hidden,)),
         }
 
-    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> HiddenState:
-        return HiddenState(jnp.zeros((*batch_axes(batch_shape), self.hidden), stable(params["w_hh"].dtype)))
-
-    def out_features(self, in_features: Any) -> int:
-        return self.hidden
-
     def check(self, params: Any, x: Any) -> None:
         check_affine(self, params, (self.hidden,))
         check_features(x, params["w_ih"], "xs", self)
-
-    def project(self, params: Any, xs: jax.Array) -> jax.Array:
-        u = product(xs, params["w_ih"])
-        return u + vector(params["b"], u)
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         h = activations.resolve(self.activation)(p + vector(params["w_hh"], p) * state.h)

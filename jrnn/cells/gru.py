@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jrnn import activations, initializers
 from jrnn._core import checks
-from jrnn.cells.base import AffineCell, Cell, HiddenState, check_affine, check_features, product, vector
+from jrnn.cells.affine import AffineCell, WeightedCell, check_affine
+from jrnn.cells.base import HiddenState, check_features, product, vector
 from jrnn.cells.norm import layer_norm, layer_norm_gates
 
 __all__ = ["gru", "layer_norm_gru", "mgu", "ugrnn"]
@@ -50,24 +51,17 @@ class GRU(_Gated):
 
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
         sigma, tanh = self.functions
-        r, z = sigma(u[0] + v[0]), sigma(u[1] + v[1])
-        n = tanh(u[2] + r * (v[2] + vector(theta["b_hn"], r)))
+        r, z = sigma(u.r + v.r), sigma(u.z + v.z)
+        n = tanh(u.n + r * (v.n + vector(theta["b_hn"], r)))
         return HiddenState((1 - z) * n + z * state.h)
 
 
 @dataclass(frozen=True, repr=False)
-class ResetBeforeGRU(Cell):
+class ResetBeforeGRU(WeightedCell):
     """See `gru`: reset before the product, which makes the step two products, one after the other."""
 
-    hidden: int
     activation: activations.Activation = field(default="tanh", kw_only=True)
     gate_activation: activations.Activation = field(default="sigmoid", kw_only=True)
-    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
-    recurrent_init: initializers.Initializer = field(default="orthogonal", kw_only=True)
-    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
-
-    emits = "h"
-    uses_key = False
 
     _constructor = "gru"
 
@@ -87,12 +81,6 @@ class ResetBeforeGRU(Cell):
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         return {name: value for name, value in self._gru.init(key, in_features).items() if name != "b_hn"}
 
-    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> HiddenState:
-        return self._gru.initial_state(params, batch_shape)
-
-    def out_features(self, in_features: Any) -> int:
-        return self.hidden
-
     def check(self, params: Any, x: Any) -> None:
         check_affine(self, params, (self.hidden, 3 * self.hidden))
         check_features(x, params["w_ih"], "xs", self)
@@ -104,8 +92,8 @@ class ResetBeforeGRU(Cell):
         sigma, tanh = self._gru.functions
         h, hidden = state.h, self.hidden
         rz = product(h, params["w_hh"][:, : 2 * hidden])
-        r, z = sigma(p[0] + rz[..., :hidden]), sigma(p[1] + rz[..., hidden:])
-        n = tanh(p[2] + product(r * h, params["w_hh"][:, 2 * hidden :]))
+        r, z = sigma(p.r + rz[..., :hidden]), sigma(p.z + rz[..., hidden:])
+        n = tanh(p.n + product(r * h, params["w_hh"][:, 2 * hidden :]))
         h = (1 - z) * n + z * h
         return HiddenState(h), h
 
@@ -184,7 +172,7 @@ class LayerNormGRU(GRU):
         return self.split(u + vector(params["b"], u))
 
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
-        v = layer_norm_gates(v, self.split(theta["scale_hh"]), self.epsilon)
+        v = type(v)(*layer_norm_gates(v, self.split(theta["scale_hh"]), self.epsilon))
         return super().gates(theta, u, v, state)
 
 
@@ -236,8 +224,8 @@ class MGU(_Gated):
 
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
         sigma, tanh = self.functions
-        f = sigma(u[0] + v[0])
-        n = tanh(u[1] + f * (v[1] + vector(theta["b_hn"], f)))
+        f = sigma(u.f + v.f)
+        n = tanh(u.n + f * (v.n + vector(theta["b_hn"], f)))
         return HiddenState((1 - f) * state.h + f * n)
 
 
@@ -288,7 +276,7 @@ class UGRNN(_Gated):
 
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
         sigma, tanh = self.functions
-        g, n = sigma(u[0] + v[0]), tanh(u[1] + v[1])
+        g, n = sigma(u.g + v.g), tanh(u.n + v.n)
         return HiddenState(g * state.h + (1 - g) * n)
 
 

@@ -27,6 +27,7 @@ from jrnn.cells.base import (
     stable,
     vector,
 )
+from jrnn.cells.form import LinearForm
 
 __all__ = ["GatedLinearCell", "LinearCell"]
 
@@ -87,11 +88,11 @@ class LinearCell(Cell):
         batch = batch_axes(batch_shape)
         return jax.tree.map(lambda leaf: jnp.zeros((*batch, *leaf.shape), leaf.dtype), self.state_form(params))
 
-    @property
-    def is_linear(self) -> bool:
-        """Whether the step is that of the coefficients, nothing overridden."""
+    def form(self, params: Any) -> LinearForm | None:
+        """The linear form; None where the step is overridden, and so may not be that of the coefficients."""
         own = type(self)
-        return (own.step, own.update, own.project) == (LinearCell.step, LinearCell.update, LinearCell.project)
+        declared = (own.step, own.update, own.project) == (LinearCell.step, LinearCell.update, LinearCell.project)
+        return LinearForm(self, params) if declared else None
 
     @property
     def hoistable(self) -> bool:

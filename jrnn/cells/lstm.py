@@ -11,17 +11,8 @@ import jax.numpy as jnp
 from jrnn import activations, initializers
 from jrnn._core import checks
 from jrnn._core.checks import batch_axes, non_negative_int, positive_int, prng_key
-from jrnn.cells.base import (
-    AffineCell,
-    Cell,
-    check_affine,
-    check_features,
-    check_named,
-    exported,
-    product,
-    stable,
-    vector,
-)
+from jrnn.cells.affine import AffineCell, WeightedCell, check_affine
+from jrnn.cells.base import check_features, check_named, exported, product, stable, vector
 from jrnn.cells.norm import layer_norm, layer_norm_gates
 
 __all__ = ["LSTMState", "coupled_lstm", "layer_norm_lstm", "lstm", "peephole_lstm", "projection_lstm"]
@@ -304,24 +295,17 @@ def layer_norm_lstm(
 
 
 @dataclass(frozen=True, repr=False)
-class ProjectionLSTM(Cell):
+class ProjectionLSTM(WeightedCell):
     """See `projection_lstm`."""
 
-    hidden: int
     projection: int
     forget_bias: float = 1.0
-    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
-    recurrent_init: initializers.Initializer = field(default="orthogonal", kw_only=True)
-    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
-
-    emits = "h"
-    uses_key = False
 
     _constructor = "projection_lstm"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive_int(self.projection, "projection")
-        self._lstm  # noqa: B018 - checks hidden and the initialisers
 
     @property
     def _lstm(self) -> LSTM:

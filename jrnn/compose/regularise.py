@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jrnn._core.checks import describe, rate
 from jrnn._core.devices import placed_as
+from jrnn.cells.affine import AffineCell
 from jrnn.cells.base import (
-    AffineCell,
     Cell,
     Drawn,
     Layer,
@@ -20,11 +20,12 @@ from jrnn.cells.base import (
     compute_params,
     draw_in_step,
     emitted,
+    emitted_fields,
     output,
-    product,
     stable,
     vector,
 )
+from jrnn.cells.form import AffineForm
 from jrnn.compose.combine import fold
 from jrnn.compose.timewise import drop
 
@@ -49,7 +50,9 @@ class Wrapper(Cell):
     """A cell around a cell, which shares its parameters and state unless a subclass says otherwise.
 
     A wrapper of your own is a frozen dataclass with a field ``cell``, and overrides what differs from the cell. One
-    that declares ``emits`` puts out other fields of the state than the cell does.
+    that declares ``emits`` puts out other fields of the state than the cell does. One that overrides ``project`` or
+    ``update`` may also override `map_form`, so that the fast schedules run it; without that, nothing is assumed of its
+    step.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Memory(jrnn.Wrapper):
@@ -119,59 +122,42 @@ class Wrapper(Cell):
         state, y = self.cell.update(self.inner(params), state, p, key)
         return state, y if self._emits_as_cell else output(self, state)
 
-    # The projection and the update that agree with what a fast schedule asks for below. A subclass that overrides one
-    # of them, and what is asked for with it, lists its own; any other override makes a step that no schedule knows.
-    affine_parts: ClassVar[tuple[Any, Any]] = (project, update)
+    def form(self, params: Any) -> Any:
+        """The form of the wrapped cell, mapped; None where the step is overridden and `map_form` is not."""
+        own = next(kind for kind in type(self).__mro__ if not _MAKES_STEP.isdisjoint(vars(kind)))
+        form = self.cell.form(self.inner(params)) if "map_form" in vars(own) else None
+        if not isinstance(form, AffineForm):  # wrappers map no other form
+            return None
+        return self.map_form(form if self._emits_as_cell else replace(form, emits=emitted_fields(self)), params)
+
+    def map_form(self, form: AffineForm, params: Any) -> AffineForm | None:
+        """The form of the step, from the form of the wrapped cell (see `jrnn.cells.form`); None if it is not known.
+
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Clipped(jrnn.Wrapper):
+        ...     cell: jrnn.Cell
+        ...     def update(self, params, state, p, key=None):
+        ...         state, y = super().update(params, state, p, key)
+        ...         return state._replace(h=state.h.clip(-0.5, 0.5)), y.clip(-0.5, 0.5)
+        ...     def map_form(self, form, params):
+        ...         gates = dataclasses.replace(form.gates, combine=ClippedGates(form.gates.combine))
+        ...         return dataclasses.replace(form, gates=gates)
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class ClippedGates:
+        ...     combine: Any
+        ...     def __call__(self, theta, u, v, state, key):
+        ...         state = self.combine(theta, u, v, state, key)
+        ...         return state._replace(h=state.h.clip(-0.5, 0.5))
+        >>> cell = Clipped(jrnn.gru(4))
+        >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((5, 3))
+        >>> jrnn.choose_backend(cell, params, xs)[0]
+        'hoisted'
+        """
+        return form
 
     @property
     def _emits_as_cell(self) -> bool:
         return self.emits is None or self.emits == self.cell.emits
-
-    # What a fast schedule asks of an affine cell, asked of the wrapped one (see `AffineCell`).
-
-    @property
-    def is_affine(self) -> bool:
-        own = type(self)
-        return own.step is Wrapper.step and own.update is own.affine_parts[1] and getattr(self.cell, "is_affine", False)
-
-    @property
-    def elementwise(self) -> bool | None:
-        return getattr(self.cell, "elementwise", None)
-
-    @property
-    def additive(self) -> Any:
-        return getattr(self.cell, "additive", None)
-
-    def theta(self, params: Any) -> Any:
-        return self.cell.theta(self.inner(params))
-
-    def split(self, z: jax.Array) -> tuple[jax.Array, ...]:
-        return self.cell.split(z)
-
-    @property
-    def sums(self) -> tuple[bool, ...]:
-        return self.cell.sums
-
-    def input_weights(self, params: Any) -> Any:
-        if type(self).project is not self.affine_parts[0]:
-            return None
-        return self.cell.input_weights(self.inner(params))
-
-    def recurrent_weights(self, params: Any) -> jax.Array:
-        return self.cell.recurrent_weights(self.inner(params))
-
-    def recurrent_mask(self, params: Any) -> jax.Array | None:
-        return self.cell.recurrent_mask(self.inner(params))
-
-    def entering(self, params: Any, xs: jax.Array) -> jax.Array:
-        return self.cell.entering(self.inner(params), xs)
-
-    @property
-    def draws_at_steps(self) -> bool:
-        return type(self).combine is not Wrapper.combine or self.cell.draws_at_steps
-
-    def combine(self, theta: Any, u: Any, v: Any, state: Any, key: jax.Array | None) -> Any:
-        return self.cell.combine(theta, u, v, state, key)
 
     def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         # Not Cell.step: a wrapped cell that defines only its step has no projection, and needs none.
@@ -184,6 +170,10 @@ class Wrapper(Cell):
             params = draw_in_step(self, params, key, batch_shape, x.shape[-1] if self.event_ndim else None)
         state, y = self.update(params, state, self.project(params, x), key)
         return state, emitted(y, x)
+
+
+# Of the classes that a wrapper inherits from, the first to define one of these must define the last.
+_MAKES_STEP = frozenset(("step", "project", "update", "map_form"))
 
 
 @dataclass(frozen=True, repr=False)
@@ -221,26 +211,38 @@ class Zoneout(Wrapper):
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         new, _ = self.cell.update(params, state, p, None if self.cell.uses_key is False else fold(key, 0))
-        new = self._zone(new, state, key)
+        new = zone(self.rates, new, state, key)
         return new, output(self, new)
 
-    affine_parts = (Wrapper.project, update)
+    def map_form(self, form: AffineForm, params: Any) -> AffineForm:
+        gates = form.gates
+        return replace(form, gates=replace(gates, combine=_Zoned(gates.combine, self.rates), draws=True))
 
-    def combine(self, theta: Any, u: Any, v: Any, state: Any, key: jax.Array | None) -> Any:
-        return self._zone(super().combine(theta, u, v, state, fold(key, 0)), state, key)
 
-    def _zone(self, new: Any, old: Any, key: jax.Array | None) -> Any:
-        fields = {}
-        for i, (name, zone) in enumerate(self.rates):
-            if not zone:
-                continue
-            was, now = getattr(old, name), getattr(new, name)
-            if key is None:
-                fields[name] = zone * was + (1 - zone) * now
-            else:
-                kept = placed_as(jax.random.bernoulli(jax.random.fold_in(key, i + 1), zone, now.shape), now)
-                fields[name] = jnp.where(kept, was, now)
-        return new._replace(**fields)
+@dataclass(frozen=True)
+class _Zoned:
+    """Gates whose new state is zoned."""
+
+    combine: Any
+    rates: tuple[tuple[str, float], ...]
+
+    def __call__(self, theta: Any, u: Any, v: Any, state: Any, key: jax.Array | None) -> Any:
+        return zone(self.rates, self.combine(theta, u, v, state, fold(key, 0)), state, key)
+
+
+def zone(rates: tuple[tuple[str, float], ...], new: Any, old: Any, key: jax.Array | None) -> Any:
+    """The new state, of which units keep the old one, at random with a key and on average without."""
+    fields = {}
+    for i, (name, share) in enumerate(rates):
+        if not share:
+            continue
+        was, now = getattr(old, name), getattr(new, name)
+        if key is None:
+            fields[name] = share * was + (1 - share) * now
+        else:
+            kept = placed_as(jax.random.bernoulli(jax.random.fold_in(key, i + 1), share, now.shape), now)
+            fields[name] = jnp.where(kept, was, now)
+    return new._replace(**fields)
 
 
 def zoneout(cell: Cell, *, h: float = 0.0, c: float = 0.0) -> Zoneout:
@@ -311,16 +313,12 @@ class Variational(Wrapper):
             noise["recurrent"] = drop(k_recurrent, self.recurrent, ones)
         return Drawn(self.cell.draw(params, k_cell, batch_shape, in_features), noise)
 
+    def _mask(self, params: Any, name: str) -> Any:
+        return params.noise.get(name) if isinstance(params, Drawn) else None
+
     def project(self, params: Any, xs: jax.Array) -> Any:
-        return super().project(params, self._masked(params, xs))
-
-    def entering(self, params: Any, xs: jax.Array) -> jax.Array:
-        return super().entering(params, self._masked(params, xs))
-
-    def _masked(self, params: Any, xs: jax.Array) -> jax.Array:
-        if isinstance(params, Drawn) and "inputs" in params.noise:
-            xs = xs * vector(params.noise["inputs"], xs)
-        return xs
+        mask = self._mask(params, "inputs")
+        return super().project(params, xs if mask is None else xs * vector(mask, xs))
 
     @property
     def draws_once(self) -> bool:
@@ -328,19 +326,17 @@ class Variational(Wrapper):
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         require_drawn(self, params, key)
-        mask = self.recurrent_mask(params) if self.recurrent else None
+        # Only what goes through the recurrent weights is dropped: the state itself is carried whole.
+        mask = self._mask(params, "recurrent")
         if mask is None:
             return super().update(params, state, p, None if self.cell.uses_key is False else key)
-        v = self.split(product(state.h * mask, self.recurrent_weights(params)))
-        state = self.combine(self.theta(params), p, v, state, key)
+        cell: Any = self.cell
+        form, v = cell.form(self.inner(params)), cell.recur(self.inner(params), state.h * mask)
+        state = form.gates.combine(form.theta, p, v, state, key)
         return state, output(self, state)
 
-    affine_parts = (project, update)
-
-    def recurrent_mask(self, params: Any) -> jax.Array | None:
-        # Only what goes through the recurrent weights is dropped: the state itself is carried whole.
-        own = params.noise.get("recurrent") if isinstance(params, Drawn) else None
-        return super().recurrent_mask(params) if own is None else own
+    def map_form(self, form: AffineForm, params: Any) -> AffineForm:
+        return form.masked(self._mask(params, "inputs"), self._mask(params, "recurrent"))
 
 
 def variational(cell: Cell, *, inputs: float = 0.0, recurrent: float = 0.0) -> Variational:
@@ -415,7 +411,8 @@ class DropConnect(Wrapper):
         require_drawn(self, params, key)
         return super().update(params, state, p, None if self.cell.uses_key is False else key)
 
-    affine_parts = (Wrapper.project, update)
+    def map_form(self, form: AffineForm, params: Any) -> AffineForm:
+        return form  # the weights are dropped in the parameters
 
 
 def dropconnect(cell: Cell, rate: float) -> DropConnect:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn import activations
-from jrnn.cells.base import AffineCell
+from jrnn.cells.affine import AffineCell
 from jrnn.cells.gru import ResetBeforeGRU
 from jrnn.cells.lstm import ProjectionLSTM
 from jrnn.compose.regularise import Wrapper

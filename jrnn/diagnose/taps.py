@@ -177,7 +177,7 @@ def _scan(run: Any, cell: Any, params: Any, xs: jax.Array, state: Any, extra: An
 
     restart = restarts(cell, params, xs, state, steps)
     inputs = lambda w, xs: (project(w, xs), extra, run.steps.valid)
-    return scan(cell, params, xs, state, restart, steps, inputs, held)
+    return scan(params, xs, state, restart, steps, inputs, held)
 
 
 def _parts(cell: Any, params: Any, xs: jax.Array) -> tuple[Any, Any, Any]:

@@ -17,5 +17,5 @@ from jrnn.schedules import SCHEDULES, Schedule
 
 __all__ = ["cudnn", "kernels"]
 
-SCHEDULES["kernel"] = Schedule(kernels.serves, kernels.run, automatic=False)
-SCHEDULES["cudnn"] = Schedule(cudnn.serves, cudnn.run, automatic=False)
+SCHEDULES["kernel"] = Schedule(kernels.plan, automatic=False)
+SCHEDULES["cudnn"] = Schedule(cudnn.plan, automatic=False)

@@ -10,7 +10,6 @@ Gradients are cuDNN's own: first derivatives, in reverse mode. `vmap` makes one 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -18,49 +17,37 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
 from jrnn._core.devices import is_placed
+from jrnn.cells.form import AffineForm
 from jrnn.cells.lstm import LSTM
-from jrnn.schedules.steps import Steps, checkpointed, expand, select
+from jrnn.schedules.plan import Plan, Refusal, Task
+from jrnn.schedules.steps import select
 
 # Values of jax_default_matmul_precision that ask for no more than TF32; cuDNN has this choice alone.
 _TF32 = (None, "default", "fastest", "bfloat16", "high", "tensorfloat32", "BF16_BF16_F32", "TF32_TF32_F32")
 
 
-def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
+def plan(task: Task) -> Plan | Refusal:
+    cell, operands = task.cell, jax.tree.leaves((task.params, task.xs))
     usual = type(cell) is LSTM and (cell.activation, cell.gate_activation) == ("tanh", "sigmoid")
     if not usual:
-        return False, "cuDNN has the plain LSTM alone, with tanh and sigmoid and no wrapper that changes its step"
-    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves((params, xs))})
+        return Refusal("cuDNN has the plain LSTM alone, with tanh and sigmoid and no wrapper that changes its step")
+    dtypes = sorted({str(leaf.dtype) for leaf in operands})
     if dtypes != ["float32"]:
-        return False, f"cuDNN takes float32 parameters and inputs here, not {' and '.join(dtypes)}"
-    if xs.shape[-1] == 0:
-        return False, "cuDNN takes at least one input feature"
-    if steps.resets is not None:
-        return False, "cuDNN cannot restart inside a sequence, as resets ask"
-    if any(map(is_placed, jax.tree.leaves((params, xs)))):
-        return False, "the axes of a mesh are Explicit, and cuDNN knows nothing of arrays that lie over one"
+        return Refusal(f"cuDNN takes float32 parameters and inputs here, not {' and '.join(dtypes)}")
+    if task.xs.shape[-1] == 0:
+        return Refusal("cuDNN takes at least one input feature")
+    if task.steps.resets is not None:
+        return Refusal("cuDNN cannot restart inside a sequence, as resets ask")
+    if any(map(is_placed, operands)):
+        return Refusal("the axes of a mesh are Explicit, and cuDNN knows nothing of arrays that lie over one")
     missing = unavailable()
     if missing is not None:
-        return False, missing
-    return True, "cuDNN's LSTM in one call for all steps"
+        return Refusal(missing)
+    return Plan(run, "cuDNN's LSTM in one call for all steps", of_form=True, flat=True)
 
 
-def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tuple[Any, jax.Array]:
-    length, batch_shape = xs.shape[0], xs.shape[1:-1]
-    count = math.prod(batch_shape)
-    if not (length and count):
-        return state, jnp.zeros((*xs.shape[:-1], cell.hidden), xs.dtype)
-    weights = flat_weights(params)
-
-    def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
-        xs, valid = inputs
-        return _sequences(weights, xs, valid, state, steps.reverse)
-
-    flat = None if steps.valid is None else steps.valid.reshape(length, count)
-    xs = xs.reshape(length, count, xs.shape[-1])
-    start = jax.tree.map(lambda a: a.reshape(count, cell.hidden), state)
-    end, ys = checkpointed(segment, start, (xs, flat), length, steps)
-    end = jax.tree.map(lambda a: a.reshape(*batch_shape, cell.hidden), end)
-    return end, ys.reshape(length, *batch_shape, cell.hidden)
+def run(options: Any, task: Task) -> tuple[Any, jax.Array]:
+    return _sequences(flat_weights(task.form), task.xs, task.steps.valid, task.state, task.steps.reverse)
 
 
 def unavailable() -> str | None:
@@ -80,14 +67,14 @@ def unavailable() -> str | None:
     return None
 
 
-def flat_weights(params: Any) -> jax.Array:
-    """Parameters as cuDNN has them: ``W_ih (4H, F)``, ``W_hh (4H, H)``, ``b_ih``, ``b_hh``, flat, one after another.
+def flat_weights(form: AffineForm) -> jax.Array:
+    """The weights as cuDNN has them: ``W_ih (4H, F)``, ``W_hh (4H, H)``, ``b_ih``, ``b_hh``, flat, one after another.
 
     The gates stand in the same order, i, f, g, o. cuDNN adds two biases: ours is the first, whatever initialised its
     forget gate, and the second is zero.
     """
-    b = params["b"]
-    parts = (params["w_ih"].T, params["w_hh"].T, b, jnp.zeros_like(b))
+    w_ih, b = form.inputs
+    parts = (w_ih.T, form.w_hh.T, b, jnp.zeros_like(b))
     return jnp.concatenate([part.reshape(-1) for part in parts])
 
 
@@ -108,8 +95,7 @@ def _sequences(weights: Any, xs: Any, valid: Any, state: Any, reverse: bool) -> 
     order = jnp.argsort(place, axis=0)
     # cuDNN may refuse a sequence without steps: it gets one of zeros, and its answer is thrown away.
     y, h, c = _lstm(_permute(xs, order).swapaxes(0, 1), *state, weights, jnp.maximum(lengths, 1))
-    ys = _permute(y.swapaxes(0, 1), place)
-    return select(lengths > 0, type(state)(h, c), state), jnp.where(expand(valid, ys), ys, 0)
+    return select(lengths > 0, type(state)(h, c), state), _permute(y.swapaxes(0, 1), place)
 
 
 def _permute(a: jax.Array, order: jax.Array) -> jax.Array:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from jrnn.cells.traced import TracedCell
+from jrnn.cells.form import AffineForm, Gates, ReadGates
 from jrnn.jaxprs.affine import Affine
 from jrnn.jaxprs.blocks import Piece
 from jrnn.jaxprs.flat import Op, broadcast, evaluate, typed
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, Atom, Recipe, needed, side_by_side
-from jrnn.schedules import SCHEDULES, native
-from jrnn.schedules.steps import Steps
+from jrnn.schedules import SCHEDULES, Plan, Refusal, Steps, Task, hoisted, native
 
 __all__ = ["WORK", "Body"]
 
@@ -34,10 +33,9 @@ class Body:
     form: Affine
 
     @functools.cached_property
-    def cell(self) -> TracedCell:
-        form = self.form
-        places = tuple(form.leaves.index(leaf) for leaf in self.emitted)
-        return TracedCell(form.gates, form.units, form.leaves.index(form.hidden), self.product is None, places)
+    def fields(self) -> tuple[str, ...]:
+        """Names of the leaves of the carry that change, as the fields of a state; the one that is multiplied is h."""
+        return tuple("h" if leaf == self.form.hidden else f"s{i}" for i, leaf in enumerate(self.form.leaves))
 
     @functools.cached_property
     def emitted(self) -> tuple[int, ...]:
@@ -54,32 +52,38 @@ class Body:
         """Floating-point operations of the product of the state, a step."""
         return 2 * math.prod(self.form.batch) * self.form.units**2 * len(self.form.gates.summed)
 
-    def shapes(self, xs: Any) -> tuple[Any, Any, Any]:
-        """``(params, xs, resets)`` of the cell, by shape and dtype."""
+    def affine(self, inputs: Any, w_hh: Any, theta: Any) -> AffineForm:
+        """The form of the step, from its arrays; ``inputs`` is None where the gates' inputs are given."""
+        gates = self.form.gates
+        return AffineForm(
+            Gates(ReadGates(gates), gates.summed, elementwise=True, additive=()),
+            tuple(self.fields[self.form.leaves.index(leaf)] for leaf in self.emitted),
+            inputs,
+            w_hh,
+            theta,
+            projection=Split(len(gates.summed)) if inputs is None else None,
+        )
+
+    def shapes(self, xs: Any, steps: Steps) -> Task:
+        """The loop over the cell, by shape and dtype, without resets of its own."""
         form, units = self.form, self.form.units
         time, width = jax.tree.leaves(xs)[0].shape[0], units * len(form.gates.summed)
+        array = lambda *shape: jax.ShapeDtypeStruct(shape, form.dtype)
+        features, weights = width, None
+        if self.product is not None:
+            features = sum(vector.shape[-1] for vector in self.product[0])
+            weights = (array(features, width), array(width))
+        affine = self.affine(weights, array(units, width), (array(units),) * len(form.parts.theta))
+        state = _state_type(self.fields)(*(array(*form.batch, units),) * len(form.leaves))
+        return Task(None, None, affine, array(time, *form.batch, features), state, None, steps)
 
-        def array(*shape: int, dtype: Any = form.dtype) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype)
+    def task(self, env: dict[int, Any], carry: Sequence[Any], xs: Any, steps: Steps, restart: Any = None) -> Task:
+        """The loop over the cell, given the variables that are the same at each step.
 
-        params: dict[str, Any] = {
-            "w_hh": array(units, width),
-            "theta": {str(i): array(units) for i in range(len(form.parts.theta))},
-            "restart": (),
-        }
-        resets = None
-        if form.resets is not None:
-            resets = array(time, *form.batch, dtype=np.dtype(bool))
-            params["restart"] = (array(*form.batch, units),) * len(form.leaves)
-        if self.product is None:
-            return params, array(time, *form.batch, width), resets
-        features = sum(vector.shape[-1] for vector in self.product[0])
-        params |= {"w_ih": array(features, width), "b": array(width)}
-        return params, array(time, *form.batch, features), resets
-
-    def operands(self, env: dict[int, Any], carry: Sequence[Any], xs: Any) -> tuple[Any, jax.Array, Any, Any]:
-        """``(params, xs, state, resets)`` of the cell, given the variables that are the same at each step."""
+        ``restart`` is the carry that a reset of ``steps`` restores, None where nothing does.
+        """
         form, units = self.form, self.form.units
+        state_type = _state_type(self.fields)
 
         def vector(recipe: Recipe | None) -> jax.Array:
             return jnp.zeros(units, form.dtype) if recipe is None else broadcast(recipe.make(env), (units,))
@@ -90,16 +94,13 @@ class Body:
             made = [recipe.make(env) for recipe in side_by_side(recipes)]  # type: ignore[arg-type]
             return made[0] if len(made) == 1 else lax.concatenate(made, 0)
 
-        params: dict[str, Any] = {
-            "w_hh": columns(form.parts.v, env, (units, units), form.dtype),
-            "theta": {str(i): vector(recipe) for i, recipe in enumerate(form.parts.theta)},
-            "restart": (),
-        }
-        resets = None
         if form.resets is not None:
             (flags,) = self._at_all_steps(env, [form.resets.flags], xs)
-            resets = over_batch(flags if form.resets.on else ~flags, form.batch)
-            params["restart"] = tuple(broadcast(value.make(env), (*form.batch, units)) for value in form.resets.values)
+            steps = replace(steps, resets=over_batch(flags if form.resets.on else ~flags, form.batch))
+            restart = state_type(*(broadcast(value.make(env), (*form.batch, units)) for value in form.resets.values))
+        elif restart is not None:
+            restart = state_type(*(restart[i] for i in form.leaves))
+        weights: Any = None
         if self.product is None:
             parts = form.parts.inputs()
             made = iter(self._at_all_steps(env, [p for p in parts if p is not None], xs))
@@ -107,47 +108,44 @@ class Body:
             given = [
                 jnp.zeros((time, *shape), form.dtype) if p is None else over_batch(next(made), shape) for p in parts
             ]
-            inputs = jnp.concatenate(given, -1)
         else:
-            vectors, weights, biases = self.product
+            vectors, pieces, biases = self.product
             given = self._at_all_steps(env, vectors, xs)
-            inputs = given[0] if len(given) == 1 else jnp.concatenate(given, -1)
             rows = [
-                columns([gate[i] for gate in weights], env, (a.shape[-1], units), form.dtype)
+                columns([gate[i] for gate in pieces], env, (a.shape[-1], units), form.dtype)
                 for i, a in enumerate(given)
             ]
-            params["w_ih"] = rows[0] if len(rows) == 1 else jnp.concatenate(rows)
-            params["b"] = joined(biases)
-        return params, inputs, self.cell.state_type(*(carry[i] for i in form.leaves)), resets
+            weights = (rows[0] if len(rows) == 1 else jnp.concatenate(rows), joined(biases))
+        w_hh = columns(form.parts.v, env, (units, units), form.dtype)
+        affine = self.affine(weights, w_hh, tuple(map(vector, form.parts.theta)))
+        inputs = given[0] if len(given) == 1 else jnp.concatenate(given, -1)
+        return Task(None, None, affine, inputs, state_type(*(carry[i] for i in form.leaves)), restart, steps)
 
-    def choose(self, params: Any, inputs: Any, steps: Steps, backend: str | None) -> tuple[str | None, str]:
-        """The schedule that runs the cell, or None, and why; a named backend where that serves."""
+    def plan(self, task: Task, backend: str | None) -> tuple[str, Plan] | Refusal:
+        """The schedule that runs the loop over the cell, and its plan; a named backend where that serves."""
         if backend is not None:
-            served, reason = SCHEDULES[backend].serves(self.cell, params, inputs, steps)
-            return backend if served else None, reason
-        for decide in (native.pays, native.serves):
-            chosen, reason = decide(self.cell, params, inputs, steps)
-            if not chosen:
-                break
-        if chosen:
-            return "native", reason
+            found = SCHEDULES[backend].plan(task)
+            return found if isinstance(found, Refusal) else (backend, found)
+        found = native.pays(task) or native.plan(task)
+        if isinstance(found, Plan):
+            return "native", found
+        reason = f"not native: {found.reason}"
         if self.work < WORK:
-            return None, f"not native: {reason}; not hoisted: {small(self.work)}"
-        return "hoisted", f"what needs no state is taken out of the loop; not native: {reason}"
+            return Refusal(f"{reason}; not hoisted: {small(self.work)}")
+        found = hoisted.plan(task)
+        if isinstance(found, Refusal):
+            return Refusal(f"{reason}; not hoisted: {found.reason}")
+        return "hoisted", replace(found, reason=f"what needs no state is taken out of the loop; {reason}")
 
     def run(
-        self, name: str, consts: Any, carry: Any, xs: Any, steps: Steps, restart: Any = None
+        self, plan: Plan, consts: Any, carry: Any, xs: Any, steps: Steps, restart: Any = None
     ) -> tuple[list[Any], list[Any]]:
         """The carry after the last step, and the outputs of all steps.
 
         Resets are those of ``steps``, to the leaves ``restart`` of a carry, where the step has none of its own.
         """
         env = self._invariant(consts, carry)
-        params, inputs, state, resets = self.operands(env, carry, xs)
-        if restart is not None:
-            params["restart"] = tuple(restart[i] for i in self.form.leaves)
-        steps = replace(steps, resets=steps.resets if resets is None else resets)
-        last, hs = SCHEDULES[name].run(self.cell, params, inputs, state, steps)
+        last, hs = plan(self.task(env, carry, xs, steps, restart))
         leaves = list(carry)
         for leaf, value in zip(self.form.leaves, last, strict=True):
             leaves[leaf] = value
@@ -195,6 +193,22 @@ class Body:
 
         made = iter(jax.vmap(at_one)(given, xs) if rest else ())
         return [given[out] if out in given else next(made) for out in form.outputs]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The projection of inputs that are what each gate is given, side by side."""
+
+    count: int
+
+    def __call__(self, params: Any, xs: jax.Array) -> Any:
+        return jnp.split(xs, self.count, axis=-1)
+
+
+@functools.lru_cache(maxsize=64)
+def _state_type(fields: tuple[str, ...]) -> Any:
+    """A named tuple of these fields; the same type for the same names."""
+    return namedtuple("State", fields)
 
 
 def _before(states: jax.Array, first: jax.Array, reverse: bool) -> jax.Array:

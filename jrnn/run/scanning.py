@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jrnn import schedules
 from jrnn.jaxprs import affine, sites
 from jrnn.jaxprs.blocks import Refusal
 from jrnn.jaxprs.flat import Program
@@ -90,7 +91,7 @@ def scan(
     chosen = _choose(f, init, xs, length, reverse, backend, remat)
     if chosen.body is None or unroll < 0:  # which is an error of jax.lax.scan
         return _plain(f, init, xs, length, reverse, unroll, remat)
-    carry, ys = _run(chosen.body, chosen.name, bool(reverse), unroll, remat, chosen.consts, init, xs)
+    carry, ys = _run(chosen.body, chosen.plan, bool(reverse), unroll, remat, chosen.consts, init, xs)
     return carry, jax.tree.unflatten(chosen.ys, ys)
 
 
@@ -136,6 +137,7 @@ class _Choice:
     body: Body | Parts | None = None
     consts: Any = ()
     ys: Any = None
+    plan: schedules.Plan | None = None
 
 
 def _choose(
@@ -166,12 +168,13 @@ def _choose(
         if backend is not None:
             raise ValueError(_cannot(backend, reason)) from None
         return _Choice("reference", reason)
-    params, inputs, resets = body.shapes(xs)
-    name, reason = body.choose(params, inputs, Steps(None, resets, bool(reverse), remat=remat), backend)
-    if name is None and backend is not None:
-        raise ValueError(_cannot(backend, reason))
-    reason = f"the body is a recurrent cell: {reason}"
-    return _Choice("reference", reason) if name is None else _Choice(name, reason, body, consts, ys)
+    found = body.plan(body.shapes(xs, Steps(reverse=bool(reverse), remat=remat)), backend)
+    if isinstance(found, schedules.Refusal):
+        if backend is not None:
+            raise ValueError(_cannot(backend, found.reason))
+        return _Choice("reference", f"the body is a recurrent cell: {found.reason}")
+    name, plan = found
+    return _Choice(name, f"the body is a recurrent cell: {plan.reason}", body, consts, ys, plan)
 
 
 def _arrays(init: Any) -> Any:
@@ -203,13 +206,12 @@ def _plain(f: Any, init: Any, xs: Any, length: Any, reverse: Any, unroll: Any, r
     if remat is None or not leaves or not isinstance(leaves[0].shape[0], int):
         return lax.scan(f, init, xs, length, reverse, unroll)
     steps = Steps(reverse=bool(reverse), remat=remat)
-    segment = lambda carry, xs: lax.scan(f, carry, xs, None, reverse)
-    return checkpointed(segment, init, xs, leaves[0].shape[0], steps)
+    return checkpointed(lambda xs, carry, steps: lax.scan(f, carry, xs, None, steps.reverse), xs, init, steps)
 
 
 # Jitted with the body as a static argument, so that a second eager call with an equal body compiles nothing.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _run(body: Body | Parts, name: str, reverse: bool, unroll: Any, remat: Any, consts: Any, init: Any, xs: Any) -> Any:
+def _run(body: Body | Parts, plan: Any, reverse: bool, unroll: Any, remat: Any, consts: Any, init: Any, xs: Any) -> Any:
     time = jax.tree.leaves(xs)[0].shape[0]
     steps = Steps(reverse=reverse, remat=remat, unroll=times_in_a_body(time if unroll is True else unroll, time))
     tree: Any
@@ -217,5 +219,5 @@ def _run(body: Body | Parts, name: str, reverse: bool, unroll: Any, remat: Any, 
     if isinstance(body, Parts):
         last, ys = body.run(consts, leaves, xs, steps)
     else:
-        last, ys = body.run(name, consts, leaves, xs, steps)
+        last, ys = body.run(plan, consts, leaves, xs, steps)
     return tree.unflatten(last), ys

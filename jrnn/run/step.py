@@ -8,59 +8,54 @@ from typing import Any
 
 import jax
 
-from jrnn.jaxprs import affine
-from jrnn.jaxprs.blocks import Refusal
+from jrnn._core.devices import one_step
+from jrnn.jaxprs import affine, blocks
 from jrnn.run.body import Body
+from jrnn.schedules import Plan, Refusal, Task
 from jrnn.schedules.parts import trace
-from jrnn.schedules.steps import Steps, zeroed
 
-__all__ = ["Step", "read_step"]
+__all__ = ["ReadStep", "read_step"]
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step that is a recurrent cell: its body, the values of its constants, and the tree of its outputs."""
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("consts",), meta_fields=("body", "ys"))
+@dataclass(frozen=True, eq=False)
+class ReadStep:
+    """The form of a step that was read as that of an affine cell: its body, its constants, the tree of its outputs."""
 
     body: Body
-    consts: Any
     ys: Any
+    consts: Any
 
-    def choose(self, state: Any, xs: Any, steps: Steps, backend: str | None) -> tuple[str | None, str]:
-        """The schedule that runs it, or None, and why."""
-        params, inputs, _ = self.body.shapes(xs)
-        name, reason = self.body.choose(params, inputs, steps, backend)
-        return name, f"its step was read as that of an affine cell; {reason}"
-
-    def run(self, name: str, xs: jax.Array, state: Any, restart: Any, steps: Steps) -> tuple[Any, Any]:
-        """The state after the last step, and the outputs of all steps; ``restart`` is what a reset restores."""
-        last, ys = _run(name, self.body, self.consts, xs, state, restart, *steps.parted())
-        return last, jax.tree.unflatten(self.ys, ys)
+    def plan(self, task: Task, backend: str | None) -> tuple[str, Plan] | Refusal:
+        """The schedule that runs it, and its plan."""
+        read = "its step was read as that of an affine cell"
+        found = self.body.plan(self.body.shapes(task.xs, task.steps), backend)
+        if isinstance(found, Refusal):
+            return Refusal(f"{read}; {found.reason}")
+        name, plan = found
+        return name, Plan(_run, f"{read}; {plan.reason}", plan, of_form=True, recomputes=True)
 
 
-def read_step(cell: Any, params: Any, x: Any, state: Any, steps: Steps) -> Step | str:
-    """The step of a cell that does not declare its form, as that of an affine cell; or why it is not one.
-
-    ``x`` is the input of one step, by shape.
-    """
+def read_step(task: Task) -> ReadStep | Refusal:
+    """The form of a step that declares none; or why it is not that of an affine cell."""
+    steps, state = task.steps, task.state
     if steps.key is not None:
-        return "it may draw at its steps"
+        return Refusal("it may draw at its steps")
     try:
-        program, ys, consts = trace(lambda state, x: cell.step(params, state, x), state, x, params)
+        step = lambda state, x: task.cell.step(task.params, state, x)
+        program, ys, consts = trace(step, state, one_step(task.xs), task.params)
         form = affine.read(program, len(consts), len(jax.tree.leaves(state)))
-    except Refusal as refusal:
-        return str(refusal)
+    except blocks.Refusal as refusal:
+        return Refusal(str(refusal))
     contract = steps.valid is not None or steps.resets is not None
     if contract and (form.resets is not None or not all(is_new for _, is_new in form.after.values())):
-        return "its step replaces its state, or puts out what it was, which masks and resets change"
-    return Step(Body(form), consts, ys)
+        return Refusal("its step replaces its state, or puts out what it was, which masks and resets change")
+    return ReadStep(Body(form), ys, consts)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 6))
-def _run(
-    name: str, body: Body, consts: Any, xs: Any, state: Any, restart: Any, static: Steps, arrays: tuple[Any, ...]
-) -> tuple[Any, list[Any]]:
+def _run(plan: Plan, task: Task) -> tuple[Any, Any]:
     tree: Any
-    leaves, tree = jax.tree.flatten(state)
-    steps = static.joined(arrays)
-    last, ys = body.run(name, consts, leaves, xs, steps, None if restart is None else jax.tree.leaves(restart))
-    return tree.unflatten(last), ys if steps.valid is None else zeroed(steps.valid, ys)
+    leaves, tree = jax.tree.flatten(task.state)
+    restart = None if task.restart is None else jax.tree.leaves(task.restart)
+    last, ys = task.form.body.run(plan, task.form.consts, leaves, task.xs, task.steps, restart)
+    return tree.unflatten(last), jax.tree.unflatten(task.form.ys, ys)

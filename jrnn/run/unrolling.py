@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,9 +15,9 @@ from jrnn import sequence
 from jrnn._core.checks import as_tree, describe, is_traced, prng_key, readable, same_form
 from jrnn._core.devices import batch_spec, one_step, placed, placed_as, varying_as
 from jrnn.cells.base import Layer, check_layer
-from jrnn.run.step import Step, read_step
-from jrnn.schedules import SCHEDULES, check_backend, choose
-from jrnn.schedules.steps import SEQUENCE, Steps, check_remat, check_step, select, zeroed
+from jrnn.run.step import read_step
+from jrnn.schedules import Plan, Refusal, Steps, Task, check_backend, choose
+from jrnn.schedules.steps import SEQUENCE, check_remat, check_step, restarts, select, zeroed
 
 __all__ = ["choose_backend", "draw", "unroll"]
 
@@ -252,15 +251,6 @@ def draw(layer: Layer, params: Any, key: jax.Array | None, x: Any) -> Any:
     return _drawn(layer, params, x, key, x.shape[: x.ndim - layer.event_ndim])
 
 
-# Jitted by itself, so that equal layers on inputs of equal shapes are traced, differentiated and lowered only once. XLA
-# inlines it, so the compiled program is the same.
-@functools.partial(jax.jit, static_argnums=(0, 1, 5))
-def _loop(
-    name: str, cell: Layer, params: Any, xs: jax.Array, state: Any, static: Steps, arrays: tuple[Any, ...]
-) -> tuple[Any, jax.Array]:
-    return SCHEDULES[name].run(cell, params, xs, state, static.joined(arrays))
-
-
 @dataclass(frozen=True)
 class Run:
     """One run over time; a layer's `walk` runs its parts through it (see `Layer.walk`)."""
@@ -278,48 +268,47 @@ class Run:
     def scan(self, cell: Layer, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
         """Runs a recurrent layer step by step, by the schedule that suits it."""
         # A cell that is known to have no randomness gets no key, even where other layers of the model use one.
-        steps = replace(self.steps, key=None) if cell.uses_key is False else self.steps
+        without = self.steps.key is None or cell.uses_key is False
+        steps = self.steps.without_key() if without else self.steps
         # The type of a loop's carry is fixed, and may include a sharding: that of the inputs, or of a step's result.
         state = placed(state, batch_spec(len(self.batch_shape), sequences=xs), 0)
         state = placed_as(state, check_step(cell, params, one_step(xs), state, steps.key))
-        loop, name, reason = self._loop(cell, params, xs, state, steps)
-        self.chosen.append((cell, name, reason))
+        task = Task.of(cell, params, xs, state, steps)
+        form, name, plan = self._plan(task)
+        self.chosen.append((cell, name, plan.reason))
         state = varying_as(state, params, xs, steps.valid, steps.resets, steps.key)
+        task = replace(task, form=form, state=state, restart=restarts(cell, params, xs, state, steps))
         if steps.valid is None or not xs.shape[0]:
-            return loop(state)
+            return plan(task)
         # A state that no valid step consumes stays out of the loop: if it were held over invalid steps, a NaN in it
         # would be multiplied by the zero gradients of those steps.
         met, any_valid = steps.meets(), steps.valid.any(0)
         restart = placed_as(cell.initial_state(params, self.batch_shape), state)
-        last, ys = loop(select(met, state, restart))
+        last, ys = plan(replace(task, state=select(met, state, restart)))
         return select(any_valid, last, state), ys
 
-    def _loop(
-        self, cell: Layer, params: Any, xs: jax.Array, state: Any, steps: Steps
-    ) -> tuple[Callable[[Any], tuple[Any, Any]], str, str]:
-        """The loop over all steps, as a function of the state before it; and which schedule that is, and why."""
+    def _plan(self, task: Task) -> tuple[Any, str, Plan]:
+        """The form that is run, by which schedule, and its plan."""
         note = ""
-        if self._reads(cell, xs):
-            step = read_step(cell, params, one_step(xs), state, steps)
-            if isinstance(step, Step):
-                name, reason = step.choose(state, xs, steps, self.backend)
-                if name is not None:
-                    restart = None if steps.resets is None else cell.initial_state(params, self.batch_shape)
-                    return lambda state: step.run(name, xs, state, restart, steps), name, reason
-                note = f"; {reason}"
+        if self._reads(task):
+            step = read_step(task)
+            if isinstance(step, Refusal):
+                note = f"; its step is not read as that of an affine cell: {step.reason}"
             else:
-                note = f"; its step is not read as that of an affine cell: {step}"
+                found = step.plan(replace(task, form=step), self.backend)
+                if not isinstance(found, Refusal):
+                    return step, *found
+                note = f"; {found.reason}"
         try:
-            name, reason = choose(cell, params, xs, steps, self.backend)
+            name, plan = choose(task, self.backend)
         except ValueError as error:
             raise ValueError(f"{error}{note}") from None
-        return lambda state: _loop(name, cell, params, xs, state, *steps.parted()), name, reason + note
+        return task.form, name, replace(plan, reason=plan.reason + note)
 
-    def _reads(self, cell: Layer, xs: jax.Array) -> bool:
+    def _reads(self, task: Task) -> bool:
         """Whether a cell's step is read: where it says nothing of its form, and a schedule could use that."""
-        some = isinstance(xs.shape[0], int) and xs.shape[0] > 0
-        declared = getattr(cell, "is_affine", False) or getattr(cell, "is_linear", False)
-        return some and self.backend in (None, "hoisted", "native") and not declared
+        some = isinstance(task.xs.shape[0], int) and task.xs.shape[0] > 0
+        return some and self.backend in (None, "hoisted", "native") and task.form is None
 
     def child(self, index: int) -> Run:
         """The run of a layer's part, with randomness of its own."""

@@ -26,15 +26,17 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jrnn._core.devices import default_device, is_placed
-from jrnn.cells.base import emitted_fields, product, side_by_side
+from jrnn.cells.base import product, side_by_side
+from jrnn.cells.form import AffineForm
 from jrnn.schedules import promises
 from jrnn.schedules.layout import Rows, Units
+from jrnn.schedules.plan import Task
 from jrnn.schedules.read import pack, parts, slots, unpack
-from jrnn.schedules.steps import Steps, checkpointed, chunked, times_in_a_body, zeroed
+from jrnn.schedules.steps import Steps, chunked, times_in_a_body
 
 
 @dataclass(frozen=True)
-class Plan:
+class Options:
     """What is static about a run: it compiles once for each.
 
     ``sums`` says of each gate whether ``u + v`` is enough; ``forward`` and ``backward`` are the layouts of the loop and
@@ -42,29 +44,19 @@ class Plan:
     is kept for a derivative, and ``read`` whether what the gates read is, or is made again there.
     """
 
-    cell: Any
     sums: tuple[bool, ...]
     forward: Rows | Units
     backward: Rows | Units
     chunk: int
     keep: bool
     read: bool
-    reverse: bool
-    unroll: int
-
-    @property
-    def gates(self) -> int:
-        return len(self.sums)
 
 
 class Inputs(NamedTuple):
     """What the loop is differentiated by."""
 
-    params: Any
+    form: AffineForm
     xs: jax.Array
-    theta: Any
-    w_hh: jax.Array
-    mask: Any
     state: Any
     restart: Any
 
@@ -76,33 +68,11 @@ class Kept(NamedTuple):
     read: Any
 
 
-class Schedule(NamedTuple):
-    """What steers the loop and has no derivative.
-
-    A key and the layer's path in the model, and of each step its time, whether it is valid, and resets.
-    """
-
-    key: Any
-    path: Any
-    times: Any
-    valid: Any
-    resets: Any
-
-
-def run(cell: Any, params: Any, xs: jax.Array, state: Any, restart: Any, steps: Steps) -> tuple[Any, jax.Array]:
-    """An affine cell over all steps; ``ys`` in the state's dtype."""
-    weights = (cell.theta(params), cell.recurrent_weights(params), cell.recurrent_mask(params))
-
-    def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
-        xs, valid, resets, times = inputs
-        inputs = Inputs(params, xs, *weights, state, restart)
-        schedule = Schedule(steps.key, () if steps.key is None else steps.path, times, valid, resets)
-        last, outs, _ = loop(make_plan(cell, inputs, steps), inputs, schedule)
-        ys = side_by_side(outs)
-        return last, ys if valid is None else zeroed(valid, ys)
-
-    inputs = (xs, steps.valid, steps.resets, steps.times(xs.shape[0]))
-    return checkpointed(segment, state, inputs, xs.shape[0], steps)
+def run(options: Any, task: Task) -> tuple[Any, jax.Array]:
+    """An affine form over all steps; ``ys`` in the state's dtype."""
+    inputs = Inputs(task.form, task.xs, task.state, task.restart)
+    last, outs, _ = loop(choose_options(inputs, task.steps), inputs, task.steps)
+    return last, side_by_side(outs)
 
 
 # --- choices, made from shapes alone -----------------------------------------------------------------------------
@@ -129,25 +99,25 @@ class Limits(NamedTuple):
 LIMITS = Limits()
 
 
-def make_plan(cell: Any, inputs: Inputs, steps: Steps) -> Plan:
+def choose_options(inputs: Inputs, steps: Steps) -> Options:
     """How a run over these inputs is laid out."""
-    time, *batch, features = inputs.xs.shape
-    count, hidden = math.prod(batch), inputs.w_hh.shape[0]
+    form, (time, *batch, features) = inputs.form, inputs.xs.shape
+    count, hidden = math.prod(batch), form.hidden
     forward: Rows | Units = Rows()
     backward: Rows | Units = Rows()
     known = isinstance(time, int) and isinstance(count, int)  # not symbols, as in a program that is exported for any
     # Elsewhere than on a CPU other layouts were never measured, and two parts are twice the launches.
-    quiet = steps.key is None or not cell.draws_at_steps  # where a key is used the axes' order would show
+    quiet = steps.key is None or not form.gates.draws  # where a key is used the axes' order would show
     several = known and quiet and count >= LIMITS.sequences and default_device().platform == "cpu"
     placed = any(map(is_placed, jax.tree.leaves((inputs.xs, inputs.state))))  # other layouts cut or join the batch
-    if several and not placed and promises.elementwise(cell, inputs.theta, inputs.state):
+    if several and not placed and promises.elementwise(form.gates, form.theta, inputs.state):
         in_parts = count % 2 == 0 and count >= LIMITS.parts_sequences and count * hidden >= LIMITS.parts
         forward = Units(2 if in_parts else 1) if count * hidden >= LIMITS.units else Rows()
         backward = Units() if hidden >= LIMITS.backward else Rows()
-    sums = promises.sums(cell, inputs.theta, inputs.state)
+    sums = promises.sums(form.gates, form.theta, inputs.state)
     read = features + hidden >= LIMITS.read
     chunk = choose_chunk(time, count, len(sums) * hidden) if known else time
-    return Plan(cell, sums, forward, backward, chunk, False, read, steps.reverse, steps.unroll)
+    return Options(sums, forward, backward, chunk, False, read)
 
 
 def choose_chunk(time: int, count: int, width: int) -> int:
@@ -162,114 +132,114 @@ def choose_chunk(time: int, count: int, width: int) -> int:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def loop(plan: Plan, inputs: Inputs, schedule: Schedule) -> tuple[Any, Any, Any]:
+def loop(options: Options, inputs: Inputs, steps: Steps) -> tuple[Any, Any, Any]:
     """The state after the last step, the fields that the cell emits after every step, and what a derivative needs.
 
     The last is None unless it is to be kept.
     """
-    cell, layout, batch = plan.cell, plan.forward, inputs.xs.shape[1:-1]
-    w_hh = layout.weights(inputs.w_hh)
-    masks, restarts = layout.enter(inputs.mask), layout.enter(inputs.restart)
+    form, layout, batch = inputs.form, options.forward, inputs.xs.shape[1:-1]
+    w_hh = layout.weights(form.w_hh)
+    masks, restarts = layout.enter(form.mask), layout.enter(inputs.restart)
 
     def advance(state: Any, step: Any, mask: Any, restart: Any, time: Any) -> tuple[Any, Any]:
         u, valid, resets = step
         if resets is not None:
             state = layout.select(resets, restart, state)
         v = layout.product(fed(state.h, mask), w_hh)
-        key = Steps(key=schedule.key, path=schedule.path).key_at(time)
-        new = layout.gates(cell, inputs.theta, u, layout.split(v, plan.gates), state, key)
+        key = steps.key_at(time)
+        new = layout.gates(form.gates, form.theta, u, layout.split(v, form.count), state, key)
         if valid is not None:
             new = layout.select(valid, new, state)
-        kept = Kept(state, v if plan.read else None) if plan.keep else None
-        return new, (fields(cell, new), kept)
+        kept = Kept(state, v if options.read else None) if options.keep else None
+        return new, (form.fields(new), kept)
 
     def body(states: Any, step: Any) -> tuple[Any, Any]:
         parts, time = step
         return both([advance(s, p, m, r, time) for s, p, m, r in zip(states, parts, masks, restarts, strict=True)])
 
-    def segment(state: Any, steps: Any) -> tuple[Any, Any]:
-        xs, times, valid, resets = steps
-        u = cell.project(inputs.params, xs)
-        us, flags = layout.enter(u, steps=True), layout.enter_flags((valid, resets), steps=True)
+    def segment(state: Any, given: Any) -> tuple[Any, Any]:
+        xs, times, valid, resets = given
+        u = form.project(xs)
+        us, flags = layout.enter(u, steps=True), layout.enter((valid, resets), steps=True, flags=True)
         parts = tuple((u, *flags) for u, flags in zip(us, flags, strict=True))
-        last, outs = scan(plan, body, layout.enter(state), (parts, times))
+        last, outs = scan(steps, body, layout.enter(state), (parts, times))
         ys, kept = (layout.leave(parts, batch, steps=True) for parts in both(outs))
-        if plan.keep and plan.read:
-            kept = Kept(kept.before, pack(cell, plan.sums, u, kept.read))
+        if options.keep and options.read:
+            kept = Kept(kept.before, pack(options.sums, u, kept.read))
         return layout.leave(last, batch), (ys, kept)
 
-    last, (ys, kept) = chunks(plan, segment, inputs.state, (inputs.xs, *schedule[2:]))
+    last, (ys, kept) = chunks(options, steps, segment, inputs.state, (inputs.xs,))
     return last, ys, kept
 
 
 @functools.partial(loop.defjvp, symbolic_zeros=True)
-def _loop_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    inputs, schedule = primals
-    last, ys, kept = loop(replace(plan, keep=True), inputs, schedule)
+def _loop_jvp(options: Options, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    inputs, steps = primals
+    last, ys, kept = loop(replace(options, keep=True), inputs, steps)
     d = jax.tree.map(lambda t: None if isinstance(t, SymbolicZero) else t, tangents[0], is_leaf=_is_zero)
-    return (last, ys, kept if plan.keep else None), tangent(plan, inputs, schedule, kept, d)
+    return (last, ys, kept if options.keep else None), tangent(options, inputs, steps, kept, d)
 
 
 # --- its derivative ----------------------------------------------------------------------------------------------
 
 
-def tangent(plan: Plan, inputs: Inputs, schedule: Schedule, kept: Kept, d: Inputs) -> tuple[Any, Any, Any]:
+def tangent(options: Options, inputs: Inputs, steps: Steps, kept: Kept, d: Inputs) -> tuple[Any, Any, Any]:
     """The derivative of `loop` in the direction ``d``, whose leaves are None where nothing moves."""
-    cell, layout, batch = plan.cell, plan.backward, inputs.xs.shape[1:-1]
-    w_hh = layout.weights_t(inputs.w_hh)
-    (mask,), (restart,) = layout.enter(inputs.mask), layout.enter(dense(inputs.restart, d.restart))
-    dtheta = dense(inputs.theta, d.theta)
-    count, places = parts(plan.sums), slots(plan.sums)
+    form, layout, batch = inputs.form, options.backward, inputs.xs.shape[1:-1]
+    w_hh = layout.weights_t(form.w_hh)
+    (mask,), (restart,) = layout.enter(form.mask), layout.enter(dense(inputs.restart, d.restart))
+    dtheta = dense(form.theta, d.form.theta)
+    count, places = parts(options.sums), slots(options.sums)
 
     def body(ds: Any, step: Any) -> tuple[Any, Any]:
         read, dread, state, valid, resets, time = step
         if resets is not None:
             ds = layout.select(resets, restart, ds)
-        key = Steps(key=schedule.key, path=schedule.path).key_at(time)
+        key = steps.key_at(time)
         dv = layout.product_t(fed(ds.h, mask), w_hh)
 
         def gates(theta: Any, parts: Any, state: Any) -> Any:
-            return layout.gates(cell, theta, *unpack(plan.sums, parts), state, key)
+            return layout.gates(form.gates, theta, *unpack(options.sums, parts), state, key)
 
         # Checkpointed, so that the transposed loop recomputes the gates instead of reading their derivatives from
         # memory; with all that only rearranges inside, or that would be done in a loop of its own, and kept.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def moved(read: Any, state: Any, theta: Any, dread: Any, dv: Any, ds: Any, dtheta: Any) -> Any:
             parts, dparts = layout.split(read, count), list(layout.split(dread, count))
-            for slot, part in zip(places, layout.split(dv, plan.gates), strict=True):
+            for slot, part in zip(places, layout.split(dv, form.count), strict=True):
                 dparts[slot] = dparts[slot] + part
             dnew = jax.jvp(gates, (theta, parts, state), (dtheta, tuple(dparts), ds))[1]
-            return dnew, tuple(dparts) if plan.keep and plan.read else None
+            return dnew, tuple(dparts) if options.keep and options.read else None
 
-        dnew, dparts = moved(read, state, inputs.theta, dread, dv, ds, dtheta)
+        dnew, dparts = moved(read, state, form.theta, dread, dv, ds, dtheta)
         if valid is not None:
             dnew = layout.select(valid, dnew, ds)
-        return dnew, (fields(cell, dnew), Kept(ds, dparts) if plan.keep else None)
+        return dnew, (form.fields(dnew), Kept(ds, dparts) if options.keep else None)
 
-    def project(params: Any, xs: Any) -> jax.Array:
-        return jnp.concatenate(cell.project(params, xs), -1)
+    def project(form: AffineForm, xs: Any) -> jax.Array:
+        return jnp.concatenate(form.project(xs), -1)
 
-    def recur(mask: Any, w_hh: Any, h: Any) -> jax.Array:
-        return product(fed(h, mask), w_hh)
+    def recur(form: AffineForm, h: Any) -> jax.Array:
+        return product(fed(h, form.mask), form.w_hh)
 
     # Checkpointed: what a chunk of the tangent needs is made again backwards, from what the loop kept, chunk by chunk.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def segment(ds: Any, steps: Any) -> tuple[Any, Any]:
-        xs, dxs, before, read, times, valid, resets = steps
-        u, du = jvp_of(project, (inputs.params, xs), (d.params, dxs))
-        v, dv = jvp_of(recur, (inputs.mask, inputs.w_hh, before.h), (d.mask, d.w_hh, None))
-        read = pack(cell, plan.sums, u, v) if read is None else read
-        (inside,) = layout.enter((read, pack(cell, plan.sums, du, dv), before), steps=True)
-        (flags,) = layout.enter_flags((valid, resets), steps=True)
+    def segment(ds: Any, given: Any) -> tuple[Any, Any]:
+        xs, dxs, before, read, times, valid, resets = given
+        u, du = jvp_of(project, (form, xs), (d.form, dxs))
+        v, dv = jvp_of(recur, (form, before.h), (d.form, None))
+        read = pack(options.sums, u, v) if read is None else read
+        (inside,) = layout.enter((read, pack(options.sums, du, dv), before), steps=True)
+        (flags,) = layout.enter((valid, resets), steps=True, flags=True)
         (ds,) = layout.enter(ds)
-        last, outs = scan(plan, body, ds, (*inside, *flags, times))
+        last, outs = scan(steps, body, ds, (*inside, *flags, times))
         ys, kept = (layout.leave((part,), batch, steps=True) for part in outs)
-        if plan.keep and plan.read:
+        if options.keep and options.read:
             kept = Kept(kept.before, jnp.concatenate(kept.read, -1))
         return layout.leave((last,), batch), (ys, kept)
 
-    steps = (inputs.xs, d.xs, kept.before, kept.read, *schedule[2:])
-    last, (ys, kept) = chunks(plan, segment, dense(inputs.state, d.state), steps)
+    given = (inputs.xs, d.xs, kept.before, kept.read)
+    last, (ys, kept) = chunks(options, steps, segment, dense(inputs.state, d.state), given)
     return last, ys, kept
 
 
@@ -300,11 +270,6 @@ def dense(primal: Any, d: Any) -> Any:
     return tree.unflatten([jnp.zeros_like(p) if t is None else t for p, t in zip(leaves, moving, strict=True)])
 
 
-def fields(cell: Any, state: Any) -> tuple[jax.Array, ...]:
-    """The fields of a state that the cell emits."""
-    return tuple(getattr(state, name) for name in emitted_fields(cell))
-
-
 def fed(h: jax.Array, mask: jax.Array | None) -> jax.Array:
     """What goes into the recurrent product, of one step or of several."""
     return h if mask is None else h * lax.broadcast_to_rank(mask, h.ndim)
@@ -315,13 +280,15 @@ def both(pairs: Any) -> tuple[Any, ...]:
     return tuple(zip(*pairs, strict=True))
 
 
-def chunks(plan: Plan, segment: Any, state: Any, steps: Any) -> tuple[Any, Any]:
-    return chunked(segment, state, steps, steps[0].shape[0], plan.chunk, plan.reverse)
+def chunks(options: Options, steps: Steps, segment: Any, state: Any, given: tuple[Any, ...]) -> tuple[Any, Any]:
+    length = given[0].shape[0]
+    given = (*given, steps.times(length), steps.valid, steps.resets)
+    return chunked(segment, state, given, length, options.chunk, steps.reverse)
 
 
-def scan(plan: Plan, body: Any, state: Any, steps: Any) -> tuple[Any, Any]:
-    count = jax.tree.leaves(steps)[0].shape[0]
-    return jax.lax.scan(body, state, steps, None, plan.reverse, times_in_a_body(plan.unroll, count))
+def scan(steps: Steps, body: Any, state: Any, given: Any) -> tuple[Any, Any]:
+    count = jax.tree.leaves(given)[0].shape[0]
+    return jax.lax.scan(body, state, given, None, steps.reverse, times_in_a_body(steps.unroll, count))
 
 
 def _is_zero(t: Any) -> bool:

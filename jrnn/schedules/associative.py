@@ -12,35 +12,35 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn._core.devices import varying_as
-from jrnn.cells.base import compute_params, emitted
+from jrnn.cells.form import LinearForm
 from jrnn.cells.linear import LinearCell
 from jrnn.schedules.linear import choose_linear, linear_scan
-from jrnn.schedules.steps import Steps, checkpointed, expand, restarts, select, zeroed
+from jrnn.schedules.plan import Plan, Refusal, Task
+from jrnn.schedules.steps import expand, select
 
-__all__ = ["run", "serves"]
-
-
-def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
-    if not (isinstance(cell, LinearCell) and cell.is_linear):
-        return False, "it runs linear cells (jrnn.LinearCell), whose step is h = a * h + b, with a and b of the input"
-    state = jax.eval_shape(lambda params: cell.initial_state(params, xs.shape[1:-1]), params)
-    name, reason = choose_linear((xs.shape[0], *state[0].shape), state[0].dtype, None, xs)
-    return True, f"the cell is linear in its state, and runs as jrnn.linear_scan ({name}: {reason})"
+__all__ = ["plan", "run"]
 
 
-def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tuple[Any, jax.Array]:
-    restart = restarts(cell, params, xs, state, steps)
-    params = compute_params(params, xs.dtype)
+def plan(task: Task) -> Plan | Refusal:
+    if not isinstance(task.form, LinearForm):
+        return Refusal("it runs linear cells (jrnn.LinearCell), whose step is h = a * h + b, with a and b of the input")
+    h = task.state[0]
+    name, reason = choose_linear((task.xs.shape[0], *h.shape), h.dtype, None, task.xs)
+    reason = f"the cell is linear in its state, and runs as jrnn.linear_scan ({name}: {reason})"
+    return Plan(run, reason, of_form=True)
+
+
+def run(options: Any, task: Task) -> tuple[Any, Any]:
+    steps, state = task.steps, task.state
 
     def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
-        return _segment(cell, params, state, restart, steps.reverse, *inputs)
+        return _segment(task.form.cell, task.form.params, state, task.restart, steps.reverse, *inputs)
 
-    inputs = (xs, steps.valid, steps.resets)
-    if xs.shape[0] == 0:
+    inputs = (task.xs, steps.valid, steps.resets)
+    if task.xs.shape[0] == 0:
         ys = jax.eval_shape(segment, state, jax.tree.map(_one_step, inputs))[1]
-        return state, emitted(jnp.zeros((0, *ys.shape[1:]), ys.dtype), xs)
-    state, ys = checkpointed(segment, state, inputs, xs.shape[0], steps)
-    return state, emitted(ys, xs)
+        return state, jnp.zeros((0, *ys.shape[1:]), ys.dtype)
+    return segment(state, inputs)
 
 
 def _one_step(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -66,7 +66,7 @@ def _segment(
     hs = linear_scan(a, b, varying_as(state[0], a, b), resets=resets, reverse=reverse)
     ys = cell.readout(params, hs, inputs)
     last = type(state)(hs[0 if reverse else -1], *rest)
-    return last, ys if valid is None else zeroed(valid, ys)
+    return last, ys
 
 
 class Before:

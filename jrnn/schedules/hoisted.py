@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-
-from jrnn.cells.base import compute_params, emitted
+from jrnn.cells.base import compute_params
 from jrnn.schedules import affine, parts
-from jrnn.schedules.steps import Steps, restarts, scan
+from jrnn.schedules.plan import Plan, Refusal, Task
+from jrnn.schedules.steps import scan
 
 
-def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
-    if getattr(cell, "hoistable", False):
-        return True, "the cell declares its input projection, which is taken out of the loop over time"
-    return False, "the cell defines only its step, so nothing is known to be free of the state"
+def plan(task: Task) -> Plan | Refusal:
+    reason = "the cell declares its input projection, which is taken out of the loop over time"
+    if task.affine is not None:
+        return Plan(affine.run, reason, of_form=True)
+    if getattr(task.cell, "hoistable", False):
+        return Plan(run, reason)
+    return Refusal("the cell defines only its step, so nothing is known to be free of the state")
 
 
-def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tuple[Any, jax.Array]:
-    restart = restarts(cell, params, xs, state, steps)
-    params = compute_params(params, xs.dtype)
-    if getattr(cell, "is_affine", False):
-        state, ys = affine.run(cell, params, xs, state, restart, steps)
-        return state, emitted(ys, xs)
-    state, ys = scan(cell, params, xs, state, restart, steps, cell.project, cell.update, parts.scan)
-    return state, emitted(ys, xs)
+def run(options: Any, task: Task) -> tuple[Any, Any]:
+    cell, params = task.cell, compute_params(task.params, task.xs.dtype)
+    return scan(params, task.xs, task.state, task.restart, task.steps, cell.project, cell.update, parts.scan)

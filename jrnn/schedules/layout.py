@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn.cells.base import product, stable
+from jrnn.cells.form import Gates
 from jrnn.schedules.steps import select as select_rows
 
 
@@ -23,12 +24,11 @@ from jrnn.schedules.steps import select as select_rows
 class Rows:
     """Features last, as they come."""
 
-    def enter(self, tree: Any, steps: bool = False) -> tuple[Any, ...]:
-        """Features of one step, or of ``steps``, in this layout: one tree for each part of the batch."""
-        return (tree,)
+    def enter(self, tree: Any, steps: bool = False, flags: bool = False) -> tuple[Any, ...]:
+        """Arrays of one step, or of ``steps``, in this layout: a tree for each part of the batch.
 
-    def enter_flags(self, tree: Any, steps: bool = False) -> tuple[Any, ...]:
-        """Booleans of each sequence, likewise."""
+        ``flags`` have no axis of features.
+        """
         return (tree,)
 
     def leave(self, parts: tuple[Any, ...], batch: tuple[int, ...], steps: bool = False) -> Any:
@@ -59,8 +59,8 @@ class Rows:
         """An array for each gate."""
         return tuple(jnp.split(z, count, axis=-1))
 
-    def gates(self, cell: Any, theta: Any, u: Any, v: Any, state: Any, key: Any) -> Any:
-        return cell.combine(theta, u, v, state, key)
+    def gates(self, gates: Gates, theta: Any, u: Any, v: Any, state: Any, key: Any) -> Any:
+        return gates.combine(theta, u, v, state, key)
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,13 @@ class Units:
 
     parts: int = 1
 
-    def enter(self, tree: Any, steps: bool = False) -> tuple[Any, ...]:
+    def enter(self, tree: Any, steps: bool = False, flags: bool = False) -> tuple[Any, ...]:
         def part(i: int, a: jax.Array) -> jax.Array:
-            a = a.reshape(*a.shape[: int(steps)], math.prod(a.shape[int(steps) : -1]), a.shape[-1])
-            n = a.shape[-2] // self.parts
-            return jnp.swapaxes(lax.slice_in_dim(a, i * n, (i + 1) * n, axis=a.ndim - 2), -1, -2)
-
-        return tuple(jax.tree.map(functools.partial(part, i), tree) for i in range(self.parts))
-
-    def enter_flags(self, tree: Any, steps: bool = False) -> tuple[Any, ...]:
-        def part(i: int, a: jax.Array) -> jax.Array:
-            a = a.reshape(*a.shape[: int(steps)], math.prod(a.shape[int(steps) :]))
-            n = a.shape[-1] // self.parts
-            return lax.slice_in_dim(a, i * n, (i + 1) * n, axis=a.ndim - 1)
+            lead, features = a.shape[: int(steps)], () if flags else a.shape[-1:]
+            a = a.reshape(*lead, math.prod(a.shape[len(lead) : a.ndim - len(features)]), *features)
+            n = a.shape[len(lead)] // self.parts
+            a = lax.slice_in_dim(a, i * n, (i + 1) * n, axis=len(lead))
+            return a if flags else jnp.swapaxes(a, -1, -2)
 
         return tuple(jax.tree.map(functools.partial(part, i), tree) for i in range(self.parts))
 
@@ -114,6 +108,6 @@ class Units:
     def split(self, z: jax.Array, count: int) -> tuple[jax.Array, ...]:
         return tuple(jnp.split(z, count, axis=-2))
 
-    def gates(self, cell: Any, theta: Any, u: Any, v: Any, state: Any, key: Any) -> Any:
+    def gates(self, gates: Gates, theta: Any, u: Any, v: Any, state: Any, key: Any) -> Any:
         # An elementwise function does not mind that the axes are swapped, if vectors are given an axis for sequences.
-        return cell.combine(jax.tree.map(lambda a: a[:, None], theta), u, v, state, None)
+        return gates.combine(jax.tree.map(lambda a: a[:, None], theta), u, v, state, None)

@@ -27,33 +27,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jrnn.cells.base import Cell, emitted
+from jrnn.cells.base import Cell
 from jrnn.schedules.linear import linear_scan
-from jrnn.schedules.steps import Steps, checkpointed, expand, restarts, select, zeroed
+from jrnn.schedules.plan import Plan, Refusal, Task
+from jrnn.schedules.steps import expand, select
 
-__all__ = ["DENSE", "ITERATIONS", "Solution", "run", "serves", "solve"]
+__all__ = ["DENSE", "ITERATIONS", "Solution", "plan", "run", "solve"]
 
 DENSE = 16  # numbers of a state whose Jacobians are taken whole
 ITERATIONS = 40
 ROUNDING = 32  # units in the last place that a residual may have
 
 
-def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
+def plan(task: Task) -> Plan | Refusal:
+    cell, params, xs = task.cell, task.params, task.xs
     if not (isinstance(cell, Cell) or hasattr(cell, "step")):
-        return False, "it runs cells, which have a step"
-    if steps.key is not None and cell.uses_key is not False:
-        return False, "it knows nothing of what may be drawn at each step"
+        return Refusal("it runs cells, which have a step")
+    if task.steps.key is not None and cell.uses_key is not False:
+        return Refusal("it knows nothing of what may be drawn at each step")
     if not isinstance(xs.shape[0], int):
-        return False, "T is a symbol, and it iterates over all steps at once"
-    batch = xs.shape[1 : xs.ndim - cell.event_ndim]
-    state = jax.eval_shape(lambda params: cell.initial_state(params, batch), params)
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves(state)}
+        return Refusal("T is a symbol, and it iterates over all steps at once")
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(task.state)}
     if len(dtypes) != 1 or not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
         found = ", ".join(sorted(map(str, dtypes))) or "nothing"
-        return False, f"it solves for a state of real numbers of one dtype, and this one has {found}"
+        return Refusal(f"it solves for a state of real numbers of one dtype, and this one has {found}")
     size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda p: cell.initial_state(p, ()), params)))
     kind = "whole Jacobians" if size <= DENSE else "the diagonals of Jacobians"
-    return True, f"Newton's method over all steps at once, with {kind}; a scan where it does not converge"
+    return Plan(run, f"Newton's method over all steps at once, with {kind}; a scan where it does not converge")
 
 
 class Given(NamedTuple):
@@ -77,22 +77,15 @@ class Solution(NamedTuple):
     iterations: jax.Array
 
 
-def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> tuple[Any, jax.Array]:
-    restart = restarts(cell, params, xs, state, steps)
-
-    def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
-        given = Given(params, inputs[0], state, restart, *inputs[1:])
-        states = solve(cell, steps.reverse, given).states
-        _, ys = _steps(cell, params, before(states, given, steps.reverse), inputs[0])
-        last = jax.tree.map(lambda s: s[0 if steps.reverse else -1], states)
-        return last, ys if given.valid is None else zeroed(given.valid, ys)
-
-    inputs = (xs, steps.valid, steps.resets)
+def run(options: Any, task: Task) -> tuple[Any, Any]:
+    cell, params, xs, state, steps = task.cell, task.params, task.xs, task.state, task.steps
     if xs.shape[0] == 0:
         ys = jax.eval_shape(lambda x: cell.step(params, state, x), jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype))[1]
-        return state, jax.tree.map(lambda y: jnp.zeros((0, *y.shape), y.dtype), emitted(ys, xs))
-    state, ys = checkpointed(segment, state, inputs, xs.shape[0], steps)
-    return state, emitted(ys, xs)
+        return state, jax.tree.map(lambda y: jnp.zeros((0, *y.shape), y.dtype), ys)
+    given = Given(params, xs, state, task.restart, steps.valid, steps.resets)
+    states = solve(cell, steps.reverse, given).states
+    _, ys = _steps(cell, params, before(states, given, steps.reverse), xs)
+    return jax.tree.map(lambda s: s[0 if steps.reverse else -1], states), ys
 
 
 # --- the equations -----------------------------------------------------------------------------------------------

@@ -66,13 +66,12 @@ class Parts:
             outside(form.program, form.after, inside)
             return [inside[out] if isinstance(out, int) else jnp.asarray(out.value) for out in form.outputs]
 
-        def segment(state: Any, xs: Any) -> tuple[Any, Any]:
+        def run(xs: Any, state: Any, steps: Steps) -> tuple[Any, Any]:
             plan = Plan(form, jax.tree.leaves(xs)[0].shape[0], steps.reverse, steps.unroll)
             last, emitted, _ = loop(plan, Inputs(invariant, jax.vmap(before)(xs), state))
             return last, jax.vmap(after)(xs, emitted)
 
-        time = jax.tree.leaves(xs)[0].shape[0]
-        last, ys = checkpointed(segment, tuple(carry), xs, time, steps)
+        last, ys = checkpointed(run, xs, tuple(carry), steps)
         outs = typed(form.program, [*last, *ys])
         return outs[: form.carry], outs[form.carry :]
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn._core.checks import same_form
-from jrnn.cells.traced import TracedCell
+from jrnn.cells.form import ReadGates
 from jrnn.jaxprs.flat import Program, flatten
 from jrnn.jaxprs.per_unit import PerUnit, Unread
 
@@ -25,7 +25,7 @@ def elementwise(cell: Any, theta: Any, state: Any) -> bool:
     """
     if cell.elementwise is False or any(jnp.ndim(leaf) != 1 for leaf in jax.tree.leaves(theta)):
         return False
-    return isinstance(cell, TracedCell) or _is_elementwise(cell, Forms.of(theta, state))
+    return isinstance(cell.combine, ReadGates) or _is_elementwise(cell, Forms.of(theta, state))
 
 
 def sums(cell: Any, theta: Any, state: Any) -> tuple[bool, ...]:

@@ -34,11 +34,10 @@ def unpack(sums: tuple[bool, ...], read: Any) -> tuple[Any, Any]:
     return u, tuple(jnp.zeros_like(u[g]) if slot == g else read[slot] for g, slot in enumerate(slots(sums)))
 
 
-def pack(cell: Any, sums: tuple[bool, ...], u: Any, v: jax.Array) -> jax.Array:
+def pack(sums: tuple[bool, ...], u: Any, v: jax.Array) -> jax.Array:
     """What the gates read of ``u`` (one array, or one a gate) and ``v``, side by side."""
     if all(sums):
         return (u if isinstance(u, jax.Array) else jnp.concatenate(u, -1)) + v
-    us = cell.split(u) if isinstance(u, jax.Array) else u
-    vs = cell.split(v)
+    us, vs = (tuple(jnp.split(a, len(sums), -1)) if isinstance(a, jax.Array) else a for a in (u, v))
     summed = [a + b if s else a for a, b, s in zip(us, vs, sums, strict=True)]
     return jnp.concatenate([*summed, *(b for b, s in zip(vs, sums, strict=True) if not s)], -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,13 +19,20 @@ from jrnn.jaxprs.flat import calls
 SEQUENCE = 0xFFFFFFFF
 
 
-@dataclass(frozen=True)
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("valid", "resets", "key", "start", "path"),
+    meta_fields=("reverse", "remat", "unroll"),
+)
+@dataclass(frozen=True, eq=False)
 class Steps:
     """How to run steps: which are valid, where to restart, in which order, with which randomness and memory.
 
     ``valid`` and ``resets`` are ``(T, *B)`` booleans or None. ``key`` is the run's key, ``start`` the absolute time of
     the first step and ``path`` the position of the layer in the model: the key of a step is ``key`` with the time and
     then each index of the path folded in. The numbers of a path may be traced.
+
+    A pytree, equal in its tree for layers that differ in their place alone.
     """
 
     valid: jax.Array | None = None
@@ -39,16 +47,8 @@ class Steps:
     def child(self, index: int) -> Steps:
         return replace(self, path=(*self.path, index))
 
-    def parted(self) -> tuple[Steps, tuple[Any, ...]]:
-        """What is static, and what is or may be traced: the same for layers that differ in their place alone."""
-        random = (0, ()) if self.key is None else (self.start, self.path)
-        static = replace(self, valid=None, resets=None, key=None, start=0, path=())
-        return static, (self.valid, self.resets, self.key, *random)
-
-    def joined(self, arrays: tuple[Any, ...]) -> Steps:
-        """From both parts the whole."""
-        valid, resets, key, start, path = arrays
-        return replace(self, valid=valid, resets=resets, key=key, start=start, path=path)
+    def without_key(self) -> Steps:
+        return replace(self, key=None, start=0, path=())
 
     def opposite(self) -> Steps:
         """The same steps run from the other end, where a boundary is met at the last valid step before it."""
@@ -125,7 +125,6 @@ def zeroed(valid: jax.Array, tree: Any) -> Any:
 
 
 def scan(
-    cell: Any,
     params: Any,
     xs: jax.Array,
     state: Any,
@@ -135,11 +134,11 @@ def scan(
     step: Callable[..., tuple[Any, jax.Array]],
     loop: Callable[..., tuple[Any, Any]] = lax.scan,
 ) -> tuple[Any, jax.Array]:
-    """``step(params, state, p, key)`` over what ``project(params, xs)`` gives, under the sequence contract.
+    """``step(params, state, p, key)`` over what ``project(params, xs)`` gives.
 
-    ``loop`` runs a body as `jax.lax.scan` does.
+    At steps that are not valid the state is held, and outputs may be anything. ``loop`` runs a body as `jax.lax.scan`
+    does.
     """
-    length = xs.shape[0]
 
     def body(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
         p, valid, resets, time = inputs
@@ -148,17 +147,11 @@ def scan(
         new, y = step(params, state, p, steps.key_at(time))
         if valid is not None:
             new = select(valid, new, state)
-            y = zeroed(valid, y)
         return new, y
 
-    def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
-        # The projection is made inside the segment, so that with remat it is recomputed and not kept for all T.
-        xs, *rest = inputs
-        unroll = times_in_a_body(steps.unroll, xs.shape[0])
-        return loop(body, state, (project(params, xs), *rest), None, steps.reverse, unroll)
-
-    inputs = (xs, steps.valid, steps.resets, steps.times(length))
-    return checkpointed(segment, state, inputs, length, steps)
+    unroll = times_in_a_body(steps.unroll, xs.shape[0])
+    inputs = (project(params, xs), steps.valid, steps.resets, steps.times(xs.shape[0]))
+    return loop(body, state, inputs, None, steps.reverse, unroll)
 
 
 def times_in_a_body(unroll: int, count: Any) -> int:
@@ -166,11 +159,19 @@ def times_in_a_body(unroll: int, count: Any) -> int:
     return max(1, min(unroll, count)) if unroll > 1 else 1
 
 
-def checkpointed(segment: Any, state: Any, inputs: Any, length: int, steps: Steps) -> tuple[Any, Any]:
-    """Runs a segment function over all steps, in chunks whose insides are recomputed backwards (Chen et al. 2016)."""
+def checkpointed(run: Callable[[Any, Any, Steps], Any], xs: Any, state: Any, steps: Steps) -> tuple[Any, Any]:
+    """``run(xs, state, steps)``, in chunks whose insides are recomputed backwards (Chen et al. 2016), as steps ask."""
+    length = jax.tree.leaves(xs)[0].shape[0]
     chunk = steps.chunk(length)
     if chunk is None:
-        return segment(state, inputs)
+        return run(xs, state, steps)
+
+    def segment(state: Any, inputs: Any) -> tuple[Any, Any]:
+        xs, valid, resets, times = inputs
+        start = 0 if times is None else times[0]
+        return run(xs, state, replace(steps, valid=valid, resets=resets, start=start, remat=None))
+
+    inputs = (xs, steps.valid, steps.resets, steps.times(length))
     return chunked(jax.checkpoint(segment, prevent_cse=False), state, inputs, length, chunk, steps.reverse)
 
 

@@ -20,7 +20,7 @@ import jrnn
 from jrnn import _interpret, testing
 from jrnn._interpret import call
 from jrnn.experimental import cudnn
-from jrnn.schedules.steps import Steps
+from jrnn.schedules import Plan, Refusal, Steps, Task
 
 F, H = 3, 4
 CELL = jrnn.lstm(H)
@@ -239,7 +239,7 @@ def test_higher_derivatives_say_what_to_take_instead(engine):
 def test_weights_stand_where_cudnn_has_them():
     """JAX's own reading of the flat weights, in an LSTM written in NumPy's float64, answers what jrnn answers."""
     trial = trial_of(CELL, batch=(2,))
-    flat = np.asarray(cudnn.flat_weights(trial.params))
+    flat = np.asarray(cudnn.flat_weights(CELL.form(trial.params)))
     assert flat.shape == (rnn.get_num_params_in_lstm(F, H, 1, False),)
     w_ih, w_hh, b_ih, b_hh = (part[0].astype(np.float64) for part in rnn.unpack_lstm_weights(flat, F, H, 1, False))
     np.testing.assert_array_equal(b_ih, trial.params["b"])
@@ -258,7 +258,7 @@ def test_weights_stand_where_cudnn_has_them():
 
 def test_gradients_come_back_to_their_parameters():
     params = trial_of(CELL).params
-    flat, pull = jax.vjp(cudnn.flat_weights, params)
+    flat, pull = jax.vjp(lambda params: cudnn.flat_weights(CELL.form(params)), params)
     cotangent = normal(np.random.default_rng(0), *flat.shape)
     w_ih, w_hh, b_ih, _ = (part[0] for part in rnn.unpack_lstm_weights(cotangent, F, H, 1, False))
     testing.compare(pull(cotangent)[0], {"w_ih": w_ih.T, "w_hh": w_hh.T, "b": b_ih}, 0.0, "gradients")
@@ -277,6 +277,10 @@ def test_refused_without_a_gpu(fresh):
         jrnn.unroll(CELL, trial.params, trial.xs, backend="cudnn")
 
 
+def task_of(cell, params, xs):
+    return Task.of(cell, params, xs, cell.initial_state(params, xs.shape[1:-1]), Steps())
+
+
 @pytest.mark.parametrize(
     ("cell", "reason"),
     [
@@ -291,7 +295,7 @@ def test_refused_without_a_gpu(fresh):
 def test_refused_cells(cell, reason, monkeypatch):
     monkeypatch.setattr(cudnn, "unavailable", lambda: None)
     params, xs = cell.init(jax.random.key(0), F), jnp.ones((5, 2, F))
-    assert not cudnn.serves(cell, params, xs, Steps())[0]
+    assert isinstance(cudnn.plan(task_of(cell, params, xs)), Refusal)
     with pytest.raises(ValueError, match=f"backend: 'cudnn' cannot run .*{reason}"):
         jrnn.unroll(cell, params, xs, backend="cudnn")
 
@@ -299,7 +303,7 @@ def test_refused_cells(cell, reason, monkeypatch):
 def test_refused_inputs(monkeypatch):
     monkeypatch.setattr(cudnn, "unavailable", lambda: None)
     params, xs = CELL.init(jax.random.key(0), F), jnp.ones((5, 2, F))
-    assert cudnn.serves(CELL, params, xs, Steps())[0]
+    assert isinstance(cudnn.plan(task_of(CELL, params, xs)), Plan)
     with pytest.raises(ValueError, match="float32 parameters and inputs here, not bfloat16 and float32"):
         jrnn.unroll(CELL, params, xs.astype(jnp.bfloat16), backend="cudnn")
     with pytest.raises(ValueError, match="cannot restart inside a sequence"):

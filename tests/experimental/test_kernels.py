@@ -4,6 +4,7 @@ Here they run in Pallas' interpreters and are lowered for the devices they are m
 An interpreted kernel takes seconds to compile, once for every warpgroup if there are several: few tests, of few units.
 """
 
+import dataclasses
 import functools
 import operator
 import os
@@ -58,8 +59,7 @@ SMALL = {"cluster": Chip(132, 94_000), "grid": Chip(3, 15_000), "parts": Chip(3,
 
 def row(device, interpret=True, chip=None):
     target = kernels.Target(device, interpret, chip or Chip())
-    serves, run = (functools.partial(f, target=target) for f in (kernels.serves, kernels.run))
-    return schedules.Schedule(serves, run, automatic=False)
+    return schedules.Schedule(functools.partial(kernels.plan, target=target), automatic=False)
 
 
 # The kernels as schedules by the names of their devices: interpreted, and as they would be compiled.
@@ -362,6 +362,10 @@ PRECISIONS = {
 }
 
 
+def task_of(cell, params, xs):
+    return schedules.Task.of(cell, params, xs, cell.initial_state(params, xs.shape[1:-1]), schedules.Steps())
+
+
 @pytest.mark.parametrize("device", TOLERANCE)
 @pytest.mark.parametrize("asked", PRECISIONS)
 def test_more_precision_than_the_kernels_keep_of_float32_is_refused(asked, device):
@@ -371,9 +375,9 @@ def test_more_precision_than_the_kernels_keep_of_float32_is_refused(asked, devic
     with jax.default_matmul_precision(asked):
         for dtype, expected in ((jnp.float32, device in PRECISIONS[asked]), (jnp.bfloat16, True)):
             xs = jax.ShapeDtypeStruct((2, 1, 3), dtype)
-            serves, reason = kernels.serves(cell, params, xs, schedules.Steps(), target)
-            assert serves == expected
-            assert expected or f"asks for {asked}, and a kernel keeps" in reason
+            found = kernels.plan(jax.eval_shape(functools.partial(task_of, cell), params, xs), target)
+            assert isinstance(found, schedules.Plan) == expected
+            assert expected or f"asks for {asked}, and a kernel keeps" in found.reason
 
 
 # In one block, in a cluster and in a grid that receives in parts, with little shared memory to spare; and the grids of
@@ -454,10 +458,11 @@ def assert_as_exact_as_hoisted(cell, backend, dtype, time, count, features=64, *
 
 
 def test_what_kernels_are_held_against_on_a_gpu_tells_right_from_wrong(monkeypatch):
-    def run(cell, params, *args):
-        return reference.run(cell, {**params, "b": params["b"] + 0.1}, *args)
+    def run(options, task):
+        params = {**task.params, "b": task.params["b"] + 0.1}
+        return reference.run(options, dataclasses.replace(task, params=params))
 
-    wrong = schedules.Schedule(lambda *_: (True, "could"), run, automatic=False)
+    wrong = schedules.Schedule(lambda _: schedules.Plan(run, "could"), automatic=False)
     monkeypatch.setitem(schedules.SCHEDULES, "wrong", wrong)
     held = functools.partial(assert_as_exact_as_hoisted, jrnn.elman(3), time=2, count=2, features=2)
     held("reference", jnp.bfloat16)
@@ -516,16 +521,14 @@ def test_on_a_gpu_twice_is_the_same_bit_for_bit(hidden, hopper):
 
 
 def test_a_schedule_that_is_not_automatic_runs_only_where_asked_for(monkeypatch):
-    def refuse(cell, params, xs, steps):
-        return False, "never"
-
-    row = schedules.Schedule(lambda *_: (True, "could"), reference.run, automatic=False)
-    table = {"asked": row, "silent": row._replace(serves=refuse), **schedules.SCHEDULES}
-    monkeypatch.setattr(schedules, "SCHEDULES", table)
+    row = schedules.Schedule(lambda _: schedules.Plan(reference.run, "could"), automatic=False)
+    silent = schedules.Schedule(lambda _: schedules.Refusal("never"), automatic=False)
+    monkeypatch.setattr(schedules, "SCHEDULES", {"asked": row, "silent": silent, **schedules.SCHEDULES})
     cell = jrnn.gru(2)
-    params, xs, steps = cell.init(jax.random.key(0), 3), jnp.ones((4, 1, 3)), schedules.Steps()
-    name, reason = schedules.choose(cell, params, xs, steps)
+    task = task_of(cell, cell.init(jax.random.key(0), 3), jnp.ones((4, 1, 3)))
+    name, plan = schedules.choose(task)
     assert name == "hoisted"
-    assert "asked would serve, but runs only where asked for by name: could" in reason
-    assert "silent" not in reason
-    assert schedules.choose(cell, params, xs, steps, "asked") == ("asked", "could")
+    assert "asked would serve, but runs only where asked for by name: could" in plan.reason
+    assert "silent" not in plan.reason
+    name, plan = schedules.choose(task, "asked")
+    assert (name, plan.run, plan.reason) == ("asked", reference.run, "could")

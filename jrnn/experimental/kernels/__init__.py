@@ -23,12 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from jrnn._core.devices import default_device, is_placed
-from jrnn.cells.base import compute_params, emitted
 from jrnn.experimental.kernels import body, rule
-from jrnn.experimental.kernels.plan import Chip, Plan
+from jrnn.experimental.kernels.plan import Chip, Settings
 from jrnn.jaxprs.primitives import primitive
-from jrnn.schedules import promises
-from jrnn.schedules.steps import Steps, checkpointed, restarts, zeroed
+from jrnn.schedules import Plan, Refusal, Task, promises
 
 
 class Target(NamedTuple):
@@ -40,76 +38,55 @@ class Target(NamedTuple):
     chip: Chip = Chip()
 
 
-def serves(cell: Any, params: Any, xs: Any, steps: Steps, target: Target | None = None) -> tuple[bool, str]:
+def plan(task: Task, target: Target | None = None) -> Plan | Refusal:
     target = target or present()
     if target is None:
-        return False, f"a kernel needs a Hopper GPU or a TPU, and this process computes on {describe(default_device())}"
+        return Refusal(
+            f"a kernel needs a Hopper GPU or a TPU, and this process computes on {describe(default_device())}"
+        )
     try:
         device = rule.module(target.device)
     except (ImportError, AttributeError) as error:
-        return False, f"the Pallas of JAX {jax.__version__} lacks what the kernel needs: {error}"
-    if not getattr(cell, "is_affine", False):
-        return False, "a kernel takes the library's two products and the cell's gates, and this cell has its own step"
-    if cell.emits != "h":
-        return False, f"a kernel puts out the field h of the state, and the cell emits {cell.emits!r}"
-    if any(map(is_placed, jax.tree.leaves((params, xs)))):
-        return False, "the axes of a mesh are Explicit, and a kernel knows nothing of arrays that lie over one"
-    if steps.key is not None or cell.recurrent_mask(params) is not None:
-        return False, "a kernel has no randomness: pass key=None"
-
-    def parts(params: Any) -> Any:
-        params = compute_params(params, xs.dtype)
-        return cell.theta(params), cell.recurrent_weights(params), cell.initial_state(params, xs.shape[1:-1])
-
-    theta, w_hh, state = jax.eval_shape(parts, params)
-    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves((theta, state))} - {"float32"}
-    if dtypes or str(w_hh.dtype) not in ("float32", "bfloat16", "float16"):
-        names = sorted(dtypes | {str(w_hh.dtype)})
-        return False, f"a kernel takes float32, bfloat16 and float16, and this run is in {' and '.join(names)}"
+        return Refusal(f"the Pallas of JAX {jax.__version__} lacks what the kernel needs: {error}")
+    form, state = task.affine, task.state
+    if form is None:
+        return Refusal("a kernel takes the library's two products and the cell's gates, and this cell has its own step")
+    if form.emits != ("h",):
+        return Refusal(f"a kernel puts out the field h of the state, and the cell emits {form.emits!r}")
+    if any(map(is_placed, jax.tree.leaves((form, task.xs)))):
+        return Refusal("the axes of a mesh are Explicit, and a kernel knows nothing of arrays that lie over one")
+    if task.steps.key is not None or form.mask is not None:
+        return Refusal("a kernel has no randomness: pass key=None")
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves((form.theta, state))} - {"float32"}
+    if dtypes or str(form.w_hh.dtype) not in ("float32", "bfloat16", "float16"):
+        names = sorted(dtypes | {str(form.w_hh.dtype)})
+        return Refusal(f"a kernel takes float32, bfloat16 and float16, and this run is in {' and '.join(names)}")
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    if w_hh.dtype == jnp.float32 and precision not in device.PRECISIONS:
-        return False, f"jax_default_matmul_precision asks for {precision}, and a kernel keeps {device.KEPT} of float32"
-    if not promises.elementwise(cell, theta, state):
-        return False, "a kernel gives each thread units of its own, and the cell's gates are not elementwise"
-    plan = make_plan(cell, theta, state, steps, target)
-    if beyond := sorted(n for n in body.operations(plan, theta, state) if primitive(n).pallas is not True):
-        return False, f"the gates, or their derivatives, use what a kernel's language lacks: {', '.join(beyond)}"
-    return device.fits(plan, math.prod(xs.shape[1:-1]), w_hh)
+    if form.w_hh.dtype == jnp.float32 and precision not in device.PRECISIONS:
+        return Refusal(
+            f"jax_default_matmul_precision asks for {precision}, and a kernel keeps {device.KEPT} of float32"
+        )
+    if not promises.elementwise(form.gates, form.theta, state):
+        return Refusal("a kernel gives each thread units of its own, and the cell's gates are not elementwise")
+    sums = promises.sums(form.gates, form.theta, state)
+    settings = Settings(
+        form.gates.combine, form.hidden, len(state), sums, target.device, target.interpret, task.steps.reverse,
+        target.chip,
+    )  # fmt: skip
+    used = body.operations(settings, form.theta, state)
+    if beyond := sorted(name for name in used if primitive(name).pallas is not True):
+        return Refusal(f"the gates, or their derivatives, use what a kernel's language lacks: {', '.join(beyond)}")
+    fits, reason = device.fits(settings, math.prod(task.batch), form.w_hh)
+    return Plan(run, reason, settings, of_form=True, flat=True) if fits else Refusal(reason)
 
 
-def run(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps, target: Target | None = None) -> Any:
-    """An affine cell over all steps, by kernels."""
-    target = target or present()
-    if target is None:
-        raise ValueError(f"backend: expected a Hopper GPU or a TPU for 'kernel', got {describe(default_device())}")
-    restart = restarts(cell, params, xs, state, steps)
-    params = compute_params(params, xs.dtype)
-    batch = xs.shape[1:-1]
-    theta, w_hh = cell.theta(params), cell.recurrent_weights(params)
-    plan = make_plan(cell, theta, state, steps, target)
-
-    def rows(tree: Any, lead: int) -> Any:
-        """With one axis for all sequences."""
-        return jax.tree.map(lambda a: a.reshape(*a.shape[:lead], math.prod(batch), *a.shape[lead + len(batch) :]), tree)
-
-    def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
-        xs, valid, resets = inputs
-        u = jnp.concatenate(cell.project(params, xs), -1)
-        if not u.size:
-            return state, jnp.zeros((*xs.shape[:-1], cell.hidden), state.h.dtype)
-        operands = rule.Operands(rows(u, 1), w_hh, theta, rows(state, 0), rows(restart, 0))
-        last, hs = rule.recur(plan, operands, rows(valid, 1), rows(resets, 1))
-        last = jax.tree.map(lambda new, old: new.reshape(old.shape), last, state)
-        hs = hs.reshape(*xs.shape[:-1], cell.hidden)
-        return last, hs if valid is None else zeroed(valid, hs)
-
-    last, ys = checkpointed(segment, state, (xs, steps.valid, steps.resets), xs.shape[0], steps)
-    return last, emitted(ys, xs)
-
-
-def make_plan(cell: Any, theta: Any, state: Any, steps: Steps, target: Target) -> Plan:
-    sums = promises.sums(cell, theta, state)
-    return Plan(cell, sums, target.device, target.interpret, steps.reverse, target.chip)
+def run(settings: Settings, task: Task) -> Any:
+    """An affine form over all steps, by kernels."""
+    form, steps = task.form, task.steps
+    operands = rule.Operands(
+        jnp.concatenate(form.project(task.xs), -1), form.w_hh, form.theta, task.state, task.restart
+    )
+    return rule.recur(settings, operands, steps.valid, steps.resets)
 
 
 def present() -> Target | None:

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn.cells.base import product
-from jrnn.experimental.kernels.plan import Plan, Steps
+from jrnn.experimental.kernels.plan import Settings, Steps
 from jrnn.jaxprs.flat import Op, bind, flatten, run
 from jrnn.jaxprs.primitives import primitive
 from jrnn.schedules.read import unpack
 
 
-def forward(plan: Plan, theta: Any, state: Any, restart: Any, step: Steps, multiply: Any) -> tuple[Any, Any]:
+def forward(plan: Settings, theta: Any, state: Any, restart: Any, step: Steps, multiply: Any) -> tuple[Any, Any]:
     """One step: ``(met, new)``, the state that it met once resets are done and the state after it.
 
     ``step.read`` is u, one array a gate; ``multiply(h)`` gives v, one array a gate.
@@ -27,11 +27,11 @@ def forward(plan: Plan, theta: Any, state: Any, restart: Any, step: Steps, multi
     if step.resets is not None:
         state = choose(step.resets, restart, state)
     v = tuple(multiply(state.h))
-    new = inline(lambda theta, u, v, state: plan.cell.combine(theta, u, v, state, None))(theta, step.read, v, state)
+    new = inline(lambda theta, u, v, state: plan.combine(theta, u, v, state, None))(theta, step.read, v, state)
     return state, new if step.valid is None else choose(step.valid, new, state)
 
 
-def backward(plan: Plan, theta: Any, met: Any, dnew: Any, dh: Any, step: Steps, multiply: Any) -> tuple[Any, ...]:
+def backward(plan: Settings, theta: Any, met: Any, dnew: Any, dh: Any, step: Steps, multiply: Any) -> tuple[Any, ...]:
     """The transpose of `forward` at one step: ``(dtheta, dread, dstate, drestart)``.
 
     ``step.read`` is what the gates read (see `jrnn.schedules.read`), ``dnew`` what flows back into the state
@@ -56,9 +56,9 @@ def backward(plan: Plan, theta: Any, met: Any, dnew: Any, dh: Any, step: Steps, 
     return dtheta, dread, choose(step.resets, zero, dstate), choose(step.resets, dstate, zero)
 
 
-def gates(plan: Plan, theta: Any, read: Any, state: Any) -> Any:
+def gates(plan: Settings, theta: Any, read: Any, state: Any) -> Any:
     """The new state from what the gates read: ``u``, with v in it where the sum is enough, then the other v."""
-    return plan.cell.combine(theta, *unpack(plan.sums, read), state, None)
+    return plan.combine(theta, *unpack(plan.sums, read), state, None)
 
 
 def choose(flags: jax.Array, new: Any, old: Any) -> Any:
@@ -68,20 +68,23 @@ def choose(flags: jax.Array, new: Any, old: Any) -> Any:
 # --- the same in ordinary JAX: what a kernel is differentiated by ------------------------------------------------
 
 
-def scan_forward(plan: Plan, shared: Any, steps: Steps, states: Any) -> tuple[Any, Any]:
+def scan_forward(plan: Settings, shared: Any, steps: Steps, states: Any) -> tuple[Any, Any]:
     """What `Device.forward` computes, as a scan over ``(N, H)`` rows."""
     w_hh, theta = shared
     state, restart = states
 
+    def multiply(h: jax.Array) -> Any:
+        return jnp.split(product(h, w_hh), plan.gates, -1)
+
     def body(state: Any, step: Steps) -> tuple[Any, Any]:
-        met, new = forward(plan, theta, state, restart, rows(plan, step), lambda h: plan.cell.split(product(h, w_hh)))
+        met, new = forward(plan, theta, state, restart, rows(plan, step), multiply)
         return new, (new.h, met if plan.keep else None)
 
     last, kept = lax.scan(body, state, steps, reverse=plan.reverse)
     return kept, last
 
 
-def scan_backward(plan: Plan, shared: Any, steps: Any, states: Any) -> tuple[Any, Any]:
+def scan_backward(plan: Settings, shared: Any, steps: Any, states: Any) -> tuple[Any, Any]:
     """What `Device.backward` computes, as a scan over ``(N, H)`` rows."""
     w_hh, theta = shared
     dlast, zero = states
@@ -103,10 +106,10 @@ def scan_backward(plan: Plan, shared: Any, steps: Any, states: Any) -> tuple[Any
     return dread, out
 
 
-def rows(plan: Plan, step: Steps) -> Steps:
+def rows(plan: Settings, step: Steps) -> Steps:
     """A step of rows ``(N, …)``: its flags as columns, what is read as one array a part."""
     flags = (None if f is None else f[:, None] for f in (step.valid, step.resets))
-    return Steps(tuple(jnp.split(step.read, step.read.shape[-1] // plan.cell.hidden, axis=-1)), *flags)
+    return Steps(tuple(jnp.split(step.read, step.read.shape[-1] // plan.hidden, axis=-1)), *flags)
 
 
 # --- a traced function with nothing in it but operations that a kernel may hold ----------------------------------
@@ -127,9 +130,9 @@ def inline(function: Any) -> Any:
     return call
 
 
-def operations(plan: Plan, theta: Any, state: Any) -> set[str]:
+def operations(plan: Settings, theta: Any, state: Any) -> set[str]:
     """The names of the operations that a step and its transpose consist of, besides the product."""
-    row = jax.ShapeDtypeStruct((1, plan.cell.hidden), jnp.float32)
+    row = jax.ShapeDtypeStruct((1, plan.hidden), jnp.float32)
     theta, state = jax.tree.map(lambda _: row, (theta, state))
 
     def both(theta: Any, u: Any, read: Any, state: Any, dnew: Any) -> Any:

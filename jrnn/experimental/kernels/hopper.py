@@ -37,7 +37,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from jrnn.experimental.kernels import body
-from jrnn.experimental.kernels.plan import ROWS, Cut, Plan, Steps, choose
+from jrnn.experimental.kernels.plan import ROWS, Cut, Settings, Steps, choose
 
 # What is kept of float32, and the values of jax_default_matmul_precision that ask for no more.
 KEPT = "about 16 bits"
@@ -54,14 +54,14 @@ _LOAD_NEEDS_INDEX = _INDEX is not None and _INDEX.default is inspect.Parameter.e
 _UNITS = plgpu.Layout.TILED(plgpu.Tiling(((16, 16), (4, 16), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def fits(plan: Plan, count: int, w_hh: Any) -> tuple[bool, str]:
+def fits(plan: Settings, count: int, w_hh: Any) -> tuple[bool, str]:
     """Whether the weights fit one block, a cluster of blocks or all blocks of the GPU."""
-    cut, reason = choose(plan.cell.hidden, count, plan.gates, pieces(w_hh), plan.chip)
-    return cut is not None, f"{plan.gates} gates of {plan.cell.hidden} units in {w_hh.dtype} {reason}"
+    cut, reason = choose(plan.hidden, count, plan.gates, pieces(w_hh), plan.chip)
+    return cut is not None, f"{plan.gates} gates of {plan.hidden} units in {w_hh.dtype} {reason}"
 
 
-def cut_up(plan: Plan, count: int, w_hh: Any) -> Cut:
-    cut, reason = choose(plan.cell.hidden, count, plan.gates, pieces(w_hh), plan.chip)
+def cut_up(plan: Settings, count: int, w_hh: Any) -> Cut:
+    cut, reason = choose(plan.hidden, count, plan.gates, pieces(w_hh), plan.chip)
     if cut is None:
         raise ValueError(f"backend: expected weights that fit the GPU for 'kernel', got some that {reason}")
     return cut
@@ -74,7 +74,7 @@ def pieces(w_hh: Any) -> int:
 # --- the kernels -------------------------------------------------------------------------------------------------
 
 
-def forward(plan: Plan, shared: Any, steps: Steps, states: Any) -> tuple[Any, Any]:
+def forward(plan: Settings, shared: Any, steps: Steps, states: Any) -> tuple[Any, Any]:
     """``(hs, met), last``: see `body.scan_forward`, which is the same in ordinary JAX."""
     w_hh, theta = shared
     time, count, _ = steps.read.shape
@@ -121,7 +121,7 @@ def forward(plan: Plan, shared: Any, steps: Steps, states: Any) -> tuple[Any, An
     return (untiled(cut, outs["hs"]), met), jax.tree.unflatten(tree, [untiled(cut, f) for f in outs["last"]])
 
 
-def backward(plan: Plan, shared: Any, steps: Any, states: Any) -> tuple[Any, Any]:
+def backward(plan: Settings, shared: Any, steps: Any, states: Any) -> tuple[Any, Any]:
     """``dread, (dstate, drestart, dtheta)``: see `body.scan_backward`, which is the same in ordinary JAX."""
     w_hh, theta = shared
     steps, met, dhs = steps
@@ -190,7 +190,7 @@ class Block(NamedTuple):
     that they have met at before, and ``out`` where the warpgroup hands what its tensor cores give to its threads.
     """
 
-    plan: Plan
+    plan: Settings
     cut: Cut
     tile: Any
     met: Any
@@ -336,7 +336,7 @@ class Block(NamedTuple):
         return own
 
 
-def launch(plan: Plan, cut: Cut, sent: int, run: Any, inputs: Any, outputs: Any) -> Any:
+def launch(plan: Settings, cut: Cut, sent: int, run: Any, inputs: Any, outputs: Any) -> Any:
     """Runs ``run(block, inputs, outputs)`` in every warpgroup of every block for every tile of its group, once the
     block's weights are on the chip; at a step, so many arrays are sent round."""
     if cut.units != cut.hidden:
@@ -407,21 +407,21 @@ def launch(plan: Plan, cut: Cut, sent: int, run: Any, inputs: Any, outputs: Any)
     return jax.tree.unflatten(out_tree, outs)
 
 
-def load(plan: Plan, ref: Any, index: Any) -> jax.Array:
+def load(plan: Settings, ref: Any, index: Any) -> jax.Array:
     if plan.interpret:  # whose loads know no layouts
         return ref[index]
     options: dict[str, Any] = {"layout": _UNITS, "optimized": False}
     return plgpu.load(ref, index, **options) if _LOAD_NEEDS_INDEX else plgpu.load(ref.at[index], **options)
 
 
-def store(plan: Plan, ref: Any, value: jax.Array) -> None:
+def store(plan: Settings, ref: Any, value: jax.Array) -> None:
     if plan.interpret or not hasattr(plgpu, "store"):
         ref[...] = value
     else:  # which would refuse less than whole cache lines
         plgpu.store(ref, value, optimized=False)
 
 
-def laid_out(plan: Plan, value: jax.Array) -> jax.Array:
+def laid_out(plan: Settings, value: jax.Array) -> jax.Array:
     return value if plan.interpret else plgpu.layout_cast(value, _UNITS)
 
 

@@ -28,15 +28,18 @@ class Chip(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Settings:
     """What is static about a run: it compiles once for each.
 
+    ``combine`` is the function of the gates (see `jrnn.cells.form.Gates`), of H units and ``states`` fields of a state.
     ``device`` is the module of the kernels by name and ``interpret`` whether it runs through Pallas' interpreter,
     ``chip`` what it has if it is a GPU; ``sums`` says of each gate whether ``u + v`` is enough; ``keep`` says whether
     the states that the steps met are kept for a derivative.
     """
 
-    cell: Any
+    combine: Any
+    hidden: int
+    states: int
     sums: tuple[bool, ...]
     device: str
     interpret: bool

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jrnn.cells.base import product
 from jrnn.experimental.kernels import body
-from jrnn.experimental.kernels.plan import Plan, Steps
+from jrnn.experimental.kernels.plan import Settings, Steps
 from jrnn.schedules.read import pack
 
 
@@ -34,26 +34,26 @@ class Operands(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def recur(plan: Plan, operands: Operands, valid: Any, resets: Any) -> tuple[Any, jax.Array]:
+def recur(plan: Settings, operands: Operands, valid: Any, resets: Any) -> tuple[Any, jax.Array]:
     """The state after the last step, and ``h (T, N, H)`` after every step; flags are ``(T, N)`` or None."""
     return _recur(plan, operands, valid, resets)[0]
 
 
-def _recur(plan: Plan, operands: Operands, valid: Any, resets: Any) -> tuple[Any, Any]:
+def _recur(plan: Settings, operands: Operands, valid: Any, resets: Any) -> tuple[Any, Any]:
     u, w_hh, theta, state, restart = operands
     (hs, met), last = _forward(plan, (w_hh, theta), Steps(u, valid, resets), (state, restart))
     return (last, hs), (operands, valid, resets, met)
 
 
-def _recur_fwd(plan: Plan, operands: Operands, valid: Any, resets: Any) -> tuple[Any, Any]:
+def _recur_fwd(plan: Settings, operands: Operands, valid: Any, resets: Any) -> tuple[Any, Any]:
     return _recur(replace(plan, keep=True), operands, valid, resets)
 
 
-def _recur_bwd(plan: Plan, kept: Any, d: Any) -> tuple[Any, None, None]:
+def _recur_bwd(plan: Settings, kept: Any, d: Any) -> tuple[Any, None, None]:
     (u, w_hh, theta, state, restart), valid, resets, met = kept
     dlast, dhs = d
     v, pull = jax.vjp(lambda w_hh: product(met.h, w_hh), w_hh)
-    steps = (Steps(pack(plan.cell, plan.sums, u, v), valid, resets), met, dhs)
+    steps = (Steps(pack(plan.sums, u, v), valid, resets), met, dhs)
     zero = jax.tree.map(jnp.zeros_like, state)
     dread, (dstate, drestart, dtheta) = _backward(plan, (w_hh, theta), steps, (dlast, zero))
     parts = jnp.split(dread, plan.parts, axis=-1)
@@ -74,16 +74,16 @@ def module(device: str) -> Any:
     return importlib.import_module(f"jrnn.experimental.kernels.{device}")
 
 
-def _forward(plan: Plan, shared: Any, steps: Any, states: Any) -> Any:
+def _forward(plan: Settings, shared: Any, steps: Any, states: Any) -> Any:
     return _kernel("forward", plan, shared, steps, states)
 
 
-def _backward(plan: Plan, shared: Any, steps: Any, states: Any) -> Any:
+def _backward(plan: Settings, shared: Any, steps: Any, states: Any) -> Any:
     return _kernel("backward", plan, shared, steps, states)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _kernel(name: str, plan: Plan, shared: Any, steps: Any, states: Any) -> Any:
+def _kernel(name: str, plan: Settings, shared: Any, steps: Any, states: Any) -> Any:
     """A device's kernel of that name: from what all sequences share, of each step ``(T, N, …)`` and of each sequence
     ``(N, …)``, to what comes out of each step and of each sequence."""
 
@@ -114,7 +114,7 @@ def _kernel(name: str, plan: Plan, shared: Any, steps: Any, states: Any) -> Any:
 
 
 @_kernel.defjvp
-def _kernel_jvp(name: str, plan: Plan, primals: Any, tangents: Any) -> Any:
+def _kernel_jvp(name: str, plan: Settings, primals: Any, tangents: Any) -> Any:
     twin = functools.partial(getattr(body, f"scan_{name}"), plan)
     return _kernel(name, plan, *primals), jax.jvp(twin, primals, tangents)[1]
 

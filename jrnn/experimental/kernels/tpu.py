@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from jrnn.experimental.kernels import body
-from jrnn.experimental.kernels.plan import Plan, Steps
+from jrnn.experimental.kernels.plan import Settings, Steps
 
 # What is kept of float32, and the values of jax_default_matmul_precision that ask for no more.
 KEPT, PRECISIONS = "8 bits", (None, "default", "bfloat16", "BF16_BF16_BF16", "BF16_BF16_F32")
@@ -43,10 +43,10 @@ class Shape(NamedTuple):
         return self.tiles * WIDTH
 
 
-def fits(plan: Plan, count: int, w_hh: Any) -> tuple[bool, str]:
+def fits(plan: Settings, count: int, w_hh: Any) -> tuple[bool, str]:
     """Whether VMEM can hold the weights, and a step of everything else, each in the two buffers of the pipeline."""
-    cut = Shape(plan.cell.hidden, count)
-    fields = len(plan.cell.state_type._fields)
+    cut = Shape(plan.hidden, count)
+    fields = plan.states
     arrays = 2 * plan.parts + 6 * fields + 4
     need = 2 * cut.units * (plan.gates * cut.units * w_hh.dtype.itemsize + 4 * WIDTH * arrays)
     size = f"{plan.gates} gates of {cut.hidden} units (in lanes: {cut.units}) in {w_hh.dtype}"
@@ -55,10 +55,10 @@ def fits(plan: Plan, count: int, w_hh: Any) -> tuple[bool, str]:
     return True, f"{size} take {need} of the {VMEM} bytes of VMEM"
 
 
-def forward(plan: Plan, shared: Any, steps: Steps, states: Any) -> tuple[Any, Any]:
+def forward(plan: Settings, shared: Any, steps: Steps, states: Any) -> tuple[Any, Any]:
     """``(hs, met), last``: see `body.scan_forward`, which is the same in ordinary JAX."""
     w_hh, theta = shared
-    cut = Shape(plan.cell.hidden, steps.read.shape[1])
+    cut = Shape(plan.hidden, steps.read.shape[1])
     time = steps.read.shape[0]
     fields, tree = jax.tree.flatten(states[0])
     once = {
@@ -96,11 +96,11 @@ def forward(plan: Plan, shared: Any, steps: Steps, states: Any) -> tuple[Any, An
     return (rows(cut, outs["hs"])[:, 0], met), jax.tree.unflatten(tree, [rows(cut, f) for f in last])
 
 
-def backward(plan: Plan, shared: Any, steps: Any, states: Any) -> tuple[Any, Any]:
+def backward(plan: Settings, shared: Any, steps: Any, states: Any) -> tuple[Any, Any]:
     """``dread, (dstate, drestart, dtheta)``: see `body.scan_backward`, which is the same in ordinary JAX."""
     w_hh, theta = shared
     steps, met, dhs = steps
-    cut = Shape(plan.cell.hidden, steps.read.shape[1])
+    cut = Shape(plan.hidden, steps.read.shape[1])
     time = steps.read.shape[0]
     fields, tree = jax.tree.flatten(states[0])
     leaves, theta_tree = jax.tree.flatten(theta)
@@ -150,7 +150,7 @@ def backward(plan: Plan, shared: Any, steps: Any, states: Any) -> tuple[Any, Any
 
 
 def launch(
-    plan: Plan, cut: Shape, reverse: bool, run: Any, once: Any, first: Any, each: Any, out_each: Any, carried: Any,
+    plan: Settings, cut: Shape, reverse: bool, run: Any, once: Any, first: Any, each: Any, out_each: Any, carried: Any,
     time: int,
 ) -> Any:  # fmt: skip
     """Runs ``run`` for every tile of sequences and, one after another, every step.
@@ -217,7 +217,7 @@ def spread(a: jax.Array, like: jax.Array) -> jax.Array:
 # --- what lies where ---------------------------------------------------------------------------------------------
 
 
-def weights(plan: Plan, cut: Shape, w_hh: jax.Array, transposed: bool) -> jax.Array:
+def weights(plan: Settings, cut: Shape, w_hh: jax.Array, transposed: bool) -> jax.Array:
     """``(H, G*H)`` as ``(G, units, units)``, rows being what is summed over."""
     w = w_hh.reshape(cut.hidden, plan.gates, cut.hidden).transpose((1, 2, 0) if transposed else (1, 0, 2))
     more = cut.units - cut.hidden

@@ -7,13 +7,13 @@ are the hoisted schedule's loop.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jrnn.cells.base import emitted_fields, product
+from jrnn.cells.form import AffineForm
 from jrnn.schedules import affine
 from jrnn.schedules.native import build
 from jrnn.schedules.native.chunks import Chunks, Met
@@ -21,26 +21,22 @@ from jrnn.schedules.native.operation import Operation
 from jrnn.schedules.read import parts
 from jrnn.schedules.steps import Steps, checkpointed
 
-__all__ = ["Flags", "Inputs", "Plan", "loop"]
+__all__ = ["Flags", "Inputs", "Options", "loop"]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The static part of a run: the cell, for which gates ``u + v`` is enough, the cell's C++, and the direction.
+class Options:
+    """The static part of a run: the fields of the state that are outputs, for which gates ``u + v`` is enough, the C++
+    of the gates, and the direction.
 
     With ``chunks``, only the state before each chunk is a residual.
     """
 
-    cell: Any
+    emits: tuple[str, ...]
     sums: tuple[bool, ...]
     header: str = field(repr=False)
     reverse: bool
     chunks: Chunks | None = None
-
-    @property
-    def emits(self) -> tuple[str, ...]:
-        """The fields of the state that the cell emits."""
-        return emitted_fields(self.cell)
 
     def emitted(self, after: Any) -> tuple[Any, ...]:
         """The fields that the cell emits, of the states after each step."""
@@ -52,7 +48,7 @@ class Plan:
         floats = -(-hidden // block) * block * parts(self.sums)
         return floats if floats % 256 else floats + 16
 
-    def options(self, hidden: int, chunked: bool = True) -> dict[str, int]:
+    def keywords(self, hidden: int, chunked: bool = True) -> dict[str, int]:
         """The attributes of a call of the compiled functions."""
         length, together = (self.chunks.length, self.chunks.together) if self.chunks and chunked else (0, 0)
         return dict(reverse=int(self.reverse), parts_row=self.row(hidden), chunk=length, together=together)
@@ -66,13 +62,13 @@ class Plan:
 
 
 class Inputs(NamedTuple):
-    """The operands that the loop has derivatives with respect to; ``restart`` is None where no step resets."""
+    """The operands that the loop has derivatives with respect to.
+
+    The form has no masks. ``restart`` is None where no step resets.
+    """
 
     xs: Any
-    w_ih: Any
-    b: Any
-    w_hh: Any
-    theta: Any
+    form: AffineForm
     state: Any
     restart: Any
 
@@ -96,14 +92,14 @@ class Kept(NamedTuple):
     read: Any
 
 
-def loop(plan: Plan, inputs: Inputs, flags: Flags) -> tuple[Any, tuple[jax.Array, ...]]:
+def loop(options: Options, inputs: Inputs, flags: Flags) -> tuple[Any, tuple[jax.Array, ...]]:
     """The state after the last step ``(N, H)``, and each field that the cell emits after every step ``(T, N, H)``."""
-    return apply(Forward, plan, (inputs, flags))
+    return apply(Forward, options, (inputs, flags))
 
 
-def apply(kind: Any, plan: Plan, operands: Any, **static: Any) -> Any:
+def apply(kind: Any, options: Options, operands: Any, **static: Any) -> Any:
     leaves, tree = jax.tree.flatten(operands)
-    return kind(tree, plan, **static).bind(leaves)
+    return kind(tree, options, **static).bind(leaves)
 
 
 # --- the operations ----------------------------------------------------------------------------------------------
@@ -113,47 +109,47 @@ def apply(kind: Any, plan: Plan, operands: Any, **static: Any) -> Any:
 class Forward(Operation):
     """``(inputs, flags)`` to ``(last, outs)``, a field in each of outs, or to ``(last, kept)`` for a derivative."""
 
-    plan: Plan
+    options: Options
     keep: bool = False
 
     def forms(self, inputs: Inputs, flags: Flags) -> Any:
-        (time, count, _), hidden = inputs.xs.shape, inputs.w_hh.shape[0]
+        (time, count, _), hidden = inputs.xs.shape, inputs.form.hidden
         last = jax.tree.map(_form, inputs.state)
 
         def kept(time: int) -> Kept:
             after = jax.tree.map(lambda _: _float(time, count, hidden), last)
-            return Kept(after, _float(time, count, self.plan.row(hidden)))
+            return Kept(after, _float(time, count, self.options.row(hidden)))
 
-        outs = self.plan.emitted(kept(time).after)
+        outs = self.options.emitted(kept(time).after)
         if not self.keep:
             return last, outs
-        if (chunks := self.plan.chunks) is None:
+        if (chunks := self.options.chunks) is None:
             return last, kept(time)
         met = jax.tree.map(lambda _: _float(chunks.groups, chunks.together, count, hidden), last)
         return last, Met(outs, met, (last, kept(chunks.rest)) if chunks.rest else None)
 
     def compiled(self, inputs: Inputs, flags: Flags) -> Any:
         last, kept = self.forms(inputs, flags)
-        shape, states = (*inputs.xs.shape[:2], inputs.w_hh.shape[0]), type(inputs.state)
+        shape, states = (*inputs.xs.shape[:2], inputs.form.hidden), type(inputs.state)
         # The loop itself reads h after every step.
-        wanted = {"h", *self.plan.emits} if not isinstance(kept, Kept) else set(states._fields)
+        wanted = {"h", *self.options.emits} if not isinstance(kept, Kept) else set(states._fields)
         after = [_float(*shape) if name in wanted else _NOTHING for name in states._fields]
         rest: list[Any] = [_NOTHING]
         if self.keep:
             rest = jax.tree.leaves(kept._replace(outs=None) if isinstance(kept, Met) else kept.read)
-        call = jax.ffi.ffi_call(build.load(self.plan.header).forward, [*last, *after, *rest])
-        options = self.plan.options(inputs.w_hh.shape[0], chunked=self.keep)
-        results = iter(call(*_arguments(inputs, flags), inputs.b, **options))
+        call = jax.ffi.ffi_call(build.load(self.options.header).forward, [*last, *after, *rest])
+        keywords = self.options.keywords(inputs.form.hidden, chunked=self.keep)
+        results = iter(call(*_arguments(inputs, flags), inputs.form.inputs[1], **keywords))
         new, after = (states(*itertools.islice(results, len(last))) for _ in range(2))
         if not self.keep:
-            return new, self.plan.emitted(after)
+            return new, self.options.emitted(after)
         if isinstance(kept, Kept):
             return new, Kept(after, next(results))
         met = jax.tree.unflatten(jax.tree.structure(kept._replace(outs=None)), results)
-        return new, met._replace(outs=self.plan.emitted(after))
+        return new, met._replace(outs=self.options.emitted(after))
 
     def plain(self, inputs: Inputs, flags: Flags) -> Any:
-        last, outs = hoisted(self.plan, inputs, flags)
+        last, outs = hoisted(self.options, inputs, flags)
         # The transpose in plain JAX recomputes its residuals.
         return (last, self.unkept(outs, inputs, flags)) if self.keep else (last, outs)
 
@@ -162,32 +158,32 @@ class Forward(Operation):
         kept = jax.tree.map(_zeros, self.forms(inputs, flags)[1])
         if isinstance(kept, Met):
             return kept._replace(outs=outs)
-        return kept._replace(after=kept.after._replace(**dict(zip(self.plan.emits, outs, strict=True))))
+        return kept._replace(after=kept.after._replace(**dict(zip(self.options.emits, outs, strict=True))))
 
     def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
         inputs, flags = operands
         d, dmask = tangents[0], tangents[1].mask
         if dmask is not None and not self.keep:
-            return apply(Forward, self.plan, operands), tangent(self.plan, inputs, flags, d, dmask)
-        last, kept = apply(Forward, self.plan, operands, keep=True)
+            return apply(Forward, self.options, operands), tangent(self.options, inputs, flags, d, dmask)
+        last, kept = apply(Forward, self.options, operands, keep=True)
         if self.keep:
             # A second derivative: only the transpose reads the residuals, and its derivative recomputes its own.
-            dlast, douts = tangent(self.plan, inputs, flags, d, dmask)
+            dlast, douts = tangent(self.options, inputs, flags, d, dmask)
             return (last, kept), (dlast, self.unkept(douts, inputs, flags))
-        if self.plan.chunks is None:
-            outs, needed = self.plan.emitted(kept.after), kept
+        if self.options.chunks is None:
+            outs, needed = self.options.emitted(kept.after), kept
         else:  # the outputs are not among the residuals
             outs, needed = kept.outs, kept._replace(outs=None)
-        return (last, outs), apply(Tangent, self.plan, (inputs, flags, needed, d))
+        return (last, outs), apply(Tangent, self.options, (inputs, flags, needed, d))
 
     def sequences(self, inputs: Inputs, flags: Flags) -> tuple[Any, Any]:
         none, first, second, third = ((lambda _, axis=axis: axis) for axis in (-1, 0, 1, 2))
         state, restart = jax.tree.map(first, (inputs.state, inputs.restart))
         axes = jax.tree.map(none, inputs)._replace(xs=1, state=state, restart=restart)
         kept = Kept(jax.tree.map(second, inputs.state), 1)
-        outs = self.plan.emitted(kept.after)
+        outs = self.options.emitted(kept.after)
         results: Any = kept if self.keep else outs
-        if self.keep and (chunks := self.plan.chunks) is not None:
+        if self.keep and (chunks := self.options.chunks) is not None:
             results = Met(outs, jax.tree.map(third, inputs.state), (state, kept) if chunks.rest else None)
         marks = jax.tree.map(second, flags)._replace(mask=jax.tree.map(first, flags.mask))
         return (axes, marks), (state, results)
@@ -200,24 +196,24 @@ class Tangent(Operation):
     ``d`` is an `Inputs` with None for each zero tangent.
     """
 
-    plan: Plan
+    options: Options
 
     def forms(self, inputs: Inputs, flags: Flags, kept: Kept | Met, d: Inputs) -> Any:
-        out = _float(*inputs.xs.shape[:2], inputs.w_hh.shape[0])
-        return jax.tree.map(_form, inputs.state), (out,) * len(self.plan.emits)
+        out = _float(*inputs.xs.shape[:2], inputs.form.hidden)
+        return jax.tree.map(_form, inputs.state), (out,) * len(self.options.emits)
 
     def plain(self, inputs: Inputs, flags: Flags, kept: Kept | Met, d: Inputs) -> Any:
-        return tangent(self.plan, inputs, flags, d)
+        return tangent(self.options, inputs, flags, d)
 
     compiled = plain
 
     def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
         inputs, flags, kept, d = operands
-        out = apply(Tangent, self.plan, operands)
+        out = apply(Tangent, self.options, operands)
         if not jax.tree.leaves((tangents[0], tangents[1].mask)):  # only d moves, and the operation is linear in it
-            return out, apply(Tangent, self.plan, (inputs, flags, kept, tangents[3]))
+            return out, apply(Tangent, self.options, (inputs, flags, kept, tangents[3]))
         moved = affine.jvp_of(
-            lambda inputs, mask, d: tangent(self.plan, inputs, flags._replace(mask=mask), d),
+            lambda inputs, mask, d: tangent(self.options, inputs, flags._replace(mask=mask), d),
             (inputs, flags.mask, d),
             (tangents[0], tangents[1].mask, tangents[3]),
         )[1]
@@ -226,14 +222,14 @@ class Tangent(Operation):
     def transpose(self, cotangents: Any, inputs: Inputs, flags: Flags, kept: Kept | Met, d: Inputs) -> Inputs:
         tree: Any = jax.tree.structure(inputs)
         moving = tuple(leaf is not None for leaf in tree.flatten_up_to(d))
-        return apply(Backward, self.plan, (inputs, flags, kept, cotangents), moving=moving)
+        return apply(Backward, self.options, (inputs, flags, kept, cotangents), moving=moving)
 
 
 @dataclass(frozen=True)
 class Backward(Operation):
     """``(inputs, flags, kept, (dlast, douts))`` to the gradients with respect to the ``moving`` leaves of inputs."""
 
-    plan: Plan
+    options: Options
     moving: tuple[bool, ...]
 
     def forms(self, inputs: Inputs, *_: Any) -> Inputs:
@@ -246,30 +242,32 @@ class Backward(Operation):
         return tree.unflatten([leaf if moves else None for leaf, moves in zip(leaves, self.moving, strict=True)])
 
     def compiled(self, inputs: Inputs, flags: Flags, kept: Kept | Met, cotangents: Any) -> Inputs:
-        dlast, douts = cotangents
-        dafter = dict(zip(self.plan.emits, douts, strict=True))
+        (dlast, douts), form = cotangents, inputs.form
+        w_ih, b = form.inputs
+        dafter = dict(zip(self.options.emits, douts, strict=True))
         xs = _form(inputs.xs) if self.moving[0] else _NOTHING
-        results = [xs, *map(_form, jax.tree.leaves((inputs.w_ih, inputs.w_hh, inputs.theta, inputs.state)))]
+        results = [xs, *map(_form, jax.tree.leaves((w_ih, form.w_hh, form.theta, inputs.state)))]
         results += map(_form, inputs.restart or (_NOTHING,) * len(inputs.state))
-        results += [_form(inputs.b), *self.plan.work(len(dlast), *douts[0].shape[1:])]
+        results += [_form(b), *self.options.work(len(dlast), *douts[0].shape[1:])]
         nothing = _zeros(_NOTHING)
-        operands = [*_arguments(inputs, flags), inputs.b, *jax.tree.leaves(kept), *dlast]
+        operands = [*_arguments(inputs, flags), b, *jax.tree.leaves(kept), *dlast]
         operands += [dafter.get(name, nothing) for name in type(inputs.state)._fields]
-        call = jax.ffi.ffi_call(build.load(self.plan.header).backward, results)
-        dxs, dw_ih, dw_hh, *rest = call(*operands, **self.plan.options(inputs.w_hh.shape[0]))
-        thetas, states = len(jax.tree.leaves(inputs.theta)), len(inputs.state)
-        dtheta = jax.tree.unflatten(jax.tree.structure(inputs.theta), rest[:thetas])
+        call = jax.ffi.ffi_call(build.load(self.options.header).backward, results)
+        dxs, dw_ih, dw_hh, *rest = call(*operands, **self.options.keywords(inputs.form.hidden))
+        thetas, states = len(jax.tree.leaves(form.theta)), len(inputs.state)
+        dtheta = jax.tree.unflatten(jax.tree.structure(form.theta), rest[:thetas])
         rest, (db, *_) = rest[: thetas + 2 * states], rest[thetas + 2 * states :]
         dstate = type(inputs.state)(*rest[thetas : thetas + states])
         drestart = None if inputs.restart is None else type(inputs.restart)(*rest[thetas + states :])
-        return self.only(Inputs(dxs, dw_ih, db, dw_hh, dtheta, dstate, drestart))
+        dform = replace(form, inputs=(dw_ih, db), w_hh=dw_hh, theta=dtheta)
+        return self.only(Inputs(dxs, dform, dstate, drestart))
 
     def plain(self, inputs: Inputs, flags: Flags, kept: Kept | Met, cotangents: Any) -> Inputs:
-        return self.only(jax.vjp(lambda inputs: hoisted(self.plan, inputs, flags), inputs)[1](cotangents)[0])
+        return self.only(jax.vjp(lambda inputs: hoisted(self.options, inputs, flags), inputs)[1](cotangents)[0])
 
     def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
         inputs, flags, kept, cotangents = operands
-        out = apply(Backward, self.plan, operands, moving=self.moving)
+        out = apply(Backward, self.options, operands, moving=self.moving)
         moved = affine.jvp_of(
             lambda inputs, mask, cotangents: self.plain(inputs, flags._replace(mask=mask), kept, cotangents),
             (inputs, flags.mask, cotangents),
@@ -281,39 +279,22 @@ class Backward(Operation):
 # --- the same loop in plain JAX ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Projected:
-    """A cell whose parameters are the weights and the bias of its input projection, for the hoisted schedule's loop."""
-
-    cell: Any
-
-    def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
-        w_ih, b = params
-        return tuple(jnp.split(product(xs, w_ih) + b, len(self.cell.sums), -1))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.cell, name)
-
-
-def hoisted(plan: Plan, inputs: Inputs, flags: Flags) -> tuple[Any, tuple[jax.Array, ...]]:
+def hoisted(options: Options, inputs: Inputs, flags: Flags) -> tuple[Any, tuple[jax.Array, ...]]:
     """`loop` in plain JAX, with every derivative."""
-    xs, w_ih, b, w_hh, theta, state, restart = inputs
-    steps = Steps(reverse=plan.reverse, remat=None if plan.chunks is None else plan.chunks.length)
+    remat = None if options.chunks is None else options.chunks.length
+    steps = Steps(flags.valid, flags.resets, options.reverse, remat=remat)
 
-    def segment(state: Any, inputs: Any) -> tuple[Any, tuple[jax.Array, ...]]:
-        xs, *marks = inputs
-        given = affine.Inputs((w_ih, b), xs, theta, w_hh, flags.mask, state, restart)
-        chosen = affine.make_plan(Projected(plan.cell), given, steps)
-        last, outs, _ = affine.loop(chosen, given, affine.Schedule(None, (), None, *marks))
-        return last, outs
+    def run(xs: Any, state: Any, steps: Steps) -> tuple[Any, tuple[jax.Array, ...]]:
+        given = affine.Inputs(replace(inputs.form, mask=flags.mask), xs, state, inputs.restart)
+        return affine.loop(affine.choose_options(given, steps), given, steps)[:2]
 
-    return checkpointed(segment, state, (xs, flags.valid, flags.resets), xs.shape[0], steps)
+    return checkpointed(run, inputs.xs, inputs.state, steps)
 
 
-def tangent(plan: Plan, inputs: Inputs, flags: Flags, d: Inputs, dmask: Any = None) -> tuple[Any, Any]:
+def tangent(options: Options, inputs: Inputs, flags: Flags, d: Inputs, dmask: Any = None) -> tuple[Any, Any]:
     """The tangents of `hoisted` for the tangents ``d`` of the inputs and ``dmask`` of the mask."""
     return affine.jvp_of(
-        lambda inputs, mask: hoisted(plan, inputs, flags._replace(mask=mask)), (inputs, flags.mask), (d, dmask)
+        lambda inputs, mask: hoisted(options, inputs, flags._replace(mask=mask)), (inputs, flags.mask), (d, dmask)
     )[1]
 
 
@@ -341,4 +322,6 @@ def _arguments(inputs: Inputs, flags: Flags) -> list[jax.Array]:
     marks = [jnp.zeros((0,), jnp.bool_) if f is None else f for f in (flags.valid, flags.resets)]
     marks.append(nothing if flags.mask is None else flags.mask)
     restart = inputs.restart or (nothing,) * len(inputs.state)
-    return [inputs.xs, inputs.w_ih, inputs.w_hh, *marks, *jax.tree.leaves(inputs.theta), *inputs.state, *restart]
+    form = inputs.form
+    w_ih, _ = form.inputs
+    return [inputs.xs, w_ih, form.w_hh, *marks, *jax.tree.leaves(form.theta), *inputs.state, *restart]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jrnn.cells.traced import TracedCell
+from jrnn.cells.form import ReadGates
 from jrnn.jaxprs.gates import Gates
 from jrnn.jaxprs.per_unit import Operation, PerUnit, Unread
 from jrnn.jaxprs.primitives import primitive
@@ -38,8 +38,8 @@ def header(cell: Any, forms: promises.Forms, sums: tuple[bool, ...]) -> str:
     Raises:
       Unserved: where the gates do not act on each unit by itself, or use an operation that is not known here.
     """
-    if isinstance(cell, TracedCell):
-        return _of_program(cell.gates, cell.field, forms.thetas)
+    if isinstance(cell.combine, ReadGates):
+        return _of_program(cell.combine.program, _field(forms), forms.thetas)
     return _of_function(cell, forms, sums)
 
 
@@ -49,13 +49,11 @@ def _of_program(gates: Gates, hidden: int, thetas: int) -> str:
     unit, sums, states = PerUnit(), gates.summed, len(gates.leaves)
     count = count_parts(sums)
     part, theta, old, dnew = _arguments(unit, (count, thetas, states, states))
-    # Vectors are numbered, and lie in the order of their numbers as strings.
-    order = sorted(range(thetas), key=str)
     given = {
         "sum": part,
         "u": part,
         "v": [part[slot] for slot in slots(sums)],
-        "theta": [theta[order.index(i)] for i in range(thetas)],
+        "theta": theta,
         "state": old,
     }
     try:
@@ -65,9 +63,14 @@ def _of_program(gates: Gates, hidden: int, thetas: int) -> str:
     zero = unit.zero(FLOAT)
     dpart = [flowing.get(("sum" if summed else "u", gate), zero) for gate, summed in enumerate(sums)]
     dpart += [flowing.get(("v", gate), zero) for gate, summed in enumerate(sums) if not summed]
-    dtheta = [flowing.get(("theta", i), zero) for i in order]
+    dtheta = [flowing.get(("theta", i), zero) for i in range(thetas)]
     dold = [flowing.get(("state", i), zero) for i in range(states)]
     return _header(unit, sums, (count, thetas, states), hidden, 0, forward, (*dpart, *dtheta, *dold))
+
+
+def _field(forms: promises.Forms) -> int:
+    """The place of h among the fields of the state."""
+    return list(forms.tree.unflatten(range(len(forms.dtypes)))[1]._fields).index("h")
 
 
 def _arguments(unit: PerUnit, sizes: tuple[int, ...]) -> list[list[int]]:
@@ -99,9 +102,8 @@ def _of_function(cell: Any, forms: promises.Forms, sums: tuple[bool, ...]) -> st
         raise Unserved(f"its gates cannot be read as elementwise over H: {error}") from error
     if not same:
         raise Unserved("its gates depend on the shape of the batch (on a size, or on the number of axes)")
-    fields = list(forms.tree.unflatten(range(len(forms.dtypes)))[1]._fields)
     sizes = (count, forms.thetas, states)
-    return _header(unit, sums, sizes, fields.index("h"), forms.hidden, forward, backward)
+    return _header(unit, sums, sizes, _field(forms), forms.hidden, forward, backward)
 
 
 def _header(
