@@ -16,10 +16,12 @@ from jrnn import activations, initializers, sequence
 from jrnn.cells.base import AffineCell, Cell, HiddenState, Layer, product
 from jrnn.cells.elman import elman, indrnn, jordan
 from jrnn.cells.gru import gru, layer_norm_gru, mgu, ugrnn
-from jrnn.cells.lstm import LSTMState, coupled_lstm, layer_norm_lstm, lstm, peephole_lstm, projection_lstm
+from jrnn.cells.lstm import LSTM, LSTMState, coupled_lstm, layer_norm_lstm, lstm, peephole_lstm, projection_lstm
 from jrnn.cells.tdnn import TDNNState, tdnn
+from jrnn.compose.attention import AttentionState, Memory, attend, attention, remember
 from jrnn.compose.combine import bidirectional, highway, residual, stack
-from jrnn.compose.regularise import dropconnect, learned_state, variational, zoneout
+from jrnn.compose.describing import summary
+from jrnn.compose.regularise import Wrapper, dropconnect, learned_state, variational, zoneout
 from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
 from jrnn.run.scanning import choose_scan_backend, scan
 from jrnn.run.streaming import stepper
@@ -49,14 +51,20 @@ _LAZY = {
 }
 
 __all__ = [
+    "LSTM",
     "AffineCell",
+    "AttentionState",
     "Cell",
     "HiddenState",
     "LSTMState",
     "Layer",
+    "Memory",
     "TDNNState",
+    "Wrapper",
     "activation",
     "activations",
+    "attend",
+    "attention",
     "bidirectional",
     "choose_backend",
     "choose_scan_backend",
@@ -87,11 +95,13 @@ __all__ = [
     "peephole_lstm",
     "product",
     "projection_lstm",
+    "remember",
     "residual",
     "scan",
     "sequence",
     "stack",
     "stepper",
+    "summary",
     "tdnn",
     "testing",
     "training",

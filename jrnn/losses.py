@@ -8,7 +8,7 @@ time-major, `(T, *B, ...)`. These conventions hold throughout:
   `(T, *B, F)`. For lengths, make it with `jrnn.sequence.valid_steps(lengths, None, T, batch_shape)`.
 - The mean is over elements: long sequences weigh more than short ones. If nothing is valid it is 0, with zero
   gradients, so that an empty batch changes nothing.
-- What stands where the mask is false changes neither the value nor any gradient, NaN and infinity included.
+- Elements where the mask is false, NaN and infinity included, change neither the value nor any gradient.
 - Shapes and dtypes are always checked. Values (class ids, lengths) are checked where the host can read them at once: in
   NumPy arrays, lists, and arrays on a CPU; not where they are traced, or lie on an accelerator.
 - Arithmetic and the result are float32 for inputs of float32 and below, float64 for float64.
@@ -182,9 +182,9 @@ def ctc(
 
     Returns:
       A scalar; 0 if no sequence is valid. Infinity, with zero gradients from that sequence, where a sequence cannot
-      spell its labels: it is too short (it needs one step a label, and one more between equal neighbours), or the
-      logits of what it needs are minus infinity. Leave such sequences out by `mask`. A label that is out of range or
-      the blank, and cannot be seen while tracing, gives NaN.
+      spell its labels: because it is too short (it needs one step a label, and one more between equal neighbours), or
+      because logits that it needs are minus infinity. Leave such sequences out by `mask`. A traced label that is out of
+      range, or the blank, gives NaN.
 
     Raises:
       TypeError: `logits` are not floats, `lengths`, `labels` or `label_lengths` not integers, `mask` not boolean.
@@ -239,7 +239,7 @@ def l1(params: Any, select: str | Sequence[str] | Callable[[Path], bool] | None 
       A scalar, summed in float32 at least; zero gradient where a parameter is 0.
 
     Raises:
-      ValueError: `select` matches no leaf, which is a misspelt name more often than meant.
+      ValueError: `select` matches no leaf; usually a name is misspelt.
       TypeError: `select` is none of these.
 
     >>> params = ({"w_hh": np.array([[-1.0, 2.0]]), "b": np.array([5.0])}, {"w": np.array([10.0])})
@@ -320,7 +320,7 @@ def perplexity(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = No
 
 
 def bits_per_character(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
-    """Cross-entropy in bits: `cross_entropy / log(2)`, what a compressor would spend on each symbol.
+    """Cross-entropy in bits: `cross_entropy / log(2)`, the bits that a compressor would spend on each symbol.
 
     Args:
       logits: `(T, *B, C)` floats.
@@ -340,7 +340,7 @@ def bits_per_character(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | N
 
 
 def _absolute(x: jax.Array) -> jax.Array:
-    """`|x|` with slope 0 at 0, where that of `jnp.abs` is 1: what is exactly right, or exactly zero, stays."""
+    """`|x|` with slope 0 at 0, where `jnp.abs` has slope 1: exact predictions and zero weights get no gradient."""
     return x * jax.lax.stop_gradient(jnp.sign(x))
 
 
@@ -462,7 +462,7 @@ def _ctc(
     blank: int,
 ) -> jax.Array:
     time, batch, classes, most = scores.shape[0], scores.shape[1:-1], scores.shape[-1], spelling.shape[0]
-    # What stands in padding is replaced before any arithmetic, because the gradient through NaN is NaN.
+    # Padding is replaced by zeros before any arithmetic, because the gradient through NaN is NaN.
     valid = counted[None] & jnp.asarray(valid_steps(lengths, None, time, batch))
     labelled = counted[None] & jnp.asarray(valid_steps(label_lengths, None, most, batch))
     scores = jnp.where(valid[..., None], scores, jnp.zeros((), scores.dtype))

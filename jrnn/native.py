@@ -1,14 +1,14 @@
-"""The compiled loop, ``backend="native"``: the cache of its libraries, and programs that are kept in files.
+"""The compiled loop, ``backend="native"``: the cache of its libraries, and programs that are stored in files.
 
-A C++ compiler makes a library of the loop once for this machine, and a small one for each cell. They are kept in
-`cache_directory`, which holds at most 64 MiB (the libraries that were used longest ago are deleted first) and can be
-emptied by `clear_cache`.
+A C++ compiler builds a library of the loop once for this machine, and a small one for each cell. They are stored in
+`cache_directory`, which holds at most 64 MiB (the least recently used libraries are deleted first) and can be emptied
+by `clear_cache`.
 
-A program can be kept in a file in two ways:
+A program can be stored in a file in two ways:
 
-- ``jax.export`` keeps what runs anywhere, in plain JAX, without the compiled loop. Its ``serialize`` needs the package
-  ``flatbuffers``, which ``pip install "jrnn[export]"`` installs.
-- ``jax.experimental.serialize_executable`` keeps the machine code of one program for machines like this one, and calls
+- ``jax.export`` stores a program in plain JAX, without the compiled loop, which runs on any machine. Its ``serialize``
+  needs the package ``flatbuffers``, which ``pip install "jrnn[export]"`` installs.
+- ``jax.experimental.serialize_executable`` stores the machine code of one program for machines like this one, and calls
   the compiled loop by name. A new process must call `register` before it runs such a program.
 """
 
@@ -28,18 +28,18 @@ _TARGET = re.compile(r"\bjrnn_[0-9a-f]+_[0-9]+_(?:forward|backward)\b")
 
 
 def register(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Makes the compiled functions that a program calls known to XLA in this process.
+    """Registers with XLA, in this process, the compiled functions that a program calls.
 
-    XLA finds them by name. They are registered when a program is traced, so a process that takes an executable from a
-    file and traces nothing has to call this first; else XLA raises "No FFI handler registered for …". This traces and
-    lowers the program and compiles nothing of it but the cells' C++, where the cache does not have that.
+    XLA finds them by name. They are registered when a program is traced. A process that loads an executable from a file
+    traces nothing, so it has to call this first; otherwise XLA raises "No FFI handler registered for …". The program is
+    traced and lowered but not compiled; only the cells' C++ is, unless the cache has it.
 
     Args:
-      function: the function that was compiled and kept, jitted or not.
-      *args, **kwargs: its arguments, or `jax.ShapeDtypeStruct` in place of arrays, as it was compiled for.
+      function: the function that was compiled and stored, jitted or not.
+      *args, **kwargs: the arguments that it was compiled for, or `jax.ShapeDtypeStruct` in place of arrays.
 
     Raises:
-      ValueError: the program calls no compiled function here; `jrnn.choose_backend` says why a model does not.
+      ValueError: the program calls no compiled function here; `jrnn.choose_backend` gives the reason for a model.
 
     >>> from jax.experimental import serialize_executable
     >>> cell = jrnn.lstm(64)

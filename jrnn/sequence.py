@@ -4,11 +4,11 @@ Legend: T time, B batch (any number of leading batch axes, or none), F features.
 `(T, *B, ...)`, `lengths` `(*B,)` integers, `mask`, `resets` and `done` `(T, *B)` booleans. Step t is valid where
 `t < lengths` and `mask[t]` is true; an argument left out (None) allows every step.
 
-Everything takes NumPy arrays too, and gives JAX arrays of the same dtype (64-bit data becomes 32-bit, as everywhere
-in JAX, unless `jax_enable_x64` is on).
+Every function also takes NumPy arrays, and returns JAX arrays of the same dtype (64-bit data becomes 32-bit, as
+everywhere in JAX, unless `jax_enable_x64` is on).
 
 Shapes and dtypes are always checked. Values, such as lengths longer than T, are checked where the host can read them at
-once: in NumPy arrays, lists, and arrays on a CPU. They are not checked where they are traced, or lie on an accelerator.
+once: in NumPy arrays, lists, and arrays on a CPU. In traced arrays and arrays on an accelerator they are not checked.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def valid_steps(
                 f"lengths: expected shape {tuple(batch_shape)}, one length for each batch element, got {lengths.shape}."
             )
         steps = jnp.arange(time, dtype=jnp.int32).reshape((time,) + (1,) * lengths.ndim)
-        # In int32 whatever comes: a uint8 count could not be compared with a longer T.
+        # In int32, whatever the dtype of the lengths: a uint8 count could not be compared with a longer T.
         valid = steps < lengths.astype(jnp.int32)[None]
     if mask is not None:
         mask = _booleans("mask", mask)
@@ -178,17 +178,17 @@ def windows(series: ArrayLike, length: int, horizon: int = 1, stride: int = 1) -
         inputs[t, n]  = series[n * stride + t]
         targets[t, n] = series[n * stride + t + horizon]
 
-    Targets line up with what a network gives at each step: at step t it has seen the series up to
-    `n * stride + t` and no further, so with `horizon >= 1` nothing looks ahead. Three forecasts are in them:
+    Targets line up with a network's outputs: at step t the network has seen the series up to `n * stride + t`, so with
+    `horizon >= 1` no target is among the inputs seen so far. They contain three kinds of forecast:
 
     - `targets`: one forecast at every step of the window;
     - `targets[-1]`, `(N, ...)`: one forecast, `horizon` steps after the end of the window;
     - `targets[-horizon:]`, `(horizon, N, ...)`: the next `horizon` values after the window (`horizon <= length`).
 
-    N is `(T - length - horizon) // stride + 1`: only whole windows whose every target exists. Windows of one series
-    that overlap the border between training and test data carry one into the other: cut the series first, then
-    each part into windows. For targets that are not among the inputs, cut both series (of equal T) the same way and
-    take the inputs of one and the targets of the other.
+    N is `(T - length - horizon) // stride + 1`: only whole windows whose every target exists. A window that overlaps
+    the border between training and test data leaks one into the other: split the series first, then cut each part into
+    windows. For targets from another series of equal T, cut both series the same way, and take the inputs of one and
+    the targets of the other.
 
     Args:
       series: `(T, ...)`.
@@ -243,7 +243,7 @@ def buckets(
 
     Every sequence is padded to the smallest of a few lengths that holds it. By default these are 1, 2, 3, ... growing
     by the factor `growth`, none above the longest sequence. So a sequence of n >= 1 steps is padded to at most
-    `growth * n`, and there are at most `1 + 1/(growth - 1) + log(longest)/log(growth)` lengths, whatever the data.
+    `growth * n`, and there are at most `1 + 1/(growth - 1) + log(longest)/log(growth)` lengths, for any data.
 
     Args:
       lengths: `(N,)` integers, `[len(s) for s in sequences]`.
@@ -448,7 +448,7 @@ def resets_from_done(done: ArrayLike, previous: ArrayLike | None = None) -> tupl
 
 
 def reverse(xs: ArrayLike, lengths: ArrayLike | None = None) -> jax.Array:
-    """Reverses the valid prefix of each sequence in time; padding stays where and what it was.
+    """Reverses the valid prefix of each sequence in time; padding is unchanged and stays in its place.
 
     Args:
       xs: `(T, *B, ...)`.
@@ -492,7 +492,7 @@ def _with_validity(
     batch_shape = ys.shape[1 : 1 + max(batch_axes, 0)]
     if lengths is not None:
         _check_lengths(lengths, ys.shape[0], batch_shape)
-    # Gathers want their operand to lie over a mesh as their indices do.
+    # A gather needs its operand to be sharded over a mesh as its indices are.
     spec = batch_spec(len(batch_shape), sequences=(ys, mask), states=lengths)
     return placed(ys, spec, 1), valid_steps(lengths, mask, ys.shape[0], batch_shape)
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 import jrnn
-from jrnn.compose.regularise import Wrapper
 
 
 class Case(NamedTuple):
@@ -178,14 +177,14 @@ class Leaky(jrnn.AffineCell):
         return state._replace(h=z * state.h + (1 - z) * n)
 
 
-class HiddenAndMemory(type(jrnn.lstm(1))):
+class HiddenAndMemory(jrnn.LSTM):
     """A user's LSTM that puts out its whole state."""
 
     emits: ClassVar[Any] = ("h", "c")
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory(Wrapper):
+class Memory(jrnn.Wrapper):
     """A user's wrapper that puts out the memory of a cell."""
 
     cell: Any
@@ -193,7 +192,7 @@ class Memory(Wrapper):
 
 
 @dataclasses.dataclass(frozen=True)
-class Doubled(Wrapper):
+class Doubled(jrnn.Wrapper):
     """A user's wrapper whose update is its own."""
 
     cell: Any
@@ -204,7 +203,7 @@ class Doubled(Wrapper):
 
 
 @dataclasses.dataclass(frozen=True)
-class Clipped(Wrapper):
+class Clipped(jrnn.Wrapper):
     """A user's wrapper whose projection is its own."""
 
     cell: Any

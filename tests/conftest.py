@@ -1,6 +1,8 @@
 """What every test runs under: strict promotion, warnings as errors (see pyproject), float32 unless asked.
 
-Everything runs on the CPU, whatever else there is; ``pytest -m gpu`` runs what is marked so, on an NVIDIA GPU.
+Everything runs on the CPU; ``pytest -m gpu`` runs the tests that are marked so, on an NVIDIA GPU. Tests marked
+``nightly`` run only under ``pytest -m nightly``, or where they are named by ``file.py::test``. pyproject.toml describes
+the markers.
 """
 
 import contextlib
@@ -38,6 +40,7 @@ def _kernels(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    leave_out_nightly(config, items)
     marked = [item for item in items if item.get_closest_marker("gpu") is not None]
     if not marked:
         return
@@ -47,6 +50,16 @@ def pytest_collection_modifyitems(config, items):
         reason = None if found == "gpu" else f"needs an NVIDIA GPU and jax's CUDA plugin; JAX found a {found}"
     for item in marked if reason else ():
         item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def leave_out_nightly(config, items):
+    expression = config.option.markexpr
+    if "nightly" in expression or expression == "gpu" or any("::" in argument for argument in config.args):
+        return
+    left_out = [item for item in items if item.get_closest_marker("nightly") is not None]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.get_closest_marker("nightly") is None]
 
 
 def load_example(name):

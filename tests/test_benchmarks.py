@@ -384,6 +384,7 @@ def test_a_run_from_end_to_end_goes_on_where_it_stopped(tmp_path, monkeypatch, c
     assert "0 of 2 points to measure" in capsys.readouterr().out
 
 
+@pytest.mark.smoke
 def test_the_command_lists_and_selects(capsys):
     run.main(["--quick", "--list"])
     assert capsys.readouterr().out.split("\n")[:-1] == [point.id for point in grid.quick()]

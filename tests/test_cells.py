@@ -5,6 +5,7 @@ docstring, gate by gate; `xp` is `numpy` or `jax.numpy`.
 """
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 import jrnn
+from tests import cases
+from tests.cases import CASES
 
 F, H, T = 3, 4, 4
 
@@ -288,3 +291,50 @@ def test_no_input_features(cell):
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b if a.size else np.zeros_like(a), rtol=1e-4, atol=1e-6)
+
+
+# --- repr --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_repr_is_an_expression(case):
+    names = {name: getattr(jrnn, name) for name in jrnn.__all__}
+    assert eval(repr(case.layer), {**names, **vars(cases)}) == case.layer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lstm(4)",
+        "lstm(4, forget_bias=0.0, recurrent_init=initializers.orthogonal(scale=0.5))",
+        "gru(4, reset='before', activation='relu', bias_init=initializers.zeros)",
+        "elman(4, activation=activations.linear)",
+        "stack(gru(4), residual(dense(4)), dropout(0.1))",
+        "bidirectional(lstm(4), gru(3), merge='sum')",
+        "bidirectional(lstm(4))",
+        "zoneout(variational(lstm(4), recurrent=0.2), c=0.5)",
+        "learned_state(dropconnect(indrnn(4), 0.5))",
+        "highway(tdnn(4, 3, dilation=2), gate_bias=-2.0)",
+        "stack(embed(5, 3), layer_norm(), activation('relu'), layer_norm(epsilon=0.1))",
+    ],
+)
+@pytest.mark.smoke
+def test_repr(text):
+    assert repr(eval(text, {name: getattr(jrnn, name) for name in jrnn.__all__})) == text
+
+
+def test_repr_of_a_subclass_has_its_name():
+    assert repr(cases.HiddenAndMemory(4, forget_bias=0.0)) == "HiddenAndMemory(4, forget_bias=0.0)"
+    assert repr(cases.Leaky(4)) == "Leaky(4)"
+    assert repr(cases.Doubled(jrnn.lstm(4))).endswith("Doubled(cell=lstm(4))")  # a dataclass' own
+
+
+@pytest.mark.smoke
+def test_misspelt_options_are_refused():
+    with pytest.raises(TypeError, match="forget_bais"):
+        jrnn.lstm(4, forget_bais=1.0)
+    for name in jrnn.__all__:
+        value = getattr(jrnn, name)
+        if inspect.isfunction(value):
+            kinds = [parameter.kind for parameter in inspect.signature(value).parameters.values()]
+            assert inspect.Parameter.VAR_KEYWORD not in kinds, name

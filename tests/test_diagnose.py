@@ -146,6 +146,7 @@ def test_gradient_norms_equal_a_gradient_for_each_step(name):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.smoke
 def test_gradient_norms_equal_finite_differences():
     cell = jrnn.lstm(H)
     params, xs = setup(cell)
@@ -592,6 +593,7 @@ def test_saturation_counts_valid_steps_alone():
     np.testing.assert_array_equal(np.isnan(result.values["f"][..., 0]), np.arange(T)[:, None] >= lengths)
 
 
+@pytest.mark.smoke
 def test_limits_by_activation():
     xs = jnp.array([[-1.0], [2.0], [0.05]])
     params = {"w_ih": jnp.ones((1, 1)), "w_hh": jnp.zeros((1, 1)), "b": jnp.zeros(1)}

@@ -61,7 +61,7 @@ class WithArray(StepOnly):
     weights: object = dataclasses.field(default_factory=lambda: np.ones(2))
 
 
-class Emits(type(LSTM)):
+class Emits(jrnn.LSTM):
     """It emits a field that its state does not have."""
 
     emits = ("h", "m")
@@ -194,7 +194,7 @@ ERRORS = {
         lambda: run(jrnn.gru(4), jrnn.gru(4, "before").init(KEY, 3)), ValueError, "params: expected", "b_hn",
     ),
     # key
-    "key_unused": (lambda: run(key=KEY), ValueError, "key: expected None", "LSTM(hidden=4)", "leave it out"),
+    "key_unused": (lambda: run(key=KEY), ValueError, "key: expected None", "lstm(4)", "leave it out"),
     "key_seed": (lambda: run(MODEL, MODEL_PARAMS, key=0), TypeError, "key: expected one PRNG key", "jax.random.key(0)"),
     "key_several": (
         lambda: run(MODEL, MODEL_PARAMS, key=jax.random.split(KEY)), TypeError, "key: expected one PRNG key",
@@ -215,6 +215,9 @@ ERRORS = {
     "start_negative": (lambda: run(start=-1), ValueError, "start: expected a time"),
     "reverse_name": (lambda: run(reverse="False"), TypeError, "reverse: expected True or False", "'False'"),
     # cells
+    "cell_swapped": (
+        lambda: run(PARAMS, LSTM), TypeError, "cell: expected a layer", "got a dict; lstm(4) came where the parameters",
+    ),
     "cell_class": (lambda: run(jrnn.AffineCell), TypeError, "cell: expected a layer"),
     "cell_function": (lambda: run(jrnn.lstm), TypeError, "cell: expected a layer", "jrnn.lstm(128)"),
     "cell_unhashable": (lambda: run(WithArray(0.5)), TypeError, "cell: expected a hashable layer", "params"),
@@ -243,6 +246,16 @@ ERRORS = {
     "hidden_zero": (lambda: jrnn.lstm(0), ValueError, "hidden: expected a positive int, got 0"),
     "hidden_float": (lambda: jrnn.gru(4.0), TypeError, "hidden: expected a positive int, got 4.0"),
     "hidden_bool": (lambda: jrnn.elman(True), TypeError, "hidden: expected a positive int"),
+    **{
+        f"init_key_{layer!r}": (
+            lambda layer=layer: layer.init(0, 3), TypeError, "key: expected one PRNG key", "got 0",
+        )
+        for layer in (
+            LSTM, jrnn.gru(4), jrnn.gru(4, "before"), jrnn.jordan(4, 2), jrnn.indrnn(4), jrnn.projection_lstm(4, 2),
+            jrnn.tdnn(4, 2), jrnn.dense(2), EMBED, MODEL, BIDIRECTIONAL, jrnn.residual(jrnn.gru(3)),
+            jrnn.highway(jrnn.gru(3)), jrnn.learned_state(LSTM),
+        )
+    },
     "in_features": (lambda: LSTM.init(KEY, -1), ValueError, "in_features: expected a non-negative int"),
     "in_features_array": (
         lambda: LSTM.init(KEY, XS), TypeError, "in_features: expected a non-negative int, got an array of shape",

@@ -23,7 +23,15 @@ INTERPRET = tuple(law for law in testing.LAWS if law not in COMPILE)
 NARROW = (testing.check_state_dtype,)
 NARROW_FULL = (testing.check_step_equals_unroll, testing.check_padding, testing.check_state_dtype)
 # A second Python need not run these.
-SLOW = [pytest.param(case, id=case.name, marks=() if case.full else pytest.mark.slow) for case in CASES]
+SMOKE = ("lstm", "step_only", "zoneout", "stack", "bidirectional")
+SLOW = [
+    pytest.param(
+        case,
+        id=case.name,
+        marks=[pytest.mark.slow] * (not case.full) + [pytest.mark.smoke] * (case.name in SMOKE),
+    )
+    for case in CASES
+]
 FULL = [pytest.param(case, id=case.name) for case in CASES if case.full]
 # Interpreted: XLA compiles single operations.
 interpreted = pytest.mark.usefixtures("quick_compilation")

@@ -208,6 +208,7 @@ def test_double_precision_is_kept(x64):
     assert losses.cross_entropy(np.ones((3, 2)), np.zeros(3, int), np.ones(3, bool)).dtype == np.float64
 
 
+@pytest.mark.smoke
 def test_elements_count_and_not_sequences():
     # Sequence 0 has three steps of error 1, sequence 1 one step of error 5: 8 / 4, not (1 + 5) / 2.
     mask = np.array([[1, 1], [1, 0], [1, 0]], bool)
@@ -274,6 +275,7 @@ def test_cross_entropy_errors():
         losses.cross_entropy(np.float32(1), np.int32(0))
 
 
+@pytest.mark.smoke
 def test_binary_labels_of_any_type():
     logits, labels = data(4, 3), ids(4, 3, classes=2)
     expected = losses.binary_cross_entropy(logits, labels)
@@ -289,6 +291,7 @@ def test_binary_cross_entropy_of_large_logits():
     np.testing.assert_array_equal(gradient, [0.5, 0.0])
 
 
+@pytest.mark.smoke
 def test_accuracy_of_nan_is_wrong_and_of_ties_the_first():
     logits = np.array([[NAN, 1.0], [1.0, 1.0], [1.0, 1.0]], np.float32)
     assert losses.accuracy(logits, np.array([0, 0, 1])) == np.float32(1 / 3)
@@ -335,6 +338,7 @@ def test_ctc_sums_over_all_alignments(blank):
         np.testing.assert_allclose(actual, np.mean(np.array(expected)[mask]), rtol=1e-5)
 
 
+@pytest.mark.smoke
 def test_ctc_equals_optax_directly():
     logits = data(5, 6, 4)
     pads = lambda n, lengths: (np.arange(n)[None] >= lengths[:, None]).astype(np.float32)

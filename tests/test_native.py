@@ -166,6 +166,7 @@ def test_remat(cell, time, batch, remat, reverse):
         assert_near(got, expected, 1e-4)
 
 
+@pytest.mark.smoke
 def test_infinite_weights_stay_infinite():
     """In the last of the input weights too, of which there are fewer than are read at once."""
     cell = jrnn.elman(32, "linear")
@@ -240,6 +241,7 @@ def test_memory_with_remat(time, remat, beside):
     assert held <= 4 * time * hidden + beside
 
 
+@pytest.mark.smoke
 def test_nothing_to_run():
     cell = jrnn.lstm(3)
     params, _, state, _ = data(cell, 4, 2, 2)
@@ -570,6 +572,7 @@ def test_float64_is_refused():
             jrnn.unroll(cell, params, jnp.ones((4, 2, 3), jnp.float64), backend="native")
 
 
+@pytest.mark.smoke
 def test_header_of_a_users_cell():
     """What is promised of a cell of one's own holds: its gates are in the header."""
     cell = Leaky(4)

@@ -36,6 +36,7 @@ assert not early, early
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.smoke
 def test_no_name_hides_a_module():
     code = """
 import importlib, pkgutil, sys, jrnn
@@ -106,6 +107,7 @@ def test_dtypes_that_mean_the_same_compile_once():
     assert jrnn_traces() <= traces + 2
 
 
+@pytest.mark.smoke
 def test_a_static_cell_traces_once():
     traces = []
 

@@ -219,6 +219,7 @@ def test_remat(remat, backend, make):
     close(values_and_gradients(got, weights, carry, xs), values_and_gradients(expected, weights, carry, xs))
 
 
+@pytest.mark.smoke
 def test_a_reset_lets_no_nan_pass():
     weights, carry, step = reset_lstm(jax.random.key(1), F, H, (4,))
     xs = jax.random.normal(jax.random.key(2), (T, 4, F)).at[0, :, 1].set(-1.0)  # every sequence starts anew
@@ -236,6 +237,7 @@ def raised(function, *args):
     return None
 
 
+@pytest.mark.smoke
 def test_arguments_and_errors_are_those_of_lax_scan():
     def count(carry, _):
         return carry + 1, carry
@@ -319,6 +321,22 @@ def test_what_has_no_end_is_refused(gate):
     assert "not read as a recurrent cell" in reason
 
 
+@interpreted
+def test_numbers_in_a_carry_are_arrays():
+    w = jax.random.normal(jax.random.key(0), (4, 4)) / 2
+
+    def body(carry, x):
+        h, count, scale = carry
+        return (jnp.tanh(x + jnp.roll(h, 1, -1) @ w) * scale, count + 1, scale), (h, count)
+
+    init, xs = (jnp.zeros((2, 4)), 0, 0.5), jnp.ones((5, 2, 4))
+    expected = jax.lax.scan(body, init, xs)
+    for backend in (None, "hoisted"):
+        got = jrnn.scan(body, init, xs, backend=backend)
+        assert jax.tree.map(jax.typeof, got) == jax.tree.map(jax.typeof, expected)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
+
+
 def test_options_are_checked():
     with pytest.raises(ValueError, match="backend: expected None or one of"):
         jrnn.scan(lambda c, x: (c, x), 0.0, jnp.ones(3), backend="fast")
@@ -341,6 +359,7 @@ def test_inside_other_loops():
     close(got, outer(jax.lax.scan)(carry, xs))
 
 
+@pytest.mark.smoke
 def test_choice_follows_the_size():
     weights, carry, step = elman(jax.random.key(1), 64, 64, (16,))
     name, reason = jrnn.choose_scan_backend(lambda c, x: step(weights, c, x), carry, jnp.ones((128, 16, 64)))

@@ -112,6 +112,7 @@ def plan_of(cell, time, batch, features):
     return affine.make_plan(cell, inputs, Steps())
 
 
+@pytest.mark.smoke
 def test_what_is_chosen():
     assert plan_of(jrnn.lstm(256), 100, (32,), 64).forward == Units(2)
     assert plan_of(jrnn.lstm(256), 100, (4, 8), 64).forward == Units(2)
@@ -432,6 +433,7 @@ class Owned(jrnn.AffineCell):
         return Carry(jnp.tanh(u[0] + v[0]))
 
 
+@pytest.mark.smoke
 def test_a_reset_restores_a_state_of_weights_that_are_not_rounded():
     """The initial state of this cell has the dtype of a weight, which 16-bit inputs round for products."""
     cell, flags = ProjectAndUpdate(4), {"resets": np.arange(12).reshape(6, 2) % 3 == 0}

@@ -117,6 +117,7 @@ def test_pad_does_not_compile_for_new_lengths():
     assert count["compilations"] == 0
 
 
+@pytest.mark.smoke
 def test_pad_and_unpad_are_differentiable():
     def total(short, long):
         xs, lengths = sequence.pad([short, long])
@@ -182,6 +183,7 @@ def test_windows_hold_the_documented_indices(stride, horizon, rest):
         np.testing.assert_array_equal(targets[-horizon:, n], series[start + 5 : start + 5 + horizon])
 
 
+@pytest.mark.smoke
 def test_windows_never_look_ahead():
     # A target is always later than every input its step has seen, and none of its own value.
     inputs, targets = sequence.windows(np.arange(50), 8, 2, 3)
@@ -233,6 +235,7 @@ def test_buckets_cover_every_sequence_once_with_bounded_padding(growth, seeded):
     assert len({(len(b.indices), b.length) for b in batches}) <= 2 * len(padded)
 
 
+@pytest.mark.smoke
 def test_buckets_inside_jit():
     key = jax.random.key(3)
     outside = sequence.buckets([4, 1, 9, 4], 2, key=key)
@@ -413,6 +416,7 @@ def test_resets_follow_the_end_of_an_episode_by_one_step(batch):
     np.testing.assert_array_equal(last, done[-1])
 
 
+@pytest.mark.smoke
 def test_resets_in_chunks_equal_resets_in_one_go():
     done = np.random.default_rng(0).random((10, 3)) < 0.4
     whole, last = sequence.resets_from_done(done)

@@ -55,6 +55,7 @@ def test_a_list_of_features_and_a_state_of_its_own_are_welcome():
     assert jrnn.stepper(Counter())({}, jnp.zeros(()), jnp.ones(2))[0] == 1
 
 
+@pytest.mark.smoke
 def test_the_state_is_donated():
     cell = jrnn.lstm(4)
     params = cell.init(jax.random.key(0), 3)
@@ -74,6 +75,7 @@ def test_equal_layers_share_what_is_compiled():
     assert counter["compilations"] == 0
 
 
+@pytest.mark.smoke
 def test_keys_are_per_step():
     model = jrnn.stack(jrnn.dropout(0.5), jrnn.gru(4))
     params = model.init(jax.random.key(0), 8)

@@ -37,6 +37,7 @@ def test_every_schedule_has_a_row(monkeypatch, capsys):
     assert capsys.readouterr().out == f"{found}\n"
 
 
+@pytest.mark.smoke
 def test_models_and_integers(capsys):
     model = jrnn.stack(jrnn.embed(5, 3), jrnn.dropout(0.5), jrnn.elman(2))
     params, ids = model.init(jax.random.key(0), None), jnp.zeros((4, 2), jnp.int32)
@@ -71,6 +72,7 @@ def test_a_schedule_that_fails_is_a_row(monkeypatch):
     assert found.train == "reference"
 
 
+@pytest.mark.smoke
 def test_the_choice_and_the_table():
     rows = (
         Timing("kernel", 1.0, None, "no gradients"),

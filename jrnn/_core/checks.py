@@ -53,6 +53,23 @@ def _int(value: Any, argument: str, least: int, expected: str) -> None:
         raise ValueError(f"{argument}: expected {expected}, got {value}")
 
 
+def prng_key(key: Any, argument: str = "key") -> None:
+    """One PRNG key: typed, or the 32-bit words of a raw one."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and shape == ()) and not (dtype == jnp.uint32 and shape is not None and len(shape) == 1):
+        raise TypeError(f"{argument}: expected one PRNG key, as from jax.random.key(0), got {brief(key)}")
+
+
+def brief(value: Any) -> str:
+    """A value for error messages, in one line: without the contents of a container or an array."""
+    if isinstance(value, str | int | float | complex | type | None) or callable(value):
+        return repr(value)
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return describe(value)
+    return f"a {type(value).__name__}"
+
+
 def batch_axes(batch_shape: Any) -> tuple[Any, ...]:
     """The batch shape of a state: a tuple, where a number is an easy mistake."""
     if not isinstance(batch_shape, tuple | list):
@@ -73,7 +90,7 @@ def rate(value: Any, argument: str) -> None:
 
 
 def epsilon(value: Any) -> None:
-    """What is added to a variance, so that its square root is not zero."""
+    """The number that is added to a variance, so that its square root is not zero."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"epsilon: expected a positive float, got {value!r}")
     if not value > 0.0:

@@ -19,7 +19,7 @@ def default_device() -> Any:
 def varying_as(tree: Any, *like: Any) -> Any:
     """Inside `jax.shard_map`, a tree said to vary over every axis of the mesh that the leaves of ``like`` vary over.
 
-    What a loop carries must, if what it meets does. Elsewhere the tree as it is.
+    A loop's carry must vary over an axis if its inputs do. Outside of `jax.shard_map` the tree is returned as it is.
     """
     wanted: frozenset[str] = frozenset().union(*map(_axes, jax.tree.leaves(like)))
     if not wanted:

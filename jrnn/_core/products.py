@@ -2,7 +2,7 @@
 
 ``jax.lax.dot_general`` transposes ``x W`` with respect to ``W`` as ``(dz^T x)^T``. On a CPU that form, tall times
 narrow, is slower than ``x^T dz``, which is the same sum. So the product is a primitive of its own
-with the second form for a transpose. Where JAX no longer offers what a primitive needs, it is `dot_general` as ever.
+with the second form for a transpose. In a JAX without the internals that a primitive needs, it is a `dot_general`.
 """
 
 from __future__ import annotations

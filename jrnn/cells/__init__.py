@@ -1,1 +1,1 @@
-"""What one step is: the kinds of cell (`base`) and a file per family."""
+"""Cells: the kinds of cell (`base`), and a file for each family."""

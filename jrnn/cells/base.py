@@ -20,8 +20,9 @@ import numpy as np
 from jax import lax
 
 from jrnn import initializers
-from jrnn._core.checks import batch_axes, describe, non_negative_int, positive_int, same_form
+from jrnn._core.checks import batch_axes, brief, describe, non_negative_int, positive_int, prng_key, same_form
 from jrnn._core.products import weigh
+from jrnn._core.text import call, field_arguments
 
 __all__ = ["AffineCell", "Cell", "Drawn", "HiddenState", "Layer"]
 
@@ -175,10 +176,18 @@ class Layer:
     uses_key: Any = None
     event_ndim: Any = 1
 
+    _constructor: ClassVar[str | None] = None  # the public function that makes layers of this very class
+
     def __repr__(self) -> str:
-        """The layer as one would write it: fields that differ from their defaults."""
-        shown = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
-        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+        """The layer as one would write it, with the options that differ from their defaults."""
+        name = type(self).__dict__.get("_constructor")
+        if name is None:
+            return call(type(self).__name__, *field_arguments(self))
+        return call(name, *self._constructor_arguments())
+
+    def _constructor_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments and options of the constructor, where they are not simply the fields."""
+        return field_arguments(self)
 
     def init(self, key: jax.Array, in_features: Any) -> Any:
         """Parameters for inputs of ``in_features`` features: nested dicts and tuples of arrays."""
@@ -212,20 +221,42 @@ class Layer:
     def out_features(self, in_features: Any) -> int:
         """Features of ``y`` for inputs of ``in_features`` features; found by abstract evaluation unless given."""
         params = jax.eval_shape(lambda key: self.init(key, in_features), jax.random.key(0))
+        if self.event_ndim == 0:
+            x = jax.ShapeDtypeStruct((), jnp.int32)
+        else:
+            floats = [leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+            shape = tuple(in_features) if isinstance(in_features, tuple | list) else (in_features,)
+            x = jax.ShapeDtypeStruct(shape, floats[0] if floats else jnp.result_type(float))
+        if type(self).walk is not Layer.walk:  # a combinator, which may have no step: run over one step
+            from jrnn.run.unrolling import unroll
+
+            xs = jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
+            return jax.eval_shape(lambda p, xs: unroll(self, p, xs), params, xs)[1].shape[-1]
         state = jax.eval_shape(lambda p: self.initial_state(p, ()), params)
-        floats = [leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        x = jax.ShapeDtypeStruct((in_features,), floats[0] if floats else jnp.result_type(float))
         return jax.eval_shape(lambda p, s, x: self.step(p, s, x), params, state, x)[1].shape[-1]
 
     def children(self) -> tuple[Layer, ...]:
         """The layers that this layer is made of: the layers among its dataclass fields, and in tuples there, in order.
 
         >>> jrnn.stack(jrnn.gru(4), jrnn.dense(2)).children()
-        (GRU(hidden=4), Dense(features=2))
+        (gru(4), dense(2))
         """
         if not dataclasses.is_dataclass(self):
             return ()
         return tuple(_layers_in(tuple(getattr(self, f.name) for f in dataclasses.fields(self))))
+
+    @property
+    def causal(self) -> bool:
+        """Whether an output needs no later step: by default, whether this holds of each of the `children`.
+
+        A `Cell` is causal, since its step sees nothing later. A layer of your own that runs a part in the opposite
+        direction (``run.opposite()`` in its `walk`) declares ``causal = False``. A layer that is not causal has no
+        step, and is refused where a sequence is cut into chunks.
+
+        >>> jrnn.stack(jrnn.gru(4), jrnn.dense(2)).causal, jrnn.stack(jrnn.bidirectional(jrnn.gru(4))).causal
+        (True, False)
+        """
+        return all(child.causal for child in self.children())
 
     @property
     def draws_once(self) -> bool:
@@ -276,8 +307,46 @@ class Layer:
         """Raises where values that are known already can give no right answer (ids outside a vocabulary)."""
 
     def walk(self, run: Any, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
-        """Runs the layer over time. ``run(layer, params, xs, state)`` runs a part, ``run.scan`` loops over steps."""
+        """Runs the layer over all steps: ``(state, xs (T, *B, F)) -> (state, ys (T, *B, H))``.
+
+        By default this is a loop over `step`. A combinator of your own, a layer made of layers, defines it instead:
+
+        - ``run(layer, params, xs, state)`` runs a part of it over all steps.
+        - ``run.child(i)`` is the run of its i-th part, with randomness of its own; needed where it has several.
+        - ``run.opposite()`` is the run in the opposite direction (see `causal`).
+        - ``run.zero_invalid(ys)`` sets outputs to zero at invalid steps; needed where the combinator does not map zeros
+          to zeros.
+
+        `jrnn.unroll`, `jrnn.testing.check_cell`, `jrnn.diagnose` and truncated backpropagation follow it. The parts are
+        found by `children`. A ``step`` beside it serves `jrnn.stepper`.
+
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Scaled(jrnn.Layer):
+        ...     layer: jrnn.Layer
+        ...     def init(self, key, in_features):
+        ...         return {"layer": self.layer.init(key, in_features), "scale": jnp.array(0.5)}
+        ...     def initial_state(self, params, batch_shape):
+        ...         return self.layer.initial_state(params["layer"], batch_shape)
+        ...     def walk(self, run, params, xs, state):
+        ...         state, ys = run(self.layer, params["layer"], xs, state)
+        ...         return state, params["scale"] * ys
+        >>> model = Scaled(jrnn.bidirectional(jrnn.gru(4)))
+        >>> jrnn.unroll(model, model.init(jax.random.key(0), 3), jnp.ones((5, 3)))[1].shape
+        (5, 8)
+        """
         return run.scan(self, params, xs, state)
+
+
+def check_layer(layer: Any, argument: str, params: Any = None) -> None:
+    """Raises where an argument is no layer; ``params`` is the argument that follows it."""
+    if isinstance(layer, Layer):
+        return
+    remedy = ""
+    if isinstance(params, Layer):
+        remedy = f"; {params!r} came where the parameters belong: the layer comes first, then its parameters"
+    raise TypeError(
+        f"{argument}: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {brief(layer)}{remedy}"
+    )
 
 
 def _layers_in(values: tuple[Any, ...]) -> Iterator[Layer]:
@@ -366,6 +435,7 @@ class Cell(Layer):
     """
 
     emits: Any = None
+    causal = True
 
     def project(self, params: Any, xs: jax.Array) -> Any:
         """The part of the step that does not need the state, for one step or for all T; by default ``xs`` itself."""
@@ -490,6 +560,7 @@ class AffineCell(Cell):
 
         Without input features (F = 0) the network is autonomous: its inputs, ``(T, *B, 0)``, say how many steps to run.
         """
+        prng_key(key)
         non_negative_int(in_features, "in_features")
         k_ih, k_hh, k_b, k_theta = jax.random.split(key, 4)
         return {

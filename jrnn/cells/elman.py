@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn import activations, initializers
-from jrnn._core.checks import batch_axes, non_negative_int, positive_int
+from jrnn._core.checks import batch_axes, non_negative_int, positive_int, prng_key
 from jrnn.cells.base import (
     AffineCell,
     Cell,
@@ -34,6 +34,8 @@ class Elman(AffineCell):
     elementwise: ClassVar[bool | None] = True
     additive = True
 
+    _constructor = "elman"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         activations.resolve(self.activation)
@@ -42,7 +44,14 @@ class Elman(AffineCell):
         return HiddenState(activations.resolve(self.activation)(u[0] + v[0]))
 
 
-def elman(hidden: int, activation: activations.Activation = "tanh", **options: Any) -> Elman:
+def elman(
+    hidden: int,
+    activation: activations.Activation = "tanh",
+    *,
+    input_init: initializers.Initializer = "glorot_uniform",
+    recurrent_init: initializers.Initializer = "orthogonal",
+    bias_init: initializers.Initializer = "zeros",
+) -> Elman:
     """Elman's simple recurrent network (Elman 1990): ``h = f(x W_ih + h W_hh + b)``.
 
     With ``activation="relu", recurrent_init="identity"`` it is the IRNN of Le, Jaitly and Hinton (2015).
@@ -50,14 +59,20 @@ def elman(hidden: int, activation: activations.Activation = "tanh", **options: A
     Args:
       hidden: H.
       activation: "tanh", "relu", "sigmoid", another name of `jrnn.activations` or a module-level function.
-      **options: initialisers, as for `AffineCell`.
+      input_init, recurrent_init, bias_init: initialisers of ``w_ih``, ``w_hh`` and ``b`` (see `jrnn.initializers`).
 
     >>> cell = jrnn.elman(4, "relu")
     >>> state, ys = jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))
     >>> ys.shape, state.h.shape
     ((5, 2, 4), (2, 4))
     """
-    return Elman(hidden, activation, **options)
+    return Elman(
+        hidden,
+        activation,
+        input_init=input_init,
+        recurrent_init=recurrent_init,
+        bias_init=bias_init,
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,6 +90,8 @@ class Jordan(Cell):
     emits = "h"
     uses_key = False
 
+    _constructor = "jordan"
+
     def __post_init__(self) -> None:
         positive_int(self.hidden, "hidden")
         positive_int(self.out, "out")
@@ -85,6 +102,7 @@ class Jordan(Cell):
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         non_negative_int(in_features, "in_features")
+        prng_key(key)
         k_ih, k_hh, k_ho, k_b, k_bo = jax.random.split(key, 5)
         return {
             "w_ih": initializers.draw(self.input_init, k_ih, (in_features, self.hidden)),
@@ -116,7 +134,16 @@ class Jordan(Cell):
         return HiddenState(y), y
 
 
-def jordan(hidden: int, out: int, activation: activations.Activation = "tanh", **options: Any) -> Jordan:
+def jordan(
+    hidden: int,
+    out: int,
+    activation: activations.Activation = "tanh",
+    *,
+    out_activation: activations.Activation = "linear",
+    input_init: initializers.Initializer = "glorot_uniform",
+    recurrent_init: initializers.Initializer = "orthogonal",
+    bias_init: initializers.Initializer = "zeros",
+) -> Jordan:
     """Jordan's network (Jordan 1986), which feeds back its output instead of its hidden layer.
 
     ``z = f(x W_ih + y W_hh + b)``, ``y = g(z W_ho + b_o)``; the state's ``h`` is the last output ``y (*B, out)``.
@@ -125,8 +152,8 @@ def jordan(hidden: int, out: int, activation: activations.Activation = "tanh", *
       hidden: H, units of the hidden layer.
       out: features of the output that is fed back.
       activation: f.
-      **options: ``out_activation`` (g, "linear") and the initialisers ``input_init``, ``recurrent_init``,
-        ``bias_init``.
+      out_activation: g.
+      input_init, recurrent_init, bias_init: initialisers of ``w_ih`` and ``w_ho``, of ``w_hh``, and of both biases.
 
     Parameters: ``w_ih (F, H)``, ``w_hh (out, H)``, ``b (H,)``, ``w_ho (H, out)``, ``b_o (out,)``.
 
@@ -135,7 +162,18 @@ def jordan(hidden: int, out: int, activation: activations.Activation = "tanh", *
     >>> ys.shape, bool((state.h == ys[-1]).all())
     ((5, 2), True)
     """
-    return Jordan(hidden, out, activation, **options)
+    return Jordan(
+        hidden,
+        out,
+        activation,
+        out_activation=out_activation,
+        input_init=input_init,
+        recurrent_init=recurrent_init,
+        bias_init=bias_init,
+    )
+
+
+_UNIFORM = initializers.uniform(1.0)
 
 
 @dataclass(frozen=True, repr=False)
@@ -145,11 +183,13 @@ class IndRNN(Cell):
     hidden: int
     activation: activations.Activation = "relu"
     input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
-    recurrent_init: initializers.Initializer = field(default=initializers.uniform(1.0), kw_only=True)
+    recurrent_init: initializers.Initializer = field(default=_UNIFORM, kw_only=True)
     bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
 
     emits = "h"
     uses_key = False
+
+    _constructor = "indrnn"
 
     def __post_init__(self) -> None:
         positive_int(self.hidden, "hidden")
@@ -159,6 +199,7 @@ class IndRNN(Cell):
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         non_negative_int(in_features, "in_features")
+        prng_key(key)
         k_ih, k_hh, k_b = jax.random.split(key, 3)
         return {
             "w_ih": initializers.draw(self.input_init, k_ih, (in_features, self.hidden)),
@@ -185,7 +226,14 @@ class IndRNN(Cell):
         return HiddenState(h), h
 
 
-def indrnn(hidden: int, activation: activations.Activation = "relu", **options: Any) -> IndRNN:
+def indrnn(
+    hidden: int,
+    activation: activations.Activation = "relu",
+    *,
+    input_init: initializers.Initializer = "glorot_uniform",
+    recurrent_init: initializers.Initializer = _UNIFORM,
+    bias_init: initializers.Initializer = "zeros",
+) -> IndRNN:
     """Independently recurrent network (Li et al. 2018): ``h = f(x W_ih + w_hh * h + b)``, units independent.
 
     ``w_hh (H,)`` is a vector. It starts uniform in [-1, 1); the paper bounds ``|w_hh|`` by ``gamma ** (1/T)``, which
@@ -194,11 +242,17 @@ def indrnn(hidden: int, activation: activations.Activation = "relu", **options: 
     Args:
       hidden: H.
       activation: f.
-      **options: ``input_init``, ``recurrent_init``, ``bias_init``.
+      input_init, recurrent_init, bias_init: initialisers of ``w_ih``, ``w_hh`` and ``b`` (see `jrnn.initializers`).
 
     >>> cell = jrnn.indrnn(4)
     >>> params = cell.init(jax.random.key(0), 3)
     >>> params["w_hh"].shape, jrnn.unroll(cell, params, jnp.ones((5, 3)))[1].shape
     ((4,), (5, 4))
     """
-    return IndRNN(hidden, activation, **options)
+    return IndRNN(
+        hidden,
+        activation,
+        input_init=input_init,
+        recurrent_init=recurrent_init,
+        bias_init=bias_init,
+    )

@@ -18,7 +18,7 @@ __all__ = ["gru", "layer_norm_gru", "mgu", "ugrnn"]
 
 @dataclass(frozen=True, repr=False)
 class _Gated(AffineCell):
-    """What the gated units share: a function for the gates and one for the candidate."""
+    """The base of the gated units, with a function for the gates and one for the candidate."""
 
     activation: activations.Activation = field(default="tanh", kw_only=True)
     gate_activation: activations.Activation = field(default="sigmoid", kw_only=True)
@@ -42,6 +42,8 @@ class GRU(_Gated):
 
     gate_names: ClassVar[tuple[str, ...]] = ("r", "z", "n")
     additive: ClassVar[Any] = ("r", "z")
+
+    _constructor = "gru"
 
     def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
         return {"b_hn": initializers.resolve(self.bias_init)(key, (self.hidden,), jnp.float32)}
@@ -67,6 +69,8 @@ class ResetBeforeGRU(Cell):
     emits = "h"
     uses_key = False
 
+    _constructor = "gru"
+
     def __post_init__(self) -> None:
         self._gru  # noqa: B018 - checks every field
 
@@ -75,6 +79,10 @@ class ResetBeforeGRU(Cell):
         """The reset-after GRU with the same weights."""
         names = ("activation", "gate_activation", "input_init", "recurrent_init", "bias_init")
         return GRU(self.hidden, **{name: getattr(self, name) for name in names})
+
+    def _constructor_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        arguments, options = super()._constructor_arguments()
+        return arguments, {"reset": "before", **options}
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         return {name: value for name, value in self._gru.init(key, in_features).items() if name != "b_hn"}
@@ -102,7 +110,16 @@ class ResetBeforeGRU(Cell):
         return HiddenState(h), h
 
 
-def gru(hidden: int, reset: str = "after", **options: Any) -> GRU | ResetBeforeGRU:
+def gru(
+    hidden: int,
+    reset: str = "after",
+    *,
+    activation: activations.Activation = "tanh",
+    gate_activation: activations.Activation = "sigmoid",
+    input_init: initializers.Initializer = "glorot_uniform",
+    recurrent_init: initializers.Initializer = "orthogonal",
+    bias_init: initializers.Initializer = "zeros",
+) -> GRU | ResetBeforeGRU:
     """Gated recurrent unit (Cho et al. 2014)::
 
         r = sigmoid(x W_r + h U_r + b_r)    z = sigmoid(x W_z + h U_z + b_z)
@@ -112,8 +129,11 @@ def gru(hidden: int, reset: str = "after", **options: Any) -> GRU | ResetBeforeG
 
     Args:
       hidden: H.
-      reset: "after" or "before": whether the reset gate acts on the product or on what goes into it.
-      **options: ``activation``, ``gate_activation`` and initialisers, as for `AffineCell`.
+      reset: "after" or "before": whether the reset gate multiplies the product ``h U_n`` or its factor ``h``.
+      activation: the function of the candidate, a name of `jrnn.activations` or a module-level function.
+      gate_activation: the function of the gates.
+      input_init, recurrent_init, bias_init: initialisers of ``w_ih``, ``w_hh`` and ``b``, drawn gate by gate (see
+        `jrnn.initializers`).
 
     Parameters: ``w_ih (F, 3H)``, ``w_hh (H, 3H)``, ``b (3H,)``, gates in the order r, z, n; after also ``b_hn (H,)``.
 
@@ -125,7 +145,15 @@ def gru(hidden: int, reset: str = "after", **options: Any) -> GRU | ResetBeforeG
     """
     if reset not in ("after", "before"):
         raise ValueError(f'reset: expected "after" or "before", got {reset!r}')
-    return GRU(hidden, **options) if reset == "after" else ResetBeforeGRU(hidden, **options)
+    kind: Any = GRU if reset == "after" else ResetBeforeGRU
+    return kind(
+        hidden,
+        activation=activation,
+        gate_activation=gate_activation,
+        input_init=input_init,
+        recurrent_init=recurrent_init,
+        bias_init=bias_init,
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -136,6 +164,8 @@ class LayerNormGRU(GRU):
 
     elementwise: ClassVar[bool | None] = False
     additive = False
+
+    _constructor = "layer_norm_gru"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,20 +188,38 @@ class LayerNormGRU(GRU):
         return super().gates(theta, u, v, state)
 
 
-def layer_norm_gru(hidden: int, **options: Any) -> LayerNormGRU:
+def layer_norm_gru(
+    hidden: int,
+    *,
+    epsilon: float = 1e-5,
+    activation: activations.Activation = "tanh",
+    gate_activation: activations.Activation = "sigmoid",
+    input_init: initializers.Initializer = "glorot_uniform",
+    recurrent_init: initializers.Initializer = "orthogonal",
+    bias_init: initializers.Initializer = "zeros",
+) -> LayerNormGRU:
     """Layer-normalised GRU, reset after (Ba, Kiros and Hinton 2016)::
 
         u = LN(x W_ih) * scale_ih + b    v = LN(h W_hh) * scale_hh    LN over all 3H
         r, z = sigmoid(u + v)    n = tanh(u_n + r * (v_n + b_hn))    h = (1 - z) * n + z * h
 
     Args:
-      hidden, **options: as `gru`, and ``epsilon`` (1e-5), added to variances.
+      epsilon: added to variances.
+      hidden, activation, gate_activation, input_init, recurrent_init, bias_init: as for `gru`.
 
     >>> cell = jrnn.layer_norm_gru(4)
     >>> jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))[1].shape
     (5, 2, 4)
     """
-    return LayerNormGRU(hidden, **options)
+    return LayerNormGRU(
+        hidden,
+        epsilon=epsilon,
+        activation=activation,
+        gate_activation=gate_activation,
+        input_init=input_init,
+        recurrent_init=recurrent_init,
+        bias_init=bias_init,
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -180,6 +228,8 @@ class MGU(_Gated):
 
     gate_names: ClassVar[tuple[str, ...]] = ("f", "n")
     additive = ("f",)
+
+    _constructor = "mgu"
 
     def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
         return {"b_hn": initializers.resolve(self.bias_init)(key, (self.hidden,), jnp.float32)}
@@ -191,24 +241,40 @@ class MGU(_Gated):
         return HiddenState((1 - f) * state.h + f * n)
 
 
-def mgu(hidden: int, **options: Any) -> MGU:
+def mgu(
+    hidden: int,
+    *,
+    activation: activations.Activation = "tanh",
+    gate_activation: activations.Activation = "sigmoid",
+    input_init: initializers.Initializer = "glorot_uniform",
+    recurrent_init: initializers.Initializer = "orthogonal",
+    bias_init: initializers.Initializer = "zeros",
+) -> MGU:
     """Minimal gated unit (Zhou et al. 2016), its one gate acting after the product::
 
         f = sigmoid(x W_f + h U_f + b_f)
         n = tanh(x W_n + b_n + f * (h U_n + b_hn))
         h = (1 - f) * h + f * n
 
-    The paper's ``(f * h) U_n`` would need two products in a row; acting after it is what `gru` does by default.
+    The paper's ``(f * h) U_n`` would need two products one after the other; here the gate acts after the product, as
+    that of `gru` does by default.
 
     Args:
-      hidden, **options: as `gru`.
+      hidden, activation, gate_activation, input_init, recurrent_init, bias_init: as for `gru`.
 
     Parameters: ``w_ih (F, 2H)``, ``w_hh (H, 2H)``, ``b (2H,)``, gates in the order f, n, and ``b_hn (H,)``.
 
     >>> jrnn.mgu(4).init(jax.random.key(0), 3)["w_ih"].shape
     (3, 8)
     """
-    return MGU(hidden, **options)
+    return MGU(
+        hidden,
+        activation=activation,
+        gate_activation=gate_activation,
+        input_init=input_init,
+        recurrent_init=recurrent_init,
+        bias_init=bias_init,
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -218,23 +284,40 @@ class UGRNN(_Gated):
     gate_names: ClassVar[tuple[str, ...]] = ("g", "n")
     additive = True
 
+    _constructor = "ugrnn"
+
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
         sigma, tanh = self.functions
         g, n = sigma(u[0] + v[0]), tanh(u[1] + v[1])
         return HiddenState(g * state.h + (1 - g) * n)
 
 
-def ugrnn(hidden: int, **options: Any) -> UGRNN:
+def ugrnn(
+    hidden: int,
+    *,
+    activation: activations.Activation = "tanh",
+    gate_activation: activations.Activation = "sigmoid",
+    input_init: initializers.Initializer = "glorot_uniform",
+    recurrent_init: initializers.Initializer = "orthogonal",
+    bias_init: initializers.Initializer = "zeros",
+) -> UGRNN:
     """Update-gate network (Collins, Sohl-Dickstein and Sussillo 2017)::
 
         g = sigmoid(x W_g + h U_g + b_g)    n = tanh(x W_n + h U_n + b_n)    h = g * h + (1 - g) * n
 
     Args:
-      hidden, **options: as `gru`.
+      hidden, activation, gate_activation, input_init, recurrent_init, bias_init: as for `gru`.
 
     Parameters: ``w_ih (F, 2H)``, ``w_hh (H, 2H)``, ``b (2H,)``, gates in the order g, n.
 
     >>> jrnn.ugrnn(4).init(jax.random.key(0), 3)["b"].shape
     (8,)
     """
-    return UGRNN(hidden, **options)
+    return UGRNN(
+        hidden,
+        activation=activation,
+        gate_activation=gate_activation,
+        input_init=input_init,
+        recurrent_init=recurrent_init,
+        bias_init=bias_init,
+    )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jrnn import activations, initializers
 from jrnn._core import checks
-from jrnn._core.checks import batch_axes, non_negative_int, positive_int
+from jrnn._core.checks import batch_axes, non_negative_int, positive_int, prng_key
 from jrnn.cells.base import (
     AffineCell,
     Cell,
@@ -41,7 +41,16 @@ class LSTMState(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class LSTM(AffineCell):
-    """See `lstm`."""
+    """The cell that `lstm` makes: to subclass, and to test for by ``isinstance``.
+
+    A subclass may emit other fields of the state than ``h`` (see `AffineCell`), or have gates of its own.
+
+    >>> class Whole(jrnn.LSTM):
+    ...     emits = ("h", "c")
+    >>> cell = Whole(4)
+    >>> jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))[1].shape
+    (5, 2, 8)
+    """
 
     forget_bias: float = 1.0
     activation: activations.Activation = "tanh"
@@ -51,6 +60,8 @@ class LSTM(AffineCell):
     state_type: ClassVar[Any] = LSTMState
     elementwise: ClassVar[bool | None] = True
     additive = True
+
+    _constructor = "lstm"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +84,16 @@ class LSTM(AffineCell):
         return LSTMState(sigma(o) * tanh(c), c)
 
 
-def lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) -> LSTM:
+def lstm(
+    hidden: int,
+    *,
+    forget_bias: float = 1.0,
+    activation: activations.Activation = "tanh",
+    gate_activation: activations.Activation = "sigmoid",
+    input_init: initializers.Initializer = "glorot_uniform",
+    recurrent_init: initializers.Initializer = "orthogonal",
+    bias_init: initializers.Initializer = "zeros",
+) -> LSTM:
     """Long short-term memory (Hochreiter and Schmidhuber 1997; forget gate by Gers et al. 2000)::
 
         i, f, o = sigmoid(x W + h U + b)    g = tanh(x W + h U + b)
@@ -82,7 +102,11 @@ def lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) -> LSTM:
     Args:
       hidden: H.
       forget_bias: added to the forget gate's part of ``b`` at initialisation (Jozefowicz et al. 2015), never after.
-      **options: ``activation``, ``gate_activation`` and initialisers, as for `AffineCell`.
+      activation: the function of the candidate and of the memory, a name of `jrnn.activations` or a module-level
+        function.
+      gate_activation: the function of the gates.
+      input_init, recurrent_init, bias_init: initialisers of ``w_ih``, ``w_hh`` and ``b``, drawn gate by gate (see
+        `jrnn.initializers`).
 
     Parameters: ``w_ih (F, 4H)``, ``w_hh (H, 4H)``, ``b (4H,)``, gates in the order i, f, g, o.
 
@@ -91,7 +115,15 @@ def lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) -> LSTM:
     >>> ys.shape, bool((ys[-1] == h).all())
     ((5, 2, 4), True)
     """
-    return LSTM(hidden, forget_bias, **options)
+    return LSTM(
+        hidden,
+        forget_bias,
+        activation=activation,
+        gate_activation=gate_activation,
+        input_init=input_init,
+        recurrent_init=recurrent_init,
+        bias_init=bias_init,
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,6 +131,8 @@ class PeepholeLSTM(LSTM):
     """See `peephole_lstm`."""
 
     additive = True
+
+    _constructor = "peephole_lstm"
 
     def init_theta(self, key: jax.Array) -> dict[str, jax.Array]:
         keys = jax.random.split(key, 3)
@@ -113,20 +147,37 @@ class PeepholeLSTM(LSTM):
         return LSTMState(sigma(o + vector(theta["p_o"], o) * c) * tanh(c), c)
 
 
-def peephole_lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) -> PeepholeLSTM:
+def peephole_lstm(
+    hidden: int,
+    *,
+    forget_bias: float = 1.0,
+    activation: activations.Activation = "tanh",
+    gate_activation: activations.Activation = "sigmoid",
+    input_init: initializers.Initializer = "glorot_uniform",
+    recurrent_init: initializers.Initializer = "orthogonal",
+    bias_init: initializers.Initializer = "zeros",
+) -> PeepholeLSTM:
     """LSTM whose gates also see the memory (Gers and Schmidhuber 2000)::
 
         i = sigmoid(x W_i + h U_i + p_i * c + b_i)    f = sigmoid(x W_f + h U_f + p_f * c + b_f)
         c' = f * c + i * tanh(x W_g + h U_g + b_g)    o = sigmoid(x W_o + h U_o + p_o * c' + b_o)
         h' = o * tanh(c')
 
-    Parameters and arguments: as `lstm`, and the vectors ``p_i``, ``p_f``, ``p_o``, each ``(H,)``.
+    Arguments and parameters are those of `lstm`, and the vectors ``p_i``, ``p_f``, ``p_o``, each ``(H,)``.
 
     >>> cell = jrnn.peephole_lstm(4)
     >>> cell.init(jax.random.key(0), 3)["p_o"].shape
     (4,)
     """
-    return PeepholeLSTM(hidden, forget_bias, **options)
+    return PeepholeLSTM(
+        hidden,
+        forget_bias,
+        activation=activation,
+        gate_activation=gate_activation,
+        input_init=input_init,
+        recurrent_init=recurrent_init,
+        bias_init=bias_init,
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -134,6 +185,8 @@ class CoupledLSTM(LSTM):
     """See `coupled_lstm`."""
 
     gate_names: ClassVar[tuple[str, ...]] = ("f", "g", "o")
+
+    _constructor = "coupled_lstm"
 
     def gates(self, theta: Any, u: Any, v: Any, state: Any) -> Any:
         sigma, tanh = self.functions
@@ -143,18 +196,35 @@ class CoupledLSTM(LSTM):
         return LSTMState(sigma(o) * tanh(c), c)
 
 
-def coupled_lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) -> CoupledLSTM:
+def coupled_lstm(
+    hidden: int,
+    *,
+    forget_bias: float = 1.0,
+    activation: activations.Activation = "tanh",
+    gate_activation: activations.Activation = "sigmoid",
+    input_init: initializers.Initializer = "glorot_uniform",
+    recurrent_init: initializers.Initializer = "orthogonal",
+    bias_init: initializers.Initializer = "zeros",
+) -> CoupledLSTM:
     """LSTM with coupled input and forget gates, ``i = 1 - f`` (CIFG; Greff et al. 2017)::
 
         c = f * c + (1 - f) * g    h = o * tanh(c)
 
-    Parameters and arguments: as `lstm` with three gates in the order f, g, o.
+    Arguments and parameters are those of `lstm`, with three gates in the order f, g, o.
 
     >>> cell = jrnn.coupled_lstm(4)
     >>> cell.init(jax.random.key(0), 3)["w_ih"].shape
     (3, 12)
     """
-    return CoupledLSTM(hidden, forget_bias, **options)
+    return CoupledLSTM(
+        hidden,
+        forget_bias,
+        activation=activation,
+        gate_activation=gate_activation,
+        input_init=input_init,
+        recurrent_init=recurrent_init,
+        bias_init=bias_init,
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -165,6 +235,8 @@ class LayerNormLSTM(LSTM):
 
     elementwise: ClassVar[bool | None] = False
     additive = False
+
+    _constructor = "layer_norm_lstm"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,7 +264,17 @@ class LayerNormLSTM(LSTM):
         return LSTMState(sigma(o) * tanh(normed), c)
 
 
-def layer_norm_lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) -> LayerNormLSTM:
+def layer_norm_lstm(
+    hidden: int,
+    *,
+    forget_bias: float = 1.0,
+    epsilon: float = 1e-5,
+    activation: activations.Activation = "tanh",
+    gate_activation: activations.Activation = "sigmoid",
+    input_init: initializers.Initializer = "glorot_uniform",
+    recurrent_init: initializers.Initializer = "orthogonal",
+    bias_init: initializers.Initializer = "zeros",
+) -> LayerNormLSTM:
     """Layer-normalised LSTM (Ba, Kiros and Hinton 2016, equations 20-22)::
 
         i, f, g, o = LN(x W_ih) * scale_ih + LN(h W_hh) * scale_hh + b      LN over all 4H
@@ -202,13 +284,23 @@ def layer_norm_lstm(hidden: int, *, forget_bias: float = 1.0, **options: Any) ->
     ``b`` stands for the sum of the paper's three shifts of the gates.
 
     Args:
-      hidden, forget_bias, **options: as `lstm`, and ``epsilon`` (1e-5), added to variances.
+      epsilon: added to variances.
+      hidden, forget_bias, activation, gate_activation, input_init, recurrent_init, bias_init: as for `lstm`.
 
     >>> cell = jrnn.layer_norm_lstm(4)
     >>> jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))[1].shape
     (5, 2, 4)
     """
-    return LayerNormLSTM(hidden, forget_bias, **options)
+    return LayerNormLSTM(
+        hidden,
+        forget_bias,
+        epsilon=epsilon,
+        activation=activation,
+        gate_activation=gate_activation,
+        input_init=input_init,
+        recurrent_init=recurrent_init,
+        bias_init=bias_init,
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -225,6 +317,8 @@ class ProjectionLSTM(Cell):
     emits = "h"
     uses_key = False
 
+    _constructor = "projection_lstm"
+
     def __post_init__(self) -> None:
         positive_int(self.projection, "projection")
         self._lstm  # noqa: B018 - checks hidden and the initialisers
@@ -237,6 +331,7 @@ class ProjectionLSTM(Cell):
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         non_negative_int(in_features, "in_features")
+        prng_key(key)
         k_ih, k_hh, k_b, k_hr = jax.random.split(key, 4)
         gates = self._lstm
         return {
@@ -267,13 +362,22 @@ class ProjectionLSTM(Cell):
         return LSTMState(h, c), h
 
 
-def projection_lstm(hidden: int, projection: int, *, forget_bias: float = 1.0, **options: Any) -> ProjectionLSTM:
+def projection_lstm(
+    hidden: int,
+    projection: int,
+    *,
+    forget_bias: float = 1.0,
+    input_init: initializers.Initializer = "glorot_uniform",
+    recurrent_init: initializers.Initializer = "orthogonal",
+    bias_init: initializers.Initializer = "zeros",
+) -> ProjectionLSTM:
     """LSTM with a projected output (Sak, Senior and Beaufays 2014): as `lstm`, then ``h = (o * tanh(c)) W_hr``.
 
     Args:
       hidden: H, units of the memory ``c``.
       projection: P, features of ``h``, which is fed back and put out.
-      forget_bias, **options: as `lstm`'s, without the activations.
+      forget_bias: as for `lstm`.
+      input_init, recurrent_init, bias_init: initialisers of ``w_ih`` and ``w_hr``, of ``w_hh``, and of ``b``.
 
     Parameters: ``w_ih (F, 4H)``, ``w_hh (P, 4H)``, ``b (4H,)``, ``w_hr (H, P)``.
 
@@ -282,4 +386,11 @@ def projection_lstm(hidden: int, projection: int, *, forget_bias: float = 1.0, *
     >>> ys.shape, h.shape, c.shape
     ((5, 2), (2,), (8,))
     """
-    return ProjectionLSTM(hidden, projection, forget_bias, **options)
+    return ProjectionLSTM(
+        hidden,
+        projection,
+        forget_bias,
+        input_init=input_init,
+        recurrent_init=recurrent_init,
+        bias_init=bias_init,
+    )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn import activations, initializers
-from jrnn._core.checks import batch_axes, positive_int
+from jrnn._core.checks import batch_axes, positive_int, prng_key
 from jrnn.cells.base import Cell, check_features, check_named, exported, product, stable, vector
 
 __all__ = ["TDNNState", "tdnn"]
@@ -19,7 +19,7 @@ __all__ = ["TDNNState", "tdnn"]
 
 @exported
 class TDNNState(NamedTuple):
-    """``pending (*B, (window - 1) * dilation, H)``: what past steps have already added to the next outputs.
+    """``pending (*B, (window - 1) * dilation, H)``: the sums of past inputs' contributions to the next outputs.
 
     >>> jrnn.tdnn(4, window=3).initial_state(jrnn.tdnn(4, window=3).init(jax.random.key(0), 2), ()).pending.shape
     (2, 4)
@@ -41,6 +41,8 @@ class TDNN(Cell):
 
     uses_key = False
 
+    _constructor = "tdnn"
+
     def __post_init__(self) -> None:
         for name in ("features", "window", "dilation"):
             positive_int(getattr(self, name), name)
@@ -50,6 +52,7 @@ class TDNN(Cell):
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         positive_int(in_features, "in_features")
+        prng_key(key)
         k_w, k_b = jax.random.split(key)
         # Fans are those of the whole window, since an output sums over it.
         w = initializers.resolve(self.input_init)(k_w, (self.window * in_features, self.features), jnp.float32)
@@ -91,7 +94,13 @@ class TDNN(Cell):
 
 
 def tdnn(
-    features: int, window: int, *, dilation: int = 1, activation: activations.Activation = "tanh", **options: Any
+    features: int,
+    window: int,
+    *,
+    dilation: int = 1,
+    activation: activations.Activation = "tanh",
+    input_init: initializers.Initializer = "glorot_uniform",
+    bias_init: initializers.Initializer = "zeros",
 ) -> TDNN:
     """Time-delay network (Waibel et al. 1989): a layer over a window of the last steps.
 
@@ -103,7 +112,7 @@ def tdnn(
       window: how many steps an output sees, its own included.
       dilation: steps from one tap to the next.
       activation: f.
-      **options: ``input_init``, ``bias_init``.
+      input_init, bias_init: initialisers of ``w``, taken as one matrix ``(window * F, H)``, and of ``b``.
 
     Parameters: ``w (window, F, H)``, ``b (H,)``.
 
@@ -111,4 +120,4 @@ def tdnn(
     >>> jrnn.unroll(layer, layer.init(jax.random.key(0), 2), jnp.ones((5, 2)))[1].shape
     (5, 4)
     """
-    return TDNN(features, window, dilation, activation, **options)
+    return TDNN(features, window, dilation, activation, input_init=input_init, bias_init=bias_init)

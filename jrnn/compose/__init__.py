@@ -1,1 +1,1 @@
-"""What is put around cells: layers without recurrence, combinators, and regularising wrappers."""
+"""Layers made of layers, layers without recurrence, and wrappers that regularise a cell."""

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrnn._core.checks import describe, module_level, positive_int
+from jrnn._core.checks import describe, module_level, positive_int, prng_key
 from jrnn.cells.base import Layer, check_state, compute_params, emitted, product, vector
 
 __all__ = ["Bidirectional", "Highway", "Residual", "Stack", "bidirectional", "highway", "residual", "stack"]
 
 
-def require_layer(layer: Any, argument: str) -> None:
+def check_part(layer: Any, argument: str) -> None:
     if isinstance(layer, Layer):
         return
     remedy = ""
@@ -31,7 +31,7 @@ def require_layer(layer: Any, argument: str) -> None:
 
 
 class Combinator(Layer):
-    """A layer made of layers, which draws for a sequence what its parts draw, and nothing of its own."""
+    """A layer made of layers, which has no randomness of its own: it draws the masks of its parts."""
 
     @property
     def draws_once(self) -> bool:
@@ -39,10 +39,10 @@ class Combinator(Layer):
 
 
 def stepless(layer: Layer) -> bool:
-    """Whether a layer has no step, because one direction of a part of it needs the steps that follow."""
-    if isinstance(layer, Combinator):
-        return isinstance(layer, Bidirectional) or any(map(stepless, layer.children()))
-    return False
+    """Whether a layer has no step: it needs later steps, it defines no step, or it is made of a layer without one."""
+    if not layer.causal or type(layer).step is Layer.step:
+        return True
+    return type(layer).walk is not Layer.walk and any(map(stepless, layer.children()))
 
 
 def fold(key: jax.Array | None, index: int) -> jax.Array | None:
@@ -55,11 +55,16 @@ class Stack(Combinator):
 
     layers: tuple[Layer, ...]
 
+    _constructor = "stack"
+
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("layers: expected at least one layer, got none")
         for i, layer in enumerate(self.layers):
-            require_layer(layer, f"layers[{i}]")
+            check_part(layer, f"layers[{i}]")
+
+    def _constructor_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self.layers, {}
 
     @property
     def uses_key(self) -> Any:
@@ -71,6 +76,7 @@ class Stack(Combinator):
         return self.layers[0].event_ndim
 
     def init(self, key: jax.Array, in_features: Any) -> tuple[Any, ...]:
+        prng_key(key)
         params = []
         for i, layer in enumerate(self.layers):
             params.append(layer.init(jax.random.fold_in(key, i), in_features))
@@ -126,10 +132,10 @@ class Stack(Combinator):
 
 
 def stack(*layers: Layer) -> Stack:
-    """Layers one above the other, each fed with the outputs of the one before; of any kind and width.
+    """Layers one above the other, of any kind and width; each gets the outputs of the one before as its inputs.
 
-    Parameters and states are tuples with one entry a layer. Over a sequence each layer runs over all T before the
-    next begins.
+    Parameters and states are tuples with one entry for each layer. Over a sequence, each layer runs over all T steps
+    before the next begins.
 
     Args:
       *layers: at least one layer.
@@ -166,9 +172,13 @@ class Bidirectional(Combinator):
     backward: Layer
     merge: str | Callable[[jax.Array, jax.Array], jax.Array] = "concat"
 
+    causal = False
+
+    _constructor = "bidirectional"
+
     def __post_init__(self) -> None:
-        require_layer(self.forward, "cell")
-        require_layer(self.backward, "backward")
+        check_part(self.forward, "cell")
+        check_part(self.backward, "backward")
         if self.forward.event_ndim != self.backward.event_ndim:
             raise ValueError("backward: expected a layer that takes the same kind of input as the forward one")
         if isinstance(self.merge, str):
@@ -176,6 +186,10 @@ class Bidirectional(Combinator):
                 raise ValueError(f"merge: expected one of {sorted(_MERGES)} or a function, got {self.merge!r}")
         else:
             module_level(self.merge, "merge", sorted(_MERGES))
+
+    def _constructor_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        (forward, backward), options = super()._constructor_arguments()
+        return (forward,) if forward == backward else (forward, backward), options
 
     @property
     def uses_key(self) -> Any:
@@ -193,6 +207,7 @@ class Bidirectional(Combinator):
         return (0, "forward", self.forward), (1, "backward", self.backward)
 
     def init(self, key: jax.Array, in_features: Any) -> dict[str, Any]:
+        prng_key(key)
         self.out_features(in_features)  # raises where the outputs do not fit
         return {name: layer.init(jax.random.fold_in(key, i), in_features) for i, name, layer in self._each()}
 
@@ -250,8 +265,9 @@ def bidirectional(
     boundary between steps t-1 and t for both directions: the backward layer begins afresh at t-1, so no output sees
     a step of another segment.
 
-    Parameters and states are ``{"forward": …, "backward": …}``; ``state["backward"]`` is where the backward run
-    starts (after the last step) and what is returned is where it ends. There is no ``step``.
+    Parameters and states are ``{"forward": …, "backward": …}``. The given ``state["backward"]`` is the state after the
+    last step, where the backward run starts; the one returned is the state before the first step, where it ends. There
+    is no ``step``.
 
     Args:
       cell: the forward layer.
@@ -271,8 +287,10 @@ class Residual(Combinator):
 
     layer: Layer
 
+    _constructor = "residual"
+
     def __post_init__(self) -> None:
-        require_layer(self.layer, "layer")
+        check_part(self.layer, "layer")
         if self.layer.event_ndim != 1:
             raise ValueError("layer: expected a layer whose input has features, which can be added to its output")
 
@@ -319,7 +337,7 @@ def same_features(layer: Layer, in_features: Any) -> int:
 
 
 def residual(layer: Layer) -> Residual:
-    """A layer and a connection round it (He et al. 2016; for recurrent stacks Wu et al. 2016): ``y = x + layer(x)``.
+    """A layer and a connection around it (He et al. 2016; for recurrent stacks Wu et al. 2016): ``y = x + layer(x)``.
 
     Parameters and states are the layer's.
 
@@ -340,6 +358,8 @@ class Highway(Combinator):
     layer: Layer
     gate_bias: float = -1.0
 
+    _constructor = "highway"
+
     def __post_init__(self) -> None:
         Residual(self.layer)
 
@@ -349,6 +369,7 @@ class Highway(Combinator):
 
     def init(self, key: jax.Array, in_features: Any) -> dict[str, Any]:
         positive_int(in_features, "in_features")
+        prng_key(key)
         self.out_features(in_features)
         k_layer, k_w = jax.random.split(key)
         return {
@@ -390,13 +411,13 @@ class Highway(Combinator):
 
 
 def highway(layer: Layer, *, gate_bias: float = -1.0) -> Highway:
-    """A layer and a gated connection round it (Srivastava, Greff and Schmidhuber 2015).
+    """A layer and a gated connection around it (Srivastava, Greff and Schmidhuber 2015).
 
     ``t = sigmoid(x w + b)``, ``y = t * layer(x) + (1 - t) * x``.
 
     Args:
       layer: a layer with as many output as input features.
-      gate_bias: where ``b`` starts; negative, so that the input passes at first.
+      gate_bias: the initial value of ``b``; negative, so that at first the input passes.
 
     Parameters: ``{"layer": …, "w": (F, F), "b": (F,)}``; the state is the layer's.
 

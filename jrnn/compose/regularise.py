@@ -48,10 +48,20 @@ def require_drawn(cell: Any, params: Any, key: Any) -> None:
 class Wrapper(Cell):
     """A cell around a cell, which shares its parameters and state unless a subclass says otherwise.
 
-    A subclass that declares ``emits`` puts out other fields of the state than the cell does.
+    A wrapper of your own is a frozen dataclass with a field ``cell``, and overrides what differs from the cell. One
+    that declares ``emits`` puts out other fields of the state than the cell does.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Memory(jrnn.Wrapper):
+    ...     cell: jrnn.Cell
+    ...     emits = "c"
+    >>> cell = Memory(jrnn.lstm(4))
+    >>> state, ys = jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 3)))
+    >>> bool((ys[-1] == state.c).all())
+    True
 
     >>> jrnn.zoneout(jrnn.lstm(4), h=0.1).cell
-    LSTM(hidden=4)
+    lstm(4)
     """
 
     cell: Any
@@ -183,6 +193,8 @@ class Zoneout(Wrapper):
     cell: Cell
     rates: tuple[tuple[str, float], ...]
 
+    _constructor = "zoneout"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value in self.rates:
@@ -192,6 +204,9 @@ class Zoneout(Wrapper):
                 f'cell: expected a cell that promises emits = "h" (its output is the h of its new state, or whichever '
                 f"fields it names), got {self.cell!r}; set that class attribute if it is true of the cell"
             )
+
+    def _constructor_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (self.cell,), {name: value for name, value in self.rates if value}
 
     @property
     def uses_key(self) -> Any:
@@ -262,6 +277,8 @@ class Variational(Wrapper):
     inputs: float
     recurrent: float
 
+    _constructor = "variational"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         rate(self.inputs, "inputs")
@@ -271,6 +288,10 @@ class Variational(Wrapper):
                 f"cell: expected an AffineCell (lstm, gru, elman, ...) for recurrent dropout, whose recurrent product "
                 f"the library owns, got {self.cell!r}; wrap the cell itself and put other wrappers outside"
             )
+
+    def _constructor_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        rates = {"inputs": self.inputs, "recurrent": self.recurrent}
+        return (self.cell,), {name: value for name, value in rates.items() if value}
 
     @property
     def uses_key(self) -> Any:
@@ -351,6 +372,8 @@ class DropConnect(Wrapper):
     cell: Cell
     rate: float
 
+    _constructor = "dropconnect"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         rate(self.rate, "rate")
@@ -420,6 +443,8 @@ class LearnedState(Wrapper):
     """See `learned_state`."""
 
     cell: Cell
+
+    _constructor = "learned_state"
 
     def init(self, key: jax.Array, in_features: Any) -> dict[str, Any]:
         params = self.cell.init(key, in_features)

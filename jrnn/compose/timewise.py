@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from jrnn import activations, initializers
 from jrnn._core import checks
-from jrnn._core.checks import batch_axes, describe, positive_int, rate, readable
+from jrnn._core.checks import batch_axes, describe, positive_int, prng_key, rate, readable
 from jrnn._core.devices import is_placed
 from jrnn.cells import norm
 from jrnn.cells.base import Layer, check_features, check_named, compute_params, emitted, product, stable, vector
@@ -76,6 +76,8 @@ class Dense(Timewise):
     input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
     bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
 
+    _constructor = "dense"
+
     def __post_init__(self) -> None:
         positive_int(self.features, "features")
         initializers.resolve(self.input_init, "input_init")
@@ -83,6 +85,7 @@ class Dense(Timewise):
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         positive_int(in_features, "in_features")
+        prng_key(key)
         k_w, k_b = jax.random.split(key)
         return {
             "w": initializers.resolve(self.input_init)(k_w, (in_features, self.features), jnp.float32),
@@ -104,12 +107,17 @@ class Dense(Timewise):
         return emitted(y + vector(params["b"], y), x)
 
 
-def dense(features: int, **options: Any) -> Dense:
+def dense(
+    features: int,
+    *,
+    input_init: initializers.Initializer = "glorot_uniform",
+    bias_init: initializers.Initializer = "zeros",
+) -> Dense:
     """A linear layer at every step: ``y = x w + b``.
 
     Args:
       features: features of the output.
-      **options: ``input_init`` ("glorot_uniform"), ``bias_init`` ("zeros").
+      input_init, bias_init: initialisers of ``w`` and ``b`` (see `jrnn.initializers`).
 
     Parameters: ``w (F, features)``, ``b (features,)``.
 
@@ -117,7 +125,7 @@ def dense(features: int, **options: Any) -> Dense:
     >>> jrnn.unroll(layer, layer.init(jax.random.key(0), 3), jnp.ones((5, 4, 3)))[1].shape
     (5, 4, 2)
     """
-    return Dense(features, **options)
+    return Dense(features, input_init=input_init, bias_init=bias_init)
 
 
 @dataclass(frozen=True, repr=False)
@@ -130,12 +138,15 @@ class Embed(Timewise):
 
     event_ndim = 0
 
+    _constructor = "embed"
+
     def __post_init__(self) -> None:
         positive_int(self.vocab, "vocab")
         positive_int(self.features, "features")
         initializers.resolve(self.table_init, "table_init")
 
     def init(self, key: jax.Array, in_features: Any = None) -> dict[str, jax.Array]:
+        prng_key(key)
         return {"w": initializers.resolve(self.table_init)(key, (self.vocab, self.features), jnp.float32)}
 
     def out_features(self, in_features: Any) -> int:
@@ -148,9 +159,9 @@ class Embed(Timewise):
             raise TypeError(f"xs: expected integer ids for {self!r}, got {x.dtype}")
 
     def apply(self, params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        # An id outside the vocabulary cannot raise in compiled code: NaN shows itself, a neighbour's row would not.
+        # Compiled code cannot raise for an id outside the vocabulary. A row of NaN is noticed, another id's is not.
         known = (x >= 0) & (x < self.vocab)
-        # Over a mesh, rows lie as their ids do.
+        # Over a mesh, rows are sharded as their ids are.
         sharding = PartitionSpec(*jax.typeof(x).sharding.spec, None) if is_placed(x) else None
         rows = params["w"].at[jnp.where(known, x, 0)].get(mode="clip", out_sharding=sharding)
         return jnp.where(known[..., None], rows, jnp.nan)
@@ -193,6 +204,8 @@ class LayerNorm(Timewise):
 
     epsilon: float = 1e-5
 
+    _constructor = "layer_norm"
+
     def __post_init__(self) -> None:
         checks.epsilon(self.epsilon)
 
@@ -232,6 +245,8 @@ class Activate(Timewise):
 
     function: activations.Activation
 
+    _constructor = "activation"
+
     def __post_init__(self) -> None:
         activations.resolve(self.function, "function")
 
@@ -259,6 +274,8 @@ class Dropout(Timewise):
 
     uses_key = True
 
+    _constructor = "dropout"
+
     def __post_init__(self) -> None:
         rate(self.rate, "rate")
 
@@ -278,7 +295,7 @@ def dropout(rate: float) -> Dropout:
     """Dropout between layers, a new mask at every step (Srivastava et al. 2014; Zaremba et al. 2014).
 
     With a key, each element is zero with probability ``rate`` and divided by ``1 - rate`` otherwise; without a key
-    the layer does nothing. It drops what passes through it: in a stack, put it between layers.
+    the layer does nothing. It drops elements of its own input: in a stack, put it between layers.
 
     Args:
       rate: probability of dropping, in [0, 1).

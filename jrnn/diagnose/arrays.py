@@ -30,7 +30,7 @@ def valid_flags(lengths: Any, mask: Any, time: int, batch_shape: tuple[int, ...]
 
 
 def norms_over(gradient: jax.Array, leading: int) -> np.ndarray:
-    """Norms over all but the leading axes, in float64: the squares of what has vanished underflow in float32."""
+    """Norms over all but the leading axes, in float64: the squares of tiny gradients underflow in float32."""
     squares = np.square(np.asarray(gradient, np.float64))
     return np.sqrt(squares.sum(axis=tuple(range(leading, squares.ndim))))
 
@@ -77,7 +77,7 @@ def flat(values: np.ndarray) -> np.ndarray:
 
 
 def positive(values: np.ndarray) -> np.ndarray:
-    """What a logarithmic axis can show; the rest becomes a gap."""
+    """The values that a logarithmic axis can show, and NaN, which is a gap, in place of the others."""
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)
 
 

@@ -11,7 +11,7 @@ from jrnn import activations
 from jrnn.cells.elman import Elman, IndRNN, Jordan
 from jrnn.compose.regularise import DropConnect, LearnedState, Variational
 
-# Limits by activation, and whether it reaches them, so that no epsilon is needed.
+# The limits of each activation, and whether it reaches them: then saturation is counted without an epsilon.
 _LIMITS: dict[str, tuple[tuple[float, float], bool]] = {
     "elu": ((-1.0, np.inf), False),
     "linear": ((-np.inf, np.inf), False),
@@ -57,7 +57,7 @@ def limits_of(cell: Any, gate: str, function: Any, given: Mapping[str, Any]) -> 
 
 
 def weight_factor(cell: Any, params: Any, slope: float | None, key: Any) -> tuple[float | None, str]:
-    """The largest norm that a step's Jacobian can have, whatever the input: from the weights alone."""
+    """An upper bound of the norm of a step's Jacobian for any input, from the weights alone."""
     while isinstance(cell, LearnedState) or (key is None and isinstance(cell, Variational | DropConnect)):
         cell, params = cell.cell, cell.inner(params)  # without a key these wrappers leave the step as it is
     if slope is not None and (isinstance(slope, bool) or not isinstance(slope, int | float) or not slope > 0):

@@ -24,20 +24,20 @@ from jrnn.diagnose.layers import make_probe
 
 
 class JacobianProducts(NamedTuple):
-    """What `jacobian_products` measured: one row for each lag t-k, from 0 (the identity) on.
+    """The measurements of `jacobian_products`: one row for each lag t-k, from 0 (the identity) on.
 
     Attributes:
       lags: ``(L,)`` integers, t-k.
-      norms: ``(L, *B)``, the largest singular value of ds_t/ds_k, s the whole state.
+      norms: ``(L, *B)``, the largest singular value of ds_t/ds_k, where s is the whole state.
       singular_values: ``(L, *B, N)``, all of them, in descending order. Those below 1e-16 of the largest, the
-        precision of float64, are rounding.
-      bound: ``(L, *B)``, the product of the largest singular values of the single steps' Jacobians, measured: no norm
-        is above it, whatever the cell.
+        precision of float64, are rounding errors.
+      bound: ``(L, *B)``, the product of the largest singular values of the steps' measured Jacobians: an upper bound of
+        the norms, for every cell.
       weight_bound: ``(L, *B)``, the bound that follows from the weights alone, or None where none is known.
-      weight_bound_reason: what ``weight_bound`` is, or why it is None.
-      fields: the fields of the state, in the order in which they are joined, and how many numbers each has.
+      weight_bound_reason: how ``weight_bound`` was derived, or why it is None.
+      fields: the fields of the state, in the order in which they are joined, and the size of each.
 
-    All are NaN where step t or step k is padding of a sequence, or where a Jacobian is not finite.
+    All arrays are NaN where step t or step k is padding of a sequence, or where a Jacobian is not finite.
 
     >>> JacobianProducts._fields[:4]
     ('lags', 'norms', 'singular_values', 'bound')
@@ -69,7 +69,7 @@ def jacobian_products(
     key: jax.Array | None = None,
     layer: Any = None,
 ) -> JacobianProducts:
-    """Norms and singular values of ds_t/ds_k over the lag t-k, and the bounds they obey (Pascanu et al. 2013)::
+    """Norms and singular values of ds_t/ds_k over the lag t-k, and their bounds (Pascanu et al. 2013)::
 
         ds_t/ds_k = J_t J_{t-1} ... J_{k+1}      J_t = ds_t/ds_{t-1}      s_t the state after step t
 
@@ -78,21 +78,23 @@ def jacobian_products(
 
         |dh_t/dh_k| <= (gamma * largest singular value of w_hh) ** (t-k)
 
-    below 1 of which gradients must vanish (Bengio et al. 1994; Pascanu, Mikolov and Bengio 2013). The same argument
-    gives ``weight_bound`` for IndRNN (largest absolute weight) and Jordan's network (both its weights and slopes). No
-    such bound is known for gated cells, whose Jacobian has terms that grow with the state: there ``weight_bound`` is
-    None, and ``bound``, the product of the norms of the measured J_t, is what holds for every cell.
+    If the base of this power is below 1, gradients must vanish (Bengio et al. 1994; Pascanu, Mikolov and Bengio 2013).
+    The same argument gives ``weight_bound`` for IndRNN (with the largest absolute weight) and for Jordan's network
+    (with both its weights and slopes). No such bound is known for gated cells, whose Jacobians have terms that grow
+    with the state: for them ``weight_bound`` is None. ``bound``, the product of the norms of the measured J_t, holds
+    for every cell.
 
-    A reset makes the product 0; a step that is padding holds the state and counts in no bound. Jacobians are taken in
-    the state's dtype, products and singular values in float64. The work grows with L * B * N**3: pass a few sequences,
-    or limit ``lags``.
+    A reset makes the product 0. A step that is padding holds the state and counts in no bound. Jacobians are computed
+    in the state's dtype, and products and singular values in float64. The work grows with L * B * N**3: pass a few
+    sequences, or limit ``lags``.
 
     Args:
-      start: k, fixed: products from the state after step k to that after every later step. With neither ``start`` nor
-        ``end``, from the initial state.
-      end: t, fixed: products to the state after step t from that after every earlier one, back to the initial state.
-      lags: the largest lag, or None for all there are.
-      slope: the activation's largest absolute slope, for an activation that jrnn does not know.
+      start: fixes k: the products lead from the state after step k to the state after every later step. With neither
+        ``start`` nor ``end``, they lead from the initial state.
+      end: fixes t: the products lead to the state after step t from the state after every earlier step, and from the
+        initial state.
+      lags: the largest lag; None for all lags.
+      slope: the activation's largest absolute slope, for an activation whose slope jrnn does not know.
       model, params, xs, state, lengths, mask, resets, reverse, key, layer: see `jrnn.diagnose`. Where the layer runs
         in reverse, "later" is a smaller t and lags count in the order of the run.
 
@@ -138,7 +140,7 @@ def jacobian_products(
     _, names, sizes = float_parts(probe.state, len(batch))
     width = sum(sizes)
     eye = np.broadcast_to(np.eye(width), (*batch, width, width))
-    factor, reason = weight_factor(probe.cell, probe.cell_params, slope, key)
+    factor, reason = weight_factor(probe.cell, trace.params, slope, key)
 
     product, bound, steps = eye, np.ones(batch), np.zeros(batch, int)
     known = np.ones(batch, bool) if fixed is None else valid[fixed]

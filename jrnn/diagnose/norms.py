@@ -17,13 +17,13 @@ from jrnn.run.unrolling import unroll
 
 
 class GradientNorms(NamedTuple):
-    """What `gradient_norms` measured. The dictionaries have one entry for each field of the state.
+    """The measurements of `gradient_norms`. The dictionaries have one entry for each field of the state.
 
     Attributes:
-      norms: ``(T, *B)``, the Euclidean norm of dL/ds_t for each sequence, s_t the field's value after step t; NaN at
-        padding.
+      norms: ``(T, *B)``, the Euclidean norm of dL/ds_t for each sequence, where s_t is the field's value after step t;
+        NaN at padding.
       rms: ``(T,)``, the root mean square of ``norms`` over the sequences for which step t is valid; NaN where none is.
-      initial: ``(*B,)``, the norm of the gradient with respect to the state the run started from.
+      initial: ``(*B,)``, the norm of the gradient with respect to the state before the first step.
       valid: ``(T, *B)`` booleans, the steps that are not padding.
       loss: the loss.
 
@@ -54,20 +54,22 @@ def gradient_norms(
 ) -> GradientNorms:
     """The norm of dL/dh_t for every t, and of every other field of the state (Bengio, Simard and Frasconi 1994).
 
-    The total derivative: through y_t where the step returns a part of its new state as ``y`` (h, for every built-in
-    cell but `jrnn.tdnn`), through all later steps, and through the final state. One forward and one backward pass,
-    whatever T is: zeros are added to the state after each step, and the gradient is taken with respect to them.
+    This is the total derivative: through y_t where the step returns a part of its new state as ``y`` (h, for every
+    built-in cell but `jrnn.tdnn`), through all later steps, and through the final state. It takes one forward and one
+    backward pass for any T: zeros are added to the state after each step, and the gradient is taken with respect to
+    them.
 
-    Gradients are computed in the state's dtype: in float32 they reach 0 below about 1e-38 (1e-45 where the device
-    keeps subnormal numbers) and infinity above 3e38. Norms are taken in float64.
+    Gradients are computed in the state's dtype. In float32 they underflow to 0 below about 1e-38 (1e-45 where the
+    device keeps subnormal numbers) and overflow above 3e38. Norms are taken in float64.
 
     Args:
-      loss: ``loss(state, ys) -> scalar`` of what ``jrnn.unroll(model, ...)`` returns: the whole model's final state
-        and ``ys (T, *B, H)``, which is zero at padding.
+      loss: ``loss(state, ys) -> scalar``, a function of the results of ``jrnn.unroll(model, ...)``: the whole model's
+        final state, and ``ys (T, *B, H)``, which is zero at padding.
       model, params, xs, state, lengths, mask, resets, reverse, key, layer: see `jrnn.diagnose`.
 
     Raises:
-      ValueError, TypeError: as `jrnn.unroll`; where ``layer`` names no recurrent layer; where the loss is no scalar.
+      ValueError, TypeError: as `jrnn.unroll`; ``layer`` is not the place of a recurrent layer; the loss is not a
+        scalar.
 
     >>> cell = jrnn.elman(4, recurrent_init=jrnn.initializers.orthogonal(0.5))
     >>> params = cell.init(jax.random.key(0), 3)

@@ -16,16 +16,16 @@ from jrnn.diagnose.layers import make_probe
 
 
 class GateSaturation(NamedTuple):
-    """What `gate_saturation` measured. The dictionaries have one entry for each gate, by name.
+    """The measurements of `gate_saturation`. The dictionaries have one entry for each gate, by name.
 
     Attributes:
-      fraction: a float, how much of all valid steps, sequences and units is saturated; NaN where nothing is valid.
+      fraction: a float, the saturated fraction of all valid steps, sequences and units; NaN where nothing is valid.
       low, high: ``(T,)``, the fraction of the units of all sequences that is saturated at the activation's lower and
         upper limit at step t; NaN where no sequence has a valid step t.
       units: ``(H,)``, the fraction of all valid steps and sequences at which each unit is saturated.
       values: ``(T, *B, H)``, the gate's activations; NaN at padding.
-      limits: ``(lower, upper)``, what the activation tends to; infinite where it does not.
-      epsilon: as given.
+      limits: ``(lower, upper)``, the limits of the activation; infinite where it has none.
+      epsilon: the argument.
 
     >>> GateSaturation._fields[:3]
     ('fraction', 'low', 'high')
@@ -58,14 +58,14 @@ def gate_saturation(
     """How many gates are saturated, open or shut (Karpathy, Johnson and Fei-Fei 2015): there the slope is near 0.
 
     A sigmoid gate is saturated below ``epsilon`` or above ``1 - epsilon``, a tanh candidate where its absolute value
-    is above ``1 - epsilon``, a relu where it is 0. Gates that are meant to stay open (a forget gate with a bias) are
-    saturated too: look at which side.
+    is above ``1 - epsilon``, a relu where it is 0. A gate that is meant to stay open (a forget gate with a bias) counts
+    as saturated too: ``low`` and ``high`` show on which side.
 
-    The gates are those of the cell as it is, peepholes and layer normalisation included: the step runs with recording
-    activations, and a gate's is the one whose argument moves one to one with that gate's part of the input
-    projection. It serves every built-in recurrent cell, with its wrappers, and cells of your own that declare
-    ``project`` and take their functions from fields whose names end in ``activation``. The gates of an `AffineCell`
-    are ``gate_names``; elman, indrnn and jordan have one, "h".
+    The gates are those of the cell's own step, peepholes and layer normalisation included. The step is run with
+    activations that record their calls, and the call of a gate is the one whose argument has derivative 1 with respect
+    to that gate's part of the input projection. This works for every built-in recurrent cell, with its wrappers, and
+    for cells of your own that declare ``project`` and take their functions from fields whose names end in
+    ``activation``. The gates of an `AffineCell` are ``gate_names``; elman, indrnn and jordan have one gate, "h".
 
     Args:
       epsilon: the distance from a limit, in (0, 0.5).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,72 +13,123 @@ import numpy as np
 from jrnn.cells.base import Layer, compute_params, emitted, output
 from jrnn.diagnose.arrays import float_parts, is_float
 from jrnn.diagnose.gates import Call, find_gates, listening
+from jrnn.run.unrolling import Run
 from jrnn.schedules.steps import restarts, scan, select
 
 
 class Tapped(NamedTuple):
+    """A model's parameters and something extra for the tap."""
+
     params: Any
     extra: Any
 
 
 class Shifts(NamedTuple):
-    """What is added to the state: before the first step, and after each step."""
+    """The numbers that are added to the state: before the first step, and after each step."""
 
     initial: list[jax.Array]
     steps: list[jax.Array]
 
 
 @dataclass(frozen=True)
-class Tap(Layer):
-    """Stands for a layer in a model; its parameters are the layer's and something extra."""
+class _Following(Run):
+    """A run over time that gives the layer at the end of a path to ``reach``, and runs every other as usual.
 
-    cell: Any
+    ``parts`` are the children of the layer that is being walked, and ``met`` the indices of those that it has run.
+    Equal children are told apart by the order in which they are run.
+    """
+
+    path: tuple[int, ...] = ()
+    parts: tuple[Layer, ...] = ()
+    met: list[int] = field(default_factory=list)
+    reach: Any = None
+
+    def __call__(self, layer: Layer, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+        index = next((i for i, part in enumerate(self.parts) if i not in self.met and part == layer), None)
+        usual = Run(self.steps, self.batch_shape, self.backend, self.chosen)
+        if index is None:
+            return usual(layer, params, xs, state)
+        self.met.append(index)
+        if index != self.path[0]:
+            return usual(layer, params, xs, state)
+        layer.check(params, xs)
+        if len(self.path) == 1:
+            return self.reach(usual, layer, params, xs, state)
+        inner = replace(self, path=self.path[1:], parts=layer.children(), met=[])
+        return layer.walk(inner, params, xs, state)
+
+
+@dataclass(frozen=True)
+class Tap(Layer):
+    """A model in which the layer at the end of a path is run by `run_cell`; the parameters are `Tapped`."""
+
+    model: Any
+    path: tuple[int, ...]
 
     @property
     def uses_key(self) -> Any:
-        return self.cell.uses_key
+        return self.model.uses_key
 
     @property
     def event_ndim(self) -> Any:
-        return self.cell.event_ndim
+        return self.model.event_ndim
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
-        return self.cell.initial_state(params.params, batch_shape)
-
-    def out_features(self, in_features: Any) -> int:
-        return self.cell.out_features(in_features)
+        return self.model.initial_state(params.params, batch_shape)
 
     def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
-        return params._replace(params=self.cell.draw(params.params, key, batch_shape, in_features))
+        return params._replace(params=self.model.draw(params.params, key, batch_shape, in_features))
 
     def check(self, params: Any, x: Any) -> None:
-        self.cell.check(params.params, x)
+        self.model.check(params.params, x)
 
     def check_values(self, xs: Any, lengths: Any, mask: Any) -> None:
-        self.cell.check_values(xs, lengths, mask)
+        self.model.check_values(xs, lengths, mask)
 
-    def scan(self, run: Any, params: Any, xs: jax.Array, state: Any, extra: Any, step: Any) -> Any:
-        """The library's loop, over ``step(params, state, p, extra_t, key) -> (state, anything)``."""
-        params, project, _ = _parts(self.cell, params, xs)
-        # Validity is handled here and not in the loop, whose output is an array; ours may be a tree.
-        steps = replace(run.steps, valid=None, remat=None, unroll=1)
+    def walk(self, run: Any, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+        found: list[Any] = []
 
-        def held(params: Any, old: Any, inputs: Any, key: Any) -> tuple[Any, Any]:
-            p, extra, valid = inputs
-            new, out = step(params, old, p, extra, key)
-            return (new if valid is None else select(valid, new, old)), out
+        def reach(run: Any, cell: Any, own: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+            last, ys, kept = self.run_cell(run, cell, own, params.extra, xs, state)
+            found.append(kept)
+            return last, ys
 
-        restart = restarts(self.cell, params, xs, state, steps)
-        inputs = lambda w, xs: (project(w, xs), extra, run.steps.valid)
-        return scan(self.cell, params, xs, state, restart, steps, inputs, held)
+        if self.path:
+            follow = _Following(
+                run.steps, run.batch_shape, run.backend, path=self.path, parts=self.model.children(), reach=reach
+            )
+            last, ys = self.model.walk(follow, params.params, xs, state)
+        else:
+            last, ys = reach(run, self.model, params.params, xs, state)
+        if not found:
+            raise TypeError(
+                f"layer: expected {self.model!r} to run each of its children by run(child, params, xs, state), got a "
+                "walk that does not run the chosen one; choose another"
+            )
+        return self.result(last, found[0]), ys
+
+    def run_cell(self, run: Any, cell: Any, params: Any, extra: Any, xs: jax.Array, state: Any) -> Any:
+        """The cell over all steps: its last state, its outputs, and a value that is passed to `result`."""
+        raise NotImplementedError
+
+    def result(self, last: Any, kept: Any) -> Any:
+        """The value to return in place of the model's last state."""
+        return kept
+
+
+class Located(Tap):
+    """Returns the last state of the layer in place of the model's."""
+
+    def run_cell(self, run: Any, cell: Any, params: Any, extra: Any, xs: jax.Array, state: Any) -> Any:
+        last, ys = run(cell, params, xs, state)
+        return last, ys, last
 
 
 class Shifted(Tap):
     """Adds to the state before the first and after every step. ``y`` follows where it is a part of the state."""
 
-    def walk(self, run: Any, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
-        params, shifts = params
-        update = _parts(self.cell, params, xs)[2]
+    def run_cell(self, run: Any, cell: Any, params: Any, extra: Any, xs: jax.Array, state: Any) -> Any:
+        update = _parts(cell, params, xs)[2]
 
         def step(params: Any, state: Any, p: Any, shift: Any, key: Any) -> tuple[Any, jax.Array]:
             new, y = update(params, state, p, key)
@@ -86,28 +137,47 @@ class Shifted(Tap):
             for before, after in zip(jax.tree.leaves(new), jax.tree.leaves(shifted), strict=True):
                 if y is before:  # the very array: reading it is reading the state
                     return shifted, after
-            if getattr(self.cell, "emits", None) is not None:
-                return shifted, output(self.cell, shifted).astype(y.dtype)
+            if getattr(cell, "emits", None) is not None:
+                return shifted, output(cell, shifted).astype(y.dtype)
             return shifted, y
 
-        state, ys = self.scan(run, params, xs, _add(state, shifts.initial), shifts.steps, step)
-        return state, run.zero_invalid(emitted(ys, xs))
+        last, ys = _scan(run, cell, params, xs, _add(state, extra.initial), extra.steps, step)
+        return last, run.zero_invalid(emitted(ys, xs)), None
+
+    def result(self, last: Any, kept: Any) -> Any:
+        return last
 
 
 class Recorded(Tap):
-    """Returns what every step was given in place of the final state."""
+    """Returns the arguments of every step in place of the final state."""
 
-    def walk(self, run: Any, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
-        update = _parts(self.cell, params.params, xs)[2]
+    def run_cell(self, run: Any, cell: Any, params: Any, extra: Any, xs: jax.Array, state: Any) -> Any:
+        update = _parts(cell, params, xs)[2]
 
         def step(params: Any, state: Any, p: Any, extra: Any, key: Any) -> tuple[Any, Any]:
             new, y = update(params, state, p, key)
             return new, (y, state)
 
-        _, (ys, states) = self.scan(run, params.params, xs, state, (), step)
+        last, (ys, states) = _scan(run, cell, params, xs, state, (), step)
         keys, resets = run.step_keys(xs.shape[0]), run.steps.resets
-        trace = Trace(params.params, xs, states, keys, resets, jnp.asarray(run.steps.reverse))
-        return trace, run.zero_invalid(emitted(ys, xs))
+        trace = Trace(params, xs, states, keys, resets, jnp.asarray(run.steps.reverse))
+        return last, run.zero_invalid(emitted(ys, xs)), trace
+
+
+def _scan(run: Any, cell: Any, params: Any, xs: jax.Array, state: Any, extra: Any, step: Any) -> Any:
+    """The library's loop, over ``step(params, state, p, extra_t, key) -> (state, anything)``."""
+    params, project, _ = _parts(cell, params, xs)
+    # Validity is handled here and not in the loop, whose output is an array; ours may be a tree.
+    steps = replace(run.steps, valid=None, remat=None, unroll=1)
+
+    def held(params: Any, old: Any, inputs: Any, key: Any) -> tuple[Any, Any]:
+        p, extra, valid = inputs
+        new, out = step(params, old, p, extra, key)
+        return (new if valid is None else select(valid, new, old)), out
+
+    restart = restarts(cell, params, xs, state, steps)
+    inputs = lambda w, xs: (project(w, xs), extra, run.steps.valid)
+    return scan(cell, params, xs, state, restart, steps, inputs, held)
 
 
 def _parts(cell: Any, params: Any, xs: jax.Array) -> tuple[Any, Any, Any]:
@@ -124,7 +194,7 @@ def _add(state: Any, shifts: list[jax.Array]) -> Any:
 
 
 class Trace(NamedTuple):
-    """What the steps of one layer were given: ``states[t]`` is the state that step t consumed, after any reset."""
+    """The arguments of one layer's steps: ``states[t]`` is the state that step t consumed, after any reset."""
 
     params: Any
     xs: jax.Array

@@ -23,7 +23,7 @@ from jrnn.schedules.steps import Steps
 
 __all__ = ["WORK", "Body"]
 
-# From how many floating-point operations of a step's product of the state on it is taken apart without being asked for.
+# The least floating-point operations in a step's matmul of the state for which "hoisted" is chosen by default.
 WORK = 2**18
 
 

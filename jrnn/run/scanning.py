@@ -1,4 +1,4 @@
-"""`jax.lax.scan` for recurrent steps: the same function, run by whatever schedule its body turns out to allow."""
+"""`jax.lax.scan` for recurrent steps: the same function, run by the fastest schedule that its body allows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jrnn.jaxprs import affine, sites
@@ -35,26 +36,29 @@ def scan(
 ) -> tuple[Any, Any]:
     """`jax.lax.scan`, faster where the body is a recurrent step.
 
-    The body is traced and read. Where it is a recurrent cell, however it is written, the loop is run as `jrnn.unroll`
-    runs its own cells: what needs no state is computed for all steps at once, before the loop or after it, the products
-    of the state are made one, and the gradients of the weights are products after the loop. Every other body is run by
-    ``jax.lax.scan`` itself. `choose_scan_backend` says which of the two it is, and why.
+    The body is traced and analysed. If it is a recurrent cell, in whatever form it is written, the loop runs as
+    `jrnn.unroll` runs its own cells:
 
-    A body is read as a cell where
+    - everything that does not need the state is computed for all steps at once, before or after the loop,
+    - the matmuls of the state become one matmul a step, and
+    - each weight gradient is one matmul after the loop.
 
-    - its carry is one or more float32 or float64 arrays of one shape ``(*B, H)``, and possibly arrays that no step
-      changes,
-    - one of these arrays, unchanged, is multiplied by weights,
-    - all else that the next carry needs of the carry is elementwise, and
-    - its outputs are computed from the inputs and from the array that is multiplied, before or after the step.
+    Any other body is run by ``jax.lax.scan`` itself. `choose_scan_backend` returns which of the two happens, and why.
 
-    So are the LSTM, GRU (reset after the product), MGU and Elman cells of Flax, Haiku and Equinox, and cells written by
-    hand. Arrays of the carry may be replaced by constants where a flag among the inputs says so:
+    A body is recognised as a cell if
+
+    - its carry consists of float32 or float64 arrays of one shape ``(*B, H)``, and of arrays that no step changes,
+    - one of these arrays is multiplied by weights as it is,
+    - every other use of the carry in the next carry is elementwise, and
+    - its outputs depend only on the inputs and on the multiplied array, before or after the step.
+
+    The LSTM, GRU (reset after the product), MGU and Elman cells of Flax, Haiku and Equinox are of this kind, and so are
+    most cells written by hand. A flag among the inputs may replace arrays of the carry by constants:
     ``jnp.where(reset[:, None], initial, h)``.
 
-    With ``backend="hoisted"`` a body that is no cell, but multiplies something that depends on its carry by weights,
-    runs in parts: only what the next carry needs stays in the loop, and the gradients of those weights are products
-    after it. That pays for some bodies and not for others, so that it is not chosen unasked.
+    With ``backend="hoisted"``, a body that is not a cell but has a matmul of a carry-dependent value with weights runs
+    in parts: only the part that the next carry needs stays in the loop, and the gradients of those weights are matmuls
+    after it. This is faster for some bodies and slower for others, so it is never chosen by default.
 
     Args:
       f: ``(carry, x) -> (carry, y)``, as for ``jax.lax.scan``.
@@ -63,16 +67,16 @@ def scan(
       length: T, needed where ``xs`` has no arrays.
       reverse: run from the last step to the first; outputs stay in the order of the inputs.
       unroll: how many steps to compile into one body, where the loop is a scan.
-      backend: None chooses. "reference" is ``jax.lax.scan``, "hoisted" a scan of what cannot leave the loop, and
-        "native" the loop as compiled code for a CPU. A backend that cannot serve raises an error that says why.
-      remat: a number of steps n: keep the carry only before every n-th step, and recompute the rest in the backward
-        pass, n steps at a time. "sqrt" takes sqrt(T) of them.
+      backend: None chooses. "reference" is ``jax.lax.scan``, "hoisted" a scan of the part that cannot leave the loop,
+        and "native" the loop as compiled code for a CPU. A backend that cannot serve raises an error with the reason.
+      remat: a number of steps n: store the carry only before every n-th step, and recompute the rest in the backward
+        pass, n steps at a time. "sqrt" sets n to sqrt(T).
 
     Returns:
       ``(carry, ys)``, as ``jax.lax.scan`` does.
 
     Raises:
-      Whatever ``jax.lax.scan`` raises for these arguments; ``ValueError`` for a ``backend`` that cannot serve.
+      The errors of ``jax.lax.scan`` for the same arguments; ``ValueError`` for a ``backend`` that cannot serve.
 
     >>> w = jnp.eye(4) / 2
     >>> def step(h, x):
@@ -82,6 +86,7 @@ def scan(
     >>> ys.shape
     (5, 2, 4)
     """
+    init = _arrays(init)
     chosen = _choose(f, init, xs, length, reverse, backend, remat)
     if chosen.body is None or unroll < 0:  # which is an error of jax.lax.scan
         return _plain(f, init, xs, length, reverse, unroll, remat)
@@ -100,18 +105,19 @@ def choose_scan_backend(
     backend: str | None = None,
     remat: int | str | None = None,
 ) -> tuple[str, str]:
-    """What `scan` would run for these arguments, and why.
+    """The schedule that `scan` would run for these arguments, and the reason.
 
     Args:
       f, init, xs, length, reverse, unroll, backend, remat: as for `scan`.
 
     Returns:
-      ``(name, reason)``: "native", "hoisted" or "reference". The reason says what in the body keeps it from more.
+      ``(name, reason)``: "native", "hoisted" or "reference". The reason names the part of the body that rules out a
+      faster schedule.
 
     >>> jrnn.choose_scan_backend(lambda c, x: (c + x, c), jnp.zeros(3), jnp.ones((5, 3)))
     ('reference', 'the body is not read as a recurrent cell: it has no product of its state with weights')
     """
-    chosen = _choose(f, init, xs, length, reverse, backend, remat)
+    chosen = _choose(f, _arrays(init), xs, length, reverse, backend, remat)
     return chosen.name, chosen.reason
 
 
@@ -120,7 +126,10 @@ def choose_scan_backend(
 
 @dataclass(frozen=True)
 class _Choice:
-    """What runs a body: as ``body``, with its constants and the tree of its outputs, or as it is where this is None."""
+    """The schedule of a body, and the body as a cell, with its constants and the tree of its outputs.
+
+    ``body`` is None where `jax.lax.scan` runs the function as it is.
+    """
 
     name: str
     reason: str
@@ -144,7 +153,7 @@ def _choose(
             body = Body(affine.read(program, len(consts), len(carry)))
         except Refusal as refusal:
             reason = f"the body is not read as a recurrent cell: {refusal}"
-            # Parts pay for some bodies and not for others: they are not chosen unasked.
+            # Running in parts is faster for some bodies and slower for others, so it is never the default.
             if backend != "hoisted":
                 raise
             parts = Parts(sites.read(program, len(consts), len(carry)))
@@ -163,6 +172,12 @@ def _choose(
         raise ValueError(_cannot(backend, reason))
     reason = f"the body is a recurrent cell: {reason}"
     return _Choice("reference", reason) if name is None else _Choice(name, reason, body, consts, ys)
+
+
+def _arrays(init: Any) -> Any:
+    """A carry whose Python numbers are arrays; what is no number is left to the errors of ``jax.lax.scan``."""
+    number = lambda leaf: isinstance(leaf, bool | int | float | complex)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if number(leaf) else leaf, init)
 
 
 def _cannot(backend: str, reason: str) -> str:
@@ -192,7 +207,7 @@ def _plain(f: Any, init: Any, xs: Any, length: Any, reverse: Any, unroll: Any, r
     return checkpointed(segment, init, xs, leaves[0].shape[0], steps)
 
 
-# A function of its own, static in the body: a second call in eager mode with an equal body compiles nothing.
+# Jitted with the body as a static argument, so that a second eager call with an equal body compiles nothing.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _run(body: Body | Parts, name: str, reverse: bool, unroll: Any, remat: Any, consts: Any, init: Any, xs: Any) -> Any:
     time = jax.tree.leaves(xs)[0].shape[0]

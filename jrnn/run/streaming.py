@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jrnn._core.checks import same_form
 from jrnn._core.devices import batch_spec, placed
-from jrnn.cells.base import Layer, check_state
+from jrnn.cells.base import Layer, check_layer, check_state
 from jrnn.compose.combine import stepless
 from jrnn.run.unrolling import choose_backend, unroll
 
@@ -20,25 +20,26 @@ __all__ = ["stepper"]
 def stepper(layer: Layer) -> Any:
     """The layer's step, compiled, with its state donated: ``step(params, state, x, key=None) -> (state, y)``.
 
-    A call costs what calling any compiled function costs, and the arithmetic. Folded over the steps of a sequence, it
-    gives what `jrnn.unroll` gives where every step is valid and no reset: without a key as it is, and with a key for
-    parameters from `jrnn.draw` and the key ``jax.random.fold_in(key, t)`` at step t.
+    A call costs as much as a call of any compiled function, and its arithmetic. Applied to the steps of a sequence one
+    after another, it returns the outputs and the state of `jrnn.unroll` where every step is valid and none is reset.
+    With a key, pass it the parameters from `jrnn.draw`, and at step t the key ``jax.random.fold_in(key, t)``.
 
     B batch axes (any number, or none), F input features, H output features.
 
     Args:
-      layer: a layer that has a step: any but a bidirectional one, whose backward half needs the future.
+      layer: a layer that has a step. A bidirectional layer has none, since its backward direction needs later steps.
 
     Returns:
-      A jitted function, one and the same for equal layers. Its ``x`` is ``(*B, F)`` (integers ``(*B,)`` for models that
-      begin with `jrnn.embed`), its ``y`` ``(*B, H)``. The state that it is given is donated: its buffers are
-      reused, so go on with the state returned, and copy what else you want to keep. Over a mesh whose axes are
-      Explicit, let the first state lie as ``x`` does, as in ``jax.device_put(state, PartitionSpec("data"))``, or its
-      buffers cannot be reused.
+      A jitted function, one and the same for equal layers, with the attributes of one (``lower``, ``trace``). Its ``x``
+      is ``(*B, F)`` (integers ``(*B,)`` for models that begin with `jrnn.embed`), its ``y`` ``(*B, H)``. The state that
+      it is given is donated: its buffers are reused, so continue with the state returned, and copy a state that you
+      want to keep. Over a mesh whose axes are Explicit, shard the first state as ``x`` is sharded, by
+      ``jax.device_put(state, PartitionSpec("data"))``, or its buffers cannot be reused.
 
     Raises:
       TypeError: where the layer has no step.
-      ValueError: from a call whose state lacks the batch axes of ``x``, as for a whole sequence given as one step.
+      ValueError: from a call whose state lacks the batch axes of ``x``, as for a whole sequence given as one step, or
+        was donated to an earlier call.
 
     >>> cell = jrnn.gru(4)
     >>> params = cell.init(jax.random.key(0), 3)
@@ -48,8 +49,7 @@ def stepper(layer: Layer) -> Any:
     >>> bool(jnp.allclose(y, jrnn.unroll(cell, params, jnp.ones((5, 3)))[1][-1], atol=1e-6))
     True
     """
-    if not isinstance(layer, Layer):
-        raise TypeError(f"layer: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {layer!r}")
+    check_layer(layer, "layer")
     if stepless(layer):
         raise TypeError(
             f"layer: expected a layer that has a step, got {layer!r}; a bidirectional layer has no step, since its "
@@ -57,6 +57,38 @@ def stepper(layer: Layer) -> Any:
             "the forward layer alone"
         )
     return _stepper(layer)
+
+
+class _Stepper:
+    """A jitted step, whose every other attribute is that of the jitted function."""
+
+    def __init__(self, layer: Layer, compiled: Any) -> None:
+        self._layer, self._compiled = layer, compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._compiled(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            state = args[1] if len(args) > 1 else kwargs.get("state")
+            if any(map(_is_deleted, jax.tree.leaves(state))):
+                raise ValueError(
+                    "state: expected one that no earlier call was given, got arrays whose buffers were donated: a "
+                    "stepper reuses the state that it is given; go on with the state that the last call returned, or "
+                    "copy what you keep by jax.tree.map(jnp.copy, state) before the call"
+                ) from error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_compiled":  # while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._compiled, name)
+
+    def __repr__(self) -> str:
+        return f"stepper({self._layer!r})"
+
+
+def _is_deleted(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
 
 
 # Cached by value, so that a loop that asks for it anew compiles once; the layer is not an argument of the compiled
@@ -73,7 +105,7 @@ def _stepper(layer: Layer) -> Any:
             return state, ys[0]
         return layer.step(params, state, x, key)
 
-    return step
+    return _Stepper(layer, step)
 
 
 def _is_compiled_whole(layer: Layer, params: Any, state: Any, x: jax.Array) -> bool:

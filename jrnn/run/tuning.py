@@ -1,4 +1,4 @@
-"""Times the schedules on shapes of one's own: which is fastest here, and what `jrnn.unroll` would take by itself."""
+"""Times the schedules on your own shapes: which is fastest here, and which one `jrnn.unroll` chooses by itself."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `tune` measured. ``str()`` of it is the table.
+    """The measurements of `tune`; ``str()`` of it is a table.
 
-    ``device`` is what it ran on, ``default`` what ``backend=None`` runs, ``rows`` a `Timing` for each schedule.
+    ``device`` is the device, ``default`` the schedule that ``backend=None`` runs, and ``rows`` has a `Timing` for each
+    schedule.
 
     >>> rows = (Timing("hoisted", 2.0, 5.0, "it serves"), Timing("reference", 1.0, 6.0, "it serves"))
     >>> found = Tuning("cpu", "hoisted", rows)
@@ -99,23 +100,24 @@ def tune(
 ) -> Tuning:
     """Times every schedule that serves on these arguments, prints the table and the choice, and returns them.
 
-    Each is compiled, forward and forward+backward (gradients to parameters and floating-point inputs of a random
-    weighting of the outputs), and timed warm, in turns, so that a slow moment of the machine meets all. A schedule that
-    refuses, or fails, is a row that says so. Nothing is remembered: give the choice as ``backend=`` to `unroll`.
+    Each schedule is compiled, forward and forward+backward (gradients of a random weighting of the outputs with respect
+    to parameters and floating-point inputs), and timed warm. The schedules take turns, so that a slow moment of the
+    machine affects all of them. A schedule that refuses or fails has a row with the reason. Nothing is stored: pass the
+    choice to `unroll` as ``backend=``.
 
     Args:
       model, params, xs, state, lengths, mask, resets, reverse, key, remat, unroll: as for `jrnn.unroll`; the values of
-        ``xs`` hardly matter, its shape and dtype do: xs ``(T, *B, F)``.
+        ``xs`` hardly matter, but its shape ``(T, *B, F)`` and its dtype do.
       backends: names of the schedules to time; None for all.
-      repeats: at most so many turns.
-      seconds: no further turn after so long, two turns apart; compiling is not counted.
+      repeats: the largest number of turns.
+      seconds: the time after which no further turn begins; two turns are always made. Compilation is not counted.
       quiet: print nothing.
 
     Returns:
-      A `Tuning`: ``train`` and ``forward`` name the fastest, ``default`` what ``backend=None`` runs.
+      A `Tuning`: ``train`` and ``forward`` name the fastest schedules, ``default`` the one that ``backend=None`` runs.
 
     Raises:
-      ValueError, TypeError: where an argument does not fit, by name, as `jrnn.unroll` does.
+      ValueError, TypeError: the errors of `jrnn.unroll` for the same arguments.
 
     >>> from jrnn.run.tuning import tune
     >>> cell = jrnn.elman(2)
@@ -139,7 +141,7 @@ def tune(
     options = {"reverse": reverse, "remat": remat, "unroll": unroll}
     args = (as_tree(params), jnp.asarray(xs), state, flags)
     run = functools.partial(_forward, model, tuple(options.items()))
-    # Raises what is wrong with the arguments: those of known values are not traced here.
+    # Raises the errors of `unroll` for these arguments; the flags are not traced, so that their values are checked.
     check = lambda params, xs, state: run("reference", params, xs, state, flags)
     out = jax.eval_shape(check, *args[:3])
     weights = jax.tree.map(lambda y: jax.random.normal(jax.random.key(0), y.shape).astype(y.dtype), out[1])

@@ -13,9 +13,9 @@ import numpy as np
 from jax import lax
 
 from jrnn import sequence
-from jrnn._core.checks import as_tree, describe, is_traced, readable, same_form
+from jrnn._core.checks import as_tree, describe, is_traced, prng_key, readable, same_form
 from jrnn._core.devices import batch_spec, one_step, placed, placed_as, varying_as
-from jrnn.cells.base import Layer
+from jrnn.cells.base import Layer, check_layer
 from jrnn.run.step import Step, read_step
 from jrnn.schedules import SCHEDULES, check_backend, choose
 from jrnn.schedules.steps import SEQUENCE, Steps, check_remat, check_step, select, zeroed
@@ -43,52 +43,56 @@ def unroll(
 
     T time, B batch axes (any number, or none), F input features, H output features.
 
-    A step is valid where ``t < lengths`` and ``mask`` is true. At an invalid step the state is held and ``y`` is zero,
-    and nothing that stands there matters, NaN included: not to outputs, states or gradients. ``resets[t]`` replaces
-    the state by the initial state before ``xs[t]`` is consumed; no value and no gradient passes a reset. A reset at an
-    invalid step is padding too, and ignored.
+    A step is valid where ``t < lengths`` and ``mask`` is true. At an invalid step the state is held and ``y`` is zero.
+    The inputs of invalid steps, NaN included, affect no output, no state and no gradient. ``resets[t]`` replaces the
+    state by the initial state before ``xs[t]`` is consumed; no value and no gradient passes a reset. A reset at an
+    invalid step is ignored.
 
-    Batches may lie over the devices of a mesh. Where its axes are Explicit (`jax.set_mesh`), the state, lengths, mask
-    and resets are moved to lie as the inputs do, by batch, and so do the results.
+    Under ``jax.jit``, close over the cell (``jax.jit(lambda params, xs: jrnn.unroll(cell, params, xs))``) or name it
+    static: it is not an array.
+
+    Batches may be sharded over the devices of a mesh. Where the mesh axes are Explicit (`jax.set_mesh`), the state, the
+    lengths, the mask and the resets are resharded along the batch axes as the inputs are, and the results are sharded
+    in the same way.
 
     Args:
       cell: a layer: a cell, `jrnn.dense`, `jrnn.stack`, … or one of your own.
-      params: its parameters, from ``cell.init``; any other mapping (a Flax ``FrozenDict`` or ``nnx.State``) does where
-        ``cell.init`` gives a dict.
-      xs: ``(T, *B, F)`` floats in the parameters' dtype, or in a 16-bit float: then factors of products are
-        rounded to it (in the native loop, inputs and weights alone), and sums and states stay float32. For models
-        that begin with `jrnn.embed`, ``(T, *B)`` integers.
-      state: where to start; None for ``cell.initial_state(params, batch_shape)``.
-      lengths: ``(*B,)`` integers in [0, T]: how many of each sequence's first steps are valid. Their range is checked
-        where the host can read them at once: NumPy arrays, lists, and arrays on a CPU, outside of a transformation
-        or closed over by it. Elsewhere (traced, or on an accelerator, whose work the check would have to wait for) a
-        negative length is a length of 0, and a length above T is T.
+      params: its parameters, from ``cell.init``. Where ``cell.init`` returns a dict, any other mapping is accepted too,
+        such as a Flax ``FrozenDict`` or an ``nnx.State``.
+      xs: ``(T, *B, F)`` floats in the parameters' dtype or in a 16-bit float. With 16-bit inputs the factors of matrix
+        products are rounded to that dtype (in the native loop only the inputs and the weights are), and sums and states
+        stay float32. For models that begin with `jrnn.embed`, ``(T, *B)`` integers.
+      state: the state before the first step; None for ``cell.initial_state(params, batch_shape)``.
+      lengths: ``(*B,)`` integers in [0, T]: the first ``lengths`` steps of each sequence are valid. The range is
+        checked where the host can read the values at once: in NumPy arrays, in lists, and in arrays on a CPU that are
+        not traced. Elsewhere a negative length counts as 0 and a length above T as T.
       mask: ``(T, *B)`` booleans, true at valid steps.
       resets: ``(T, *B)`` booleans (see `jrnn.sequence.resets_from_done`).
       reverse: run from the last valid step to the first; outputs stay in input order.
-      key: a PRNG key, which switches dropout, zoneout and their like on; None is deterministic. An error where the
-        model is known to use none.
-      backend: None chooses (see `choose_backend`); a schedule by name raises where it cannot serve:
+      key: a PRNG key, which turns on dropout, zoneout and other randomness. None runs deterministically, without
+        dropout. A key is an error where the model is known to have no randomness.
+      backend: None chooses (see `choose_backend`). A schedule asked for by name raises where it cannot serve:
 
-        - "reference", the plain scan of the cell's step
-        - "hoisted", scans with all that does not need the state taken out of them
-        - "native", the loop as C++, which a compiler on this machine makes and keeps in ``~/.cache/jrnn``
+        - "reference", a plain scan of the cell's step
+        - "hoisted", scans from which everything that does not need the state is taken out
+        - "native", the loop in C++, compiled on this machine and kept in ``~/.cache/jrnn``
         - "kernel" (one Pallas kernel for the loop) and "cudnn" (NVIDIA's LSTM), once `jrnn.experimental` is imported
 
-      remat: a number of steps n: keep the state only before every n-th step of a recurrent layer and recompute the
-        rest in the backward pass, n steps at a time; "sqrt" takes sqrt(T) of them.
-      unroll: how many steps to compile into one body, where the loop is a scan; "native" and "cudnn" have none.
-      start: absolute time of ``xs[0]``, an integer. Randomness is keyed by absolute time, so that chunks draw as the
-        whole would: pass the number of steps already run.
+      remat: a number of steps n: store only the state before every n-th step of a recurrent layer as a residual, and
+        recompute the rest in the backward pass, n steps at a time. "sqrt" sets n to sqrt(T).
+      unroll: how many steps to compile into one loop body, where the loop is a scan; "native" and "cudnn" ignore it.
+      start: the absolute time of ``xs[0]``, an integer. Randomness is keyed by absolute time. For a run in chunks, pass
+        the number of steps already run: then the chunks draw the same masks as one run over the whole.
 
     Returns:
       ``(state, ys)``: the state after the last valid step of each sequence, and ``ys (T, *B, H)``. Where the step of a
-      cell of your own returns a pytree, so is ``ys``, each leaf with a time axis before its batch axes.
+      cell of your own returns a pytree, ``ys`` is one too, and each leaf has a time axis before its batch axes.
 
     Raises:
-      ValueError, TypeError: where an argument does not fit, by name, before the loop is traced.
+      ValueError, TypeError: an argument does not fit; the message names it. Raised before the loop is traced.
 
-    What is exported by `jax.export` can be serialised, states included; whoever deserialises it imports jrnn first.
+    A program exported by `jax.export` can be serialised, states included. The process that deserialises it has to
+    import jrnn first.
 
     >>> cell = jrnn.lstm(4)
     >>> params = cell.init(jax.random.key(0), 3)
@@ -101,8 +105,7 @@ def unroll(
     >>> bool(jnp.allclose(ys, jrnn.unroll(cell, params, xs)[1][4:], atol=1e-6))
     True
     """
-    if not isinstance(cell, Layer):
-        raise TypeError(f"cell: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {cell!r}")
+    check_layer(cell, "cell", params)
     try:
         hash(cell)
     except TypeError as error:
@@ -110,7 +113,7 @@ def unroll(
             f"cell: expected a hashable layer, a frozen dataclass of numbers, strings, tuples and functions, "
             f"got {cell!r} ({error}); keep arrays in params and lists as tuples"
         ) from error
-    given = xs, mask  # inside jit, what NumPy arrays are converted to is traced
+    given = xs, mask  # NumPy arrays, which are traced once they are converted inside jit
     xs, batch_shape = _check_xs(cell, xs)
     lengths = _check_lengths(lengths, xs.shape[0], batch_shape)
     mask = _check_flags(mask, "mask", (xs.shape[0], *batch_shape))
@@ -128,21 +131,20 @@ def unroll(
 
 
 def choose_backend(model: Layer, params: Any, xs: Any, *, key: jax.Array | None = None) -> tuple[str, str]:
-    """What ``unroll(model, params, xs, key=key)`` would run, and why: ``(name, reason)``.
+    """The schedule that ``unroll(model, params, xs, key=key)`` would run, and the reason: ``(name, reason)``.
 
-    For a model of several cells the reason has a part for each, and the name joins different names with "+". Lengths,
-    masks, resets and ``remat`` change no choice. To ask can mean to compile the native loop.
+    For a model of several cells the reason has a part for each different one, and the name joins different names with
+    "+". Lengths, masks, resets and ``remat`` do not change the choice. The call may compile the native loop.
 
-    Only shapes and dtypes matter: ``params``, ``xs`` and ``key`` may be ``jax.ShapeDtypeStruct``, as `jax.eval_shape`
-    gives them.
+    Only shapes and dtypes matter: ``params``, ``xs`` and ``key`` may be made of ``jax.ShapeDtypeStruct``, which
+    `jax.eval_shape` returns.
 
     >>> cell = jrnn.gru(4)
     >>> name, reason = jrnn.choose_backend(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))
     >>> name
     'hoisted'
     """
-    if not isinstance(model, Layer):
-        raise TypeError(f"model: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {model!r}")
+    check_layer(model, "model", params)
     xs, batch_shape = _check_xs(model, xs, structs=True)
     _check_key(model, key)
     chosen: list[tuple[Any, str, str]] = []
@@ -155,6 +157,7 @@ def choose_backend(model: Layer, params: Any, xs: Any, *, key: jax.Array | None 
     jax.eval_shape(walk, as_tree(params), xs, key)
     if not chosen:
         return "reference", "no layer is recurrent: each is applied to all steps at once"
+    chosen = list(dict.fromkeys(chosen))  # equal cells, such as the directions of a bidirectional layer, once
     if len(chosen) == 1:
         return chosen[0][1:]
     names = dict.fromkeys(name for _, name, _ in chosen)
@@ -200,7 +203,7 @@ def _unroll(
 
 
 def _drawn(cell: Layer, params: Any, xs: Any, key: Any, batch_shape: tuple[int, ...]) -> Any:
-    """Parameters with what is random once per sequence in them."""
+    """Parameters with the masks in them that are drawn once per sequence."""
     if key is None:
         return params
     in_features = xs.shape[-1] if cell.event_ndim else None
@@ -208,11 +211,12 @@ def _drawn(cell: Layer, params: Any, xs: Any, key: Any, batch_shape: tuple[int, 
 
 
 def draw(layer: Layer, params: Any, key: jax.Array | None, x: Any) -> Any:
-    """Parameters for the single steps of one sequence, with what `unroll` draws once per sequence drawn into them.
+    """Parameters for the single steps of one sequence, with the masks in them that `unroll` draws once per sequence.
 
-    With them and the key ``jax.random.fold_in(key, t)`` for step t, counted from the sequence's beginning, a loop over
-    `Layer.step` or `stepper` gives what ``unroll(layer, params, xs, key=key)`` gives: the same masks of variational
-    dropout and DropConnect at all steps, and at each step the same masks of dropout and zoneout.
+    Run a loop over `Layer.step` or `stepper` with these parameters and, at step t of the sequence, the key
+    ``jax.random.fold_in(key, t)``. It gives the outputs and states of ``unroll(layer, params, xs, key=key)``: the masks
+    of variational dropout and DropConnect are the same at all steps, and each step has the same masks of dropout and
+    zoneout.
 
     B batch axes (any number, or none), F input features.
 
@@ -220,14 +224,14 @@ def draw(layer: Layer, params: Any, key: jax.Array | None, x: Any) -> Any:
       layer: a layer that has a step.
       params: its parameters, from ``layer.init``.
       key: a PRNG key, the same for the whole sequence; None for a run without dropout, which draws nothing.
-      x: the input of any one step, ``(*B, F)`` or ids ``(*B,)``, from which only the shape is taken.
+      x: the input of any one step, ``(*B, F)`` or ids ``(*B,)``; only its shape is used.
 
     Returns:
-      A pytree to pass as the ``params`` of `Layer.step`, and of nothing else: a new sequence draws from the parameters
-      themselves.
+      A pytree to pass as the ``params`` of `Layer.step` and of `stepper`, and nowhere else. For a new sequence, draw
+      from the original parameters again.
 
     Raises:
-      ValueError, TypeError: where the key is no PRNG key, or the model is known to use none.
+      ValueError, TypeError: the key is not a PRNG key, or the model is known to have no randomness.
 
     >>> model = jrnn.stack(jrnn.variational(jrnn.gru(4), inputs=0.2), jrnn.dropout(0.5))
     >>> params, xs, key = model.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)), jax.random.key(1)
@@ -238,16 +242,15 @@ def draw(layer: Layer, params: Any, key: jax.Array | None, x: Any) -> Any:
     >>> bool(jnp.allclose(y, jrnn.unroll(model, params, xs, key=key)[1][-1], atol=1e-6))
     True
     """
-    if not isinstance(layer, Layer):
-        raise TypeError(f"layer: expected a layer, such as jrnn.lstm(128) or a subclass of jrnn.Cell, got {layer!r}")
+    check_layer(layer, "layer", params)
     _check_key(layer, key)
     x = jnp.asarray(x)
     layer.check(params, x)
     return _drawn(layer, params, x, key, x.shape[: x.ndim - layer.event_ndim])
 
 
-# A function of its own, so that equal layers on inputs of equal shapes are traced, differentiated and lowered once for
-# all of them. XLA inlines it: what runs is what would run without.
+# Jitted by itself, so that equal layers on inputs of equal shapes are traced, differentiated and lowered only once. XLA
+# inlines it, so the compiled program is the same.
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))
 def _loop(
     name: str, cell: Layer, params: Any, xs: jax.Array, state: Any, static: Steps, arrays: tuple[Any, ...]
@@ -257,7 +260,7 @@ def _loop(
 
 @dataclass(frozen=True)
 class Run:
-    """One run over time, as the layers of a model see it: how to run their parts (see `Layer.walk`)."""
+    """One run over time; a layer's `walk` runs its parts through it (see `Layer.walk`)."""
 
     steps: Steps
     batch_shape: tuple[int, ...]
@@ -271,9 +274,9 @@ class Run:
 
     def scan(self, cell: Layer, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
         """Runs a recurrent layer step by step, by the schedule that suits it."""
-        # The key of a model, where other layers use it, is none to a cell that is known to use none.
+        # A cell that is known to have no randomness gets no key, even where other layers of the model use one.
         steps = replace(self.steps, key=None) if cell.uses_key is False else self.steps
-        # What a loop carries keeps its type, which may say how it lies over a mesh: as inputs do, or a step leaves it.
+        # The type of a loop's carry is fixed, and may include a sharding: that of the inputs, or of a step's result.
         state = placed(state, batch_spec(len(self.batch_shape), sequences=xs), 0)
         state = placed_as(state, check_step(cell, params, one_step(xs), state, steps.key))
         loop, name, reason = self._loop(cell, params, xs, state, steps)
@@ -281,8 +284,8 @@ class Run:
         state = varying_as(state, params, xs, steps.valid, steps.resets, steps.key)
         if steps.valid is None or not xs.shape[0]:
             return loop(state)
-        # A state that no valid step consumes stays out of the loop: held over invalid steps, a NaN in it would meet
-        # the zero gradients of those steps.
+        # A state that no valid step consumes stays out of the loop: if it were held over invalid steps, a NaN in it
+        # would be multiplied by the zero gradients of those steps.
         met, any_valid = steps.meets(), steps.valid.any(0)
         restart = placed_as(cell.initial_state(params, self.batch_shape), state)
         last, ys = loop(select(met, state, restart))
@@ -398,10 +401,7 @@ def _check_flags(flags: Any, argument: str, shape: tuple[int, ...]) -> Any:
 def _check_key(cell: Layer, key: Any) -> None:
     if key is None:
         return
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (typed and shape == ()) and not (dtype == jnp.uint32 and shape is not None and len(shape) == 1):
-        raise TypeError(f"key: expected one PRNG key, as from jax.random.key(0), got {describe(key)}")
+    prng_key(key)
     if cell.uses_key is False:
         raise ValueError(
             f"key: expected None, since nothing in {cell!r} is random, got a key; leave it out, or add "

@@ -2,14 +2,15 @@
 
     jrnn.testing.check_cell(MyCell(8), in_features=3)
 
-runs all laws that apply and raises AssertionError with the law, what differed and by how much. Each law is a function
-of its own as well, and `LAWS` lists them.
+runs all laws that apply. It raises AssertionError with the law, the leaf that differs, and by how much. Each law is
+also a function by itself, and `LAWS` lists them.
 
-What `jrnn.unroll` returns is held against `fold`, which reads the contract literally: a Python loop over ``cell.step``
-with NumPy, and backpropagation through time written out by hand. So every law covers values and every gradient, of
-parameters, inputs and the initial state, for ragged lengths, masks, resets, both orders and with a key.
+The results of `jrnn.unroll` are compared with those of `fold`, which reads the contract literally: a Python loop over
+``cell.step`` with NumPy, and backpropagation through time written out by hand. So every law covers values and every
+gradient, with respect to parameters, inputs and the initial state, for ragged lengths, masks, resets, both directions,
+and with a key.
 
-Shapes are tiny, and compiling a program costs a thousand times more than running it once. The traced program is
+Shapes are tiny, and compiling a program takes a thousand times longer than running it once. The traced program is
 therefore interpreted, one operation after another, unless ``jit=True``; `check_jit` always compiles.
 
 T time, B batch axes (any number, or none), F input features, H output features.

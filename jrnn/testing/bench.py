@@ -12,7 +12,6 @@ import numpy as np
 
 from jrnn._interpret import call
 from jrnn.cells.base import Layer
-from jrnn.compose.combine import stepless
 from jrnn.run.unrolling import unroll
 from jrnn.testing.comparison import compare
 from jrnn.testing.oracle import Init, Initial, fold
@@ -31,9 +30,8 @@ class Bench:
         self.dtype = np.dtype(dtype)
         self.tolerance = 3e-5 if self.dtype == np.float32 else 1e-11
         self.rng = np.random.default_rng(seed)
-        self.stepless = stepless(cell)
         self.params = jax.tree.map(self._cast, _initialised(cell, in_features, seed, jnp.result_type(float)))
-        # Zeros would hide what is multiplied by them: biases, peepholes, learned states.
+        # Zeros would hide errors in the factors of biases, peepholes and learned states.
         self.params = self.noisy(self.params) if params is None else jax.tree.map(self._cast, params)
         self.may_draw = cell.uses_key is not False
 
@@ -107,7 +105,7 @@ class Bench:
 
 @functools.lru_cache(maxsize=8)
 def _initialised(cell: Layer, in_features: Any, seed: int, precision: Any) -> Any:
-    del precision  # part of the key: what is drawn depends on whether float64 is on
+    del precision  # part of the key: the parameters depend on whether float64 is on
     return call(Init(cell, in_features), jax.random.key(seed))
 
 

@@ -72,7 +72,7 @@ def _keyed(key: Any) -> str:
 
 @_law
 def check_draws(bench: Bench) -> None:
-    """What a part draws once per sequence (see `jrnn.Layer.draw`) is not drawn again at every step.
+    """The masks that a part draws once per sequence (see `jrnn.Layer.draw`) are not drawn again at every step.
 
     Arguments are those of `check_cell`; raises AssertionError.
 
@@ -89,7 +89,7 @@ def check_draws(bench: Bench) -> None:
 
 @_law
 def check_padding(bench: Bench) -> None:
-    """What stands in padding changes nothing: outputs, states and every gradient, with NaN and infinity there.
+    """The contents of padding, NaN and infinity included, change no output, no state and no gradient.
 
     Outputs there and gradients of padded inputs are exactly zero, resets there are ignored, and a sequence with its
     invalid steps cut out gives the same. Arguments are those of `check_cell`; raises AssertionError.
@@ -109,7 +109,7 @@ def check_padding(bench: Bench) -> None:
             for name in ("ys", "gradient of xs"):
                 if got[name] is not None:
                     bench.compare(got[name][~valid], np.zeros_like(got[name][~valid]), f"{about}: {name}", exact=True)
-    # Resets behind holes: a boundary lies between the valid steps on both sides of it.
+    # Resets next to invalid steps: the boundary lies between the valid steps before and after it.
     mask, resets = np.zeros((2, TIME), bool)
     mask[[1, 3, 4]] = resets[[1, 3]] = True
     whole = bench.trial(batch=(), lengths=None, mask=mask, resets=resets, start=0, cotangents=None)
@@ -179,9 +179,10 @@ def check_resets(bench: Bench) -> None:
     """
     cut = TIME // 2
     after = np.arange(TIME) >= cut
-    # Given, so that the program of other laws serves; but a backward direction starts behind the reset.
+    # All arguments are given, so that the traced program of other laws is reused. A layer that is not causal gets no
+    # state, since its backward direction would start from it after the reset.
     no_padding = {
-        "state": None if bench.stepless else bench.initial((BATCH,)),
+        "state": bench.initial((BATCH,)) if bench.cell.causal else None,
         "lengths": np.full(BATCH, TIME, np.int32),
         "mask": np.ones((TIME, BATCH), bool),
     }
@@ -193,7 +194,7 @@ def check_resets(bench: Bench) -> None:
         zero = tuple(map(np.zeros_like, whole.cotangents[:-1]))
         whole = whole._replace(resets=resets, cotangents=(*zero, ys_bar))
         got = bench.run(whole)
-        # The second part by itself: its outputs, and all gradients of its outputs, are those of the whole.
+        # A run of the second part by itself has the outputs of the whole run, and the gradients of these outputs.
         last = Trial(whole.params, whole.xs[cut:], key=key, start=whole.start + cut, cotangents=(*zero, ys_bar[cut:]))
         part = bench.fold(last)
         about = f"outputs after a reset, {_keyed(key)}"
@@ -211,7 +212,7 @@ def check_resets(bench: Bench) -> None:
             bench.compare(nan["ys"][cut:], got["ys"][cut:], f"NaN before a reset, {_keyed(key)}: ys")
             mine, clean = nan["gradient of xs"][cut:], got["gradient of xs"][cut:]
             bench.compare(mine, clean, f"NaN before a reset, {_keyed(key)}: gradient of xs after it")
-    if bench.stepless:
+    if not bench.cell.causal:
         return  # the backward direction meets its state after the last step, where no reset can be
     for reverse in (False, True):
         # The first step of each sequence that is valid, its first two times or later, is reset.
@@ -274,7 +275,7 @@ def check_chunks(bench: Bench) -> None:
 
     >>> jrnn.testing.check_chunks(jrnn.elman(2))
     """
-    if bench.stepless:
+    if not bench.cell.causal:
         return
     cut = TIME // 2
     for key in bench.last_draw():
@@ -505,7 +506,7 @@ def check_state_dtype(bench: Bench) -> None:
         if low == jnp.float16:
             continue
         got = bench.run(rounded)
-        if shapes(got["gradient of params"]) != shapes(trial.params):
+        if shapes(got["gradient of params"]) != shapes(full["gradient of params"]):
             raise AssertionError(f"{name}: expected gradients of parameters like them for {low.__name__}")
         near = {"state": got["state"], "ys": got["ys"].astype(wanted)}
         compare(near, {"state": full["state"], "ys": full["ys"]}, 0.1, f"{name}: {low.__name__} inputs")
@@ -641,7 +642,7 @@ def check_cell(
       laws: which laws; None for all of `LAWS`.
 
     Raises:
-      AssertionError: a law does not hold; it says which, what differed and by how much.
+      AssertionError: a law does not hold; the message names the law, the leaf that differs, and by how much.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Leaky(jrnn.Cell):

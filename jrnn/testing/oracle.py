@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from jrnn.cells.base import Layer
 from jrnn.compose.combine import Bidirectional, Highway, Residual, Stack, stepless
 from jrnn.testing.trials import Trial, has_gradient, inexact, only_inexact, results, with_gradients
 
-_ONCE = 0xFFFFFFFF  # what is folded into a key for randomness drawn once per sequence
+_ONCE = 0xFFFFFFFF  # the number that is folded into a key for randomness drawn once per sequence
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class _Keys:
 
 @dataclass(frozen=True)
 class _Mix:
-    """What a combinator without a step does with its input and its parts' outputs, and the gradients of that."""
+    """The output of a combinator without a step from its input and its parts' outputs, and the gradients of it."""
 
     layer: Layer
 
@@ -180,10 +181,99 @@ def _fold_steps(layer: Layer, params: Any, xs: Any, state: Any, flow: _Flow) -> 
     return state, np.stack(ys) if time else None, pull
 
 
+# The combinators that `_fold_layers` reads by itself, without running their `walk`.
+_READ = (Stack.walk, Bidirectional.walk, Residual.walk, Highway.walk)
+
+
+class _Walking:
+    """A run over time, as a combinator's `walk` meets it, in which ``part`` runs the parts."""
+
+    def __init__(self, flow: _Flow, part: Callable[..., Any]) -> None:
+        self.flow, self.part = flow, part
+
+    def __call__(self, layer: Layer, params: Any, xs: Any, state: Any) -> Any:
+        return self.part(_fold_layers, self.flow, layer, params, xs, state)
+
+    def scan(self, layer: Layer, params: Any, xs: Any, state: Any) -> Any:
+        return self.part(_fold_steps, self.flow, layer, params, xs, state)
+
+    def child(self, index: int) -> _Walking:
+        return _Walking(self.flow.child(index), self.part)
+
+    def opposite(self) -> _Walking:
+        return _Walking(self.flow.opposite(), self.part)
+
+    def step_keys(self, length: int) -> Any:
+        flow = self.flow
+        return None if flow.key is None else jnp.stack(call(_Keys(length, flow.path), flow.key, flow.start))
+
+    def zero_invalid(self, ys: Any) -> Any:
+        valid = self.flow.valid
+        return jax.tree.map(lambda y: jnp.where(valid.reshape(valid.shape + (1,) * (y.ndim - valid.ndim)), y, 0), ys)
+
+
+def _fold_walk(layer: Any, params: Any, xs: Any, state: Any, flow: _Flow) -> Any:
+    """The same for a combinator known by its `walk` alone.
+
+    Its walk is run once with each part folded. For the pullback the walk is a function of the parts' results that gives
+    the arguments of each part and the final results: the gradient of a part's result comes from all that is computed
+    from it, so that the parts are gone through from the last to the first.
+    """
+    ends: list[Any] = []
+    pulls: list[Any] = []
+
+    def fold_part(how: Any, flow: _Flow, *args: Any) -> Any:
+        last, ys, pull = how(args[0], *jax.tree.map(_as_numpy, args[1:]), flow)
+        ends.append((last, ys))
+        pulls.append(pull)
+        return last, ys
+
+    last, ys = jax.tree.map(_as_numpy, layer.walk(_Walking(flow, fold_part), params, xs, state))
+    ys = _pick(flow.valid, ys, np.zeros_like(ys))
+    point, rebuild = inexact((params, xs, state, ends))
+
+    def around(point: Any) -> tuple[list[list[Any]], list[Any]]:
+        """The arguments of each part, and what the layer returns: floats of each."""
+        params, xs, state, ends = rebuild(point)
+        arguments: list[list[Any]] = []
+        left = iter(ends)
+
+        def given(how: Any, flow: _Flow, part: Any, *args: Any) -> Any:
+            arguments.append(inexact(args)[0])
+            return next(left)
+
+        out = layer.walk(_Walking(flow, given), params, xs, state)
+        return arguments, inexact(out)[0]
+
+    def pull_walk(state_bar: list[Any], ys_bar: Any) -> Any:
+        (arguments, out), back = jax.vjp(around, point)
+        counts = [len(inexact(end)[0]) for end in ends]
+        own = len(point) - sum(counts)
+        ys_bar = _pick(flow.valid, ys_bar, np.zeros_like(ys_bar))
+        (bars,) = back((zero_tree(arguments), [*state_bar, ys_bar]))
+        bars = list(map(np.asarray, bars))
+        for i in reversed(range(len(ends))):
+            first = own + sum(counts[:i])
+            *part_bar, part_ys = bars[first : first + counts[i]]
+            part = jax.tree.leaves(pulls[i](part_bar, part_ys))
+            cotangents = [part if i == j else zero_tree(given) for j, given in enumerate(arguments)]
+            bars = add_trees(bars, list(back((cotangents, zero_tree(out)))[0]))
+        params_bar, xs_bar, start_bar = only_inexact((params, xs, state), bars[:own])
+        return params_bar, xs_bar, start_bar
+
+    return last, ys, pull_walk
+
+
+def _as_numpy(leaf: Any) -> Any:
+    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
+
+
 def _fold_layers(layer: Any, params: Any, xs: Any, state: Any, flow: _Flow) -> Any:
     """The same for layers without a step, which are made of layers that have one."""
     if not stepless(layer):
         return _fold_steps(layer, params, xs, state, flow)
+    if type(layer).walk not in _READ:
+        return _fold_walk(layer, params, xs, state, flow)
     if isinstance(layer, Stack):
         states, pulls = [], []
         for i, part in enumerate(layer.layers):
@@ -247,7 +337,7 @@ def fold(cell: Layer, trial: Trial, *, reverse: bool = False) -> dict[str, Any]:
 
     Args:
       cell: a cell or layer.
-      trial: its arguments. What stands in padding should be finite here.
+      trial: its arguments. Inputs at padding should be finite here.
       reverse: as for `jrnn.unroll`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What the laws run: `jrnn.unroll` with its gradients, as functions of a `Trial` that compare by value."""
+"""The functions that the laws run: `jrnn.unroll` with its gradients, as functions of a `Trial`, equal by value."""
 
 from __future__ import annotations
 

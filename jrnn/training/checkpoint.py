@@ -15,7 +15,7 @@ _DIFFERENCES_SHOWN = 8
 
 
 class Checkpoint(NamedTuple):
-    """What `Checkpointer.restore` returns.
+    """The result of `Checkpointer.restore`.
 
     Attributes:
       step: the step it was saved under.
@@ -38,7 +38,7 @@ class Checkpointer:
       * A save is atomic: after a crash at any moment, ``kill -9`` included, the directory holds every checkpoint that
         was complete before, and never half of one.
       * The last `keep` checkpoints are kept, and the best: the earliest of lowest `value`. Older ones are removed.
-      * What is restored equals what was saved, bit for bit; dtypes never change. Typed keys (``jax.random.key``) and
+      * A restored tree equals the saved one, bit for bit; dtypes never change. Typed keys (``jax.random.key``) and
         old-style ones both survive.
       * Saving is synchronous: once `save` returns, the arrays may be donated.
 
@@ -46,7 +46,7 @@ class Checkpointer:
     `close`.
 
     Args:
-      directory: where; made if it is not there.
+      directory: the directory; it is made if it does not exist.
       keep: how many of the last checkpoints to keep, beside the best.
 
     Raises:
@@ -108,11 +108,11 @@ class Checkpointer:
 
         Args:
           like: a pytree with the structure, shapes and dtypes to expect: arrays or ``jax.ShapeDtypeStruct``.
-          step: which; None for the latest.
+          step: the step of the checkpoint; None for the latest.
 
         Raises:
           FileNotFoundError: there is no such checkpoint.
-          ValueError: the checkpoint is of another model; the message names what differs.
+          ValueError: the checkpoint is of another model; the message names the differences.
         """
         step = self._find(step)
         compare_leaves(self.leaves(step), describe_leaves(like), f"checkpoint {step} in {self.directory}")

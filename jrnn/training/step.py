@@ -24,10 +24,11 @@ class TrainState(NamedTuple):
       params: the parameters.
       opt_state: the optimiser's state.
       step: int32, the number of batches consumed, the ones that changed nothing included.
-      key: the key of the run, never changed: step ``n`` uses ``fold_in(key, n)``. None for a run without randomness.
+      key: the key of the run, which never changes: step ``n`` uses ``fold_in(key, n)``. None for a run without
+        randomness.
       skipped: int32, how many steps so far were not finite, and changed nothing.
       skipped_in_row: int32, how many of these came last, without a finite step since.
-      carry: what one batch hands to the next: the recurrent state in truncated backpropagation, otherwise None.
+      carry: the recurrent state that one chunk passes to the next in truncated backpropagation; otherwise None.
 
     >>> TrainState._fields[:4]
     ('params', 'opt_state', 'step', 'key')
@@ -43,7 +44,7 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What one step measured, still on the device.
+    """The measurements of one step, still on the device.
 
     Attributes:
       loss: scalar.
@@ -67,7 +68,7 @@ class Metrics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What every training step shares; `make_step` and `tbptt_step` make the two kinds.
+    """The base class of training steps; `make_step` and `tbptt_step` make the two kinds.
 
     Laws:
       * ``step(state, batch) -> (state, metrics)`` is pure: equal arguments give equal results, bit for bit.
@@ -139,7 +140,7 @@ class Step:
         raise NotImplementedError
 
     def initial_carry(self, params: Any, batch: Any) -> Any:
-        """What stands for the carry where there is none yet."""
+        """The carry before the first batch."""
         del params, batch
 
     def carry_structure(self, params: Any) -> Any:

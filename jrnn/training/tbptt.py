@@ -21,8 +21,7 @@ from jrnn import sequence
 from jrnn._core.checks import is_traced, positive_int
 from jrnn._core.devices import batch_spec, placed
 from jrnn.cells.base import Layer
-from jrnn.compose.combine import Bidirectional
-from jrnn.run.unrolling import unroll
+from jrnn.run import unrolling
 from jrnn.training.step import Metrics, Step, TrainState, check_function, check_optimizer, split_loss
 
 
@@ -57,8 +56,8 @@ def chunks(
     """Cuts a batch of sequences into chunks of `length` steps; the last may be shorter.
 
     Lengths are counted anew in each chunk, ``clip(lengths - start, 0, t)``. Chunks in which no sequence has a valid
-    step are left out: they hold the state and have nothing to learn from. Arrays stay what they are, NumPy on the
-    host too, so a series longer than the device's memory can be cut.
+    step are left out, since they would only hold the state. NumPy arrays stay NumPy arrays on the host, so a series
+    larger than the device's memory can be cut.
 
     Args:
       xs: ``(T, *B, F)``, or ``(T, *B)`` integers for a model that begins with an embedding.
@@ -69,7 +68,7 @@ def chunks(
       resets: ``(T, *B)`` booleans.
 
     Raises:
-      ValueError, TypeError: at once, not at the first chunk, where an argument does not fit.
+      ValueError, TypeError: an argument does not fit; raised by the call, not at the first chunk.
 
     >>> xs = np.zeros((5, 2, 1))
     >>> for chunk in chunks(xs, None, 2, lengths=np.array([5, 3])):
@@ -156,7 +155,7 @@ class TBPTTStep(Step):
         return jax.random.fold_in(state.key, state.step - jnp.asarray(batch.index, state.step.dtype))
 
     def forward(self, params: Any, carry: Any, batch: Chunk, key: Any) -> tuple[jax.Array, tuple[Any, dict[str, Any]]]:
-        carry, predictions = unroll(
+        carry, predictions = unrolling.unroll(
             self.model, params, batch.xs, carry, lengths=batch.lengths, mask=batch.mask, resets=batch.resets,
             key=key, start=batch.start,
         )  # fmt: skip
@@ -220,10 +219,10 @@ def tbptt_step(model: Layer, loss: Callable[..., Any], optimizer: optax.Gradient
     """
     if not isinstance(model, Layer):
         raise TypeError(f"model: expected a layer, such as jrnn.lstm(128), got {type(model).__name__}")
-    if _has_bidirectional(model):
+    if not model.causal:
         raise ValueError(
-            f"model: expected one that runs forward in time, got {model!r}; a bidirectional layer needs the end of the "
-            "sequence first, so train it on whole sequences with make_step"
+            f"model: expected one that runs forward in time, got {model!r}; a layer that is not causal needs the "
+            "end of the sequence first, so train it on whole sequences with make_step"
         )
     check_function(
         loss,
@@ -247,7 +246,9 @@ def truncated_unroll(
     resets: Any = None,
     key: jax.Array | None = None,
     start: Any = 0,
-    **options: Any,
+    backend: str | None = None,
+    remat: int | str | None = None,
+    unroll: int = 1,
 ) -> tuple[Any, jax.Array]:
     """`jrnn.unroll` whose gradient is stopped every `length` steps: one update for many chunks.
 
@@ -257,7 +258,8 @@ def truncated_unroll(
 
     Args:
       model: any layer that runs forward in time.
-      length: steps per chunk; the others are those of `unroll`, ``options`` being ``backend``, ``remat``, ``unroll``.
+      length: steps per chunk.
+      params, xs, state, lengths, mask, resets, key, start, backend, remat, unroll: as for `jrnn.unroll`.
 
     >>> import jrnn
     >>> cell = jrnn.elman(3)
@@ -268,18 +270,19 @@ def truncated_unroll(
     [False, False, False, False, True, True]
     """
     positive_int(length, "length")
-    if isinstance(model, Layer) and _has_bidirectional(model):
+    if isinstance(model, Layer) and not model.causal:
         raise ValueError(f"model: expected one that runs forward in time, got {model!r}")
     time, flags = _time(xs, "xs"), {"mask": mask, "resets": resets}
     if lengths is not None:
-        # One mask for all: a chunk inside the loop has no lengths of its own.
+        # One mask for all chunks: inside the loop they all run with the same arguments.
         batch_shape = np.shape(xs)[1 : np.ndim(xs) - model.event_ndim]
         sequence._check_lengths(lengths, time, batch_shape)
         flags["mask"] = sequence.valid_steps(lengths, mask, time, batch_shape)
 
     def run(state: Any, part: Any, at: Any) -> tuple[Any, jax.Array]:
         xs, flags = part
-        return unroll(model, params, xs, state, key=key, start=start + at, **flags, **options)
+        options: dict[str, Any] = {"backend": backend, "remat": remat, "unroll": unroll}
+        return unrolling.unroll(model, params, xs, state, key=key, start=start + at, **flags, **options)
 
     cut = lambda a, b: jax.tree.map(lambda x: jnp.asarray(x)[a:b], (xs, flags))
     state, first = run(state, cut(0, length), 0)
@@ -309,16 +312,6 @@ def _carry_into(chunk: Any, carry: Any) -> Any:
             f"{chunk.index}"
         )
     return carry
-
-
-def _has_bidirectional(layer: Any) -> bool:
-    if isinstance(layer, Bidirectional):
-        return True
-    if isinstance(layer, tuple | list):
-        return any(map(_has_bidirectional, layer))
-    if isinstance(layer, Layer) and dataclasses.is_dataclass(layer):
-        return any(_has_bidirectional(getattr(layer, field.name)) for field in dataclasses.fields(layer))
-    return False
 
 
 def _time(array: Any, argument: str) -> int:

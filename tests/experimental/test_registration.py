@@ -14,6 +14,7 @@ XS = jnp.ones((2, 1, 3))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTAL)
+@pytest.mark.smoke
 def test_not_before_it_is_imported(name, monkeypatch):
     with pytest.raises(ValueError, match=f"backend: '{name}' cannot run"):
         jrnn.unroll(CELL, PARAMS, XS, backend=name)

@@ -56,6 +56,7 @@ def everything():
     }
 
 
+@pytest.mark.smoke
 def test_what_comes_back_is_what_went_in(tmp_path):
     tree = everything()
     with Checkpointer(tmp_path / "a" / "b") as store:

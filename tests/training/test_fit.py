@@ -143,6 +143,7 @@ def waypoints(losses):
     return step, jnp.float32(0.0), [None] * 1, [0]
 
 
+@pytest.mark.smoke
 def test_early_stopping_restores_the_best():
     step, start, data, validation = waypoints([9, 5, 3, 4, 2, 6, 7, 8, 1])
     result = fit(step, start, data, epochs=8, validation=validation, patience=3)
@@ -254,6 +255,7 @@ def test_names_the_leaves_whose_updates_are_not_finite():
         fit(step, jnp.float16(1.0), [512.0], steps=4, max_nonfinite=2)
 
 
+@pytest.mark.smoke
 def test_history_is_plain_data():
     import json
 

@@ -63,6 +63,7 @@ def test_updates_under_strict_promotion(name):
     assert jax.tree.all(jax.tree.map(lambda u: jnp.isfinite(u).all(), updates))
 
 
+@pytest.mark.smoke
 def test_equal_calls_are_one_object():
     assert optimizer("adam", 0.1, clip_norm=1) is optimizer("adam", 0.1, clip_norm=1.0)
     assert optimizer("adam", 0.1) is not optimizer("adam", 0.2)
@@ -137,6 +138,7 @@ def test_optimizer_errors(arguments, options, error, match):
         optimizer(*arguments, **options)
 
 
+@pytest.mark.smoke
 def test_schedules_follow_their_formulas():
     ts = np.arange(0, 40)
     at = lambda f: np.array([float(f(jnp.int32(t))) for t in ts])

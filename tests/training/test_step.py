@@ -203,6 +203,7 @@ def test_is_pure_and_randomness_follows_key_and_step():
     assert losses(1) != expected
 
 
+@pytest.mark.smoke
 def test_aux_beside_the_loss():
     step = make_step(lambda p, b, k: (p**2, {"double": 2 * p, "vector": jnp.ones(3)}), optax.sgd(0.1))
     _, metrics = step(step.init(3.0), None)
@@ -228,6 +229,7 @@ def test_dtypes(dtype, x64):
     assert bool(metrics.finite)
 
 
+@pytest.mark.smoke
 def test_works_inside_jit_and_scan():
     step = make_step(loss_fn, optimizer("adam", 0.1))
     data = jnp.stack([batch(i) for i in range(4)])

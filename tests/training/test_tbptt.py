@@ -149,6 +149,7 @@ def test_chunks_of_a_sequence_share_a_key_and_sequences_do_not(name, x64):
         close(total, jnp.sum(jnp.where(valid[..., None], predictions - ys, 0.0) ** 2))
 
 
+@pytest.mark.smoke
 def test_a_learned_initial_state_gets_its_gradient_in_the_first_chunk():
     model = jrnn.learned_state(jrnn.gru(4))
     step = tbptt_step(model, losses.mse, optax.sgd(0.1))
@@ -297,6 +298,7 @@ def test_errors(call, error, match):
         call(np.zeros((5, 2, 1), np.float32))
 
 
+@pytest.mark.smoke
 def test_errors_of_a_chunk_out_of_turn():
     step = tbptt_step(jrnn.gru(2), losses.mse, optax.sgd(0.1))
     state = step.init(jrnn.gru(2).init(jax.random.key(0), 1))

@@ -3,7 +3,7 @@
 XLA runs a loop as a list of operations, about ten a step, on arrays that go through memory. Here one function written
 in C++ holds the whole loop (`kernel.cc`) and calls the cell's own gates, compiled for it (`emit.py`, `cell.cc`); XLA
 calls it as one operation (`calls.py`). The machine's C++ compiler makes the loop once and the gates once for each cell
-(`build.py`, `cache.py`). It is what runs on a CPU by default wherever it serves and pays.
+(`build.py`, `cache.py`). On a CPU it is the default wherever it serves and pays.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
     if default_device().platform != "cpu":
         return False, f"it runs on a CPU, and the default device is {default_device().platform}"
     if not operation.available():
-        return False, "this version of JAX no longer has what its operation is made of"
+        return False, "this version of JAX no longer has the internals that its operation is made of"
     try:
         build.load(header)
     except RuntimeError as error:

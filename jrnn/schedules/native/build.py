@@ -26,9 +26,9 @@ __all__ = ["available", "load"]
 
 # Not -ffast-math: a NaN must stay one.
 FLAGS = ("-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
-# What each library is compiled from, and how each file is optimised. All files are compiled at the same time, and the
-# first result waits for them. What takes long at run time is in products.cc; the rest of the loop gains nothing that
-# could be measured from -O3, which takes three times as long.
+# The files of each library, and how each is optimised. All files are compiled at the same time, and the first result
+# waits for them. The code that takes most of the run time is in products.cc; for the rest of the loop -O3 made no
+# measurable difference, and takes three times as long to compile.
 LOOP: dict[str, tuple[str, ...]] = {"bind.cc": ("-O1",), "kernel.cc": ("-Og",), "products.cc": ("-O3",)}
 CELL: dict[str, tuple[str, ...]] = {"cell.cc": ("-O3",)}
 LOOP_HEADERS = ("backward.h", "chunks.h", "forward.h", "kernel.h", "products.h", "run.h", "threads.h", "vectors.h")
@@ -41,7 +41,7 @@ def compiler() -> str | None:
 
 
 def available() -> tuple[bool, str]:
-    """Whether kernels can be compiled here, and why not; the first call in a process loads the loop, or makes it."""
+    """Whether kernels can be compiled here, and why not; the first call in a process loads or compiles the loop."""
     if reason := _missing():
         return False, reason
     try:
@@ -65,8 +65,8 @@ def _missing() -> str | None:
 class Kernel:
     """A cell's compiled functions: their names in XLA, and the units of a block of their layout.
 
-    The names say what the functions do and how their operands are laid out, and not what compiled them: an XLA program
-    that was kept in a file finds them wherever it can run.
+    The names depend on the functions and on the layout of their operands, but not on the compiler: an XLA program that
+    was stored in a file finds them wherever it can run.
     """
 
     def __init__(self, name: str, library: ctypes.CDLL) -> None:
@@ -75,7 +75,7 @@ class Kernel:
 
 
 _lock = threading.Lock()
-_kernels: dict[str, Kernel] = {}  # those that XLA knows, by name: it keeps them for the life of the process
+_kernels: dict[str, Kernel] = {}  # registered with XLA, by name, for the life of the process
 
 
 def load(header: str) -> Kernel:
@@ -133,7 +133,7 @@ def _loop(path: str, directories: tuple[Path, ...]) -> ctypes.CDLL | str:
 
 @dataclass(frozen=True)
 class Library:
-    """What a library is compiled from, and by. Its name is a digest of all that its content depends on."""
+    """The sources and the compiler of a library. Its name is a digest of everything that its content depends on."""
 
     stem: str
     compiler: str
@@ -144,14 +144,15 @@ class Library:
 
     @property
     def name(self) -> str:
-        # The processor too: the code is for the one that it is compiled on. And that a digest stands at its end.
+        # The processor too, since the code is for the one that it is compiled on; and "sealed", since the file ends in
+        # a digest of itself.
         flags = (*FLAGS, *itertools.chain(*self.sources.values()))
         depends = ("sealed", *self.files.values(), _version(self.compiler), *flags, self.version, _processor())
         return f"jrnn_{self.stem}_{_digest(*depends)}.so"
 
 
 def _loop_library(path: str) -> Library:
-    """The loop, and what XLA calls."""
+    """The loop, and the functions that XLA calls."""
     flags = ("-pthread", f"-I{jax.ffi.include_dir()}")
     return Library("loop", path, LOOP, _texts(*LOOP, *LOOP_HEADERS), flags, jaxlib.__version__)
 
@@ -215,13 +216,13 @@ def _compile(library: Library, target: Path) -> None:
         made = folder / target.name
         _run([(*command, "-shared", *(f"{folder / name}.o" for name in library.sources), "-o", str(made))])
         made.write_bytes(cache.seal(made.read_bytes()))
-        made.chmod(0o644)  # whatever the umask is: a library that a group can write to is not loaded
+        made.chmod(0o644)  # under every umask: a library that a group can write to is not loaded
         made.replace(target)
 
 
 def _run(commands: list[tuple[str, ...]]) -> None:
     """Runs commands at the same time; raises where one fails."""
-    # In the language of which "error:" is a word, and whatever bytes come with it.
+    # In English, in which "error:" can be found, and whatever its encoding.
     environment = {**os.environ, "LC_ALL": "C"}
     running = [
         subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", env=environment)

@@ -55,9 +55,9 @@ def cache_directory() -> Path:
 
 
 def clear_cache() -> None:
-    """Deletes all libraries that were compiled for ``backend="native"``, and what killed compilations left behind.
+    """Deletes all libraries that were compiled for ``backend="native"``, and the remains of killed compilations.
 
-    Libraries that a process has loaded go on working there. The next process that needs one compiles it again.
+    Libraries that a process has loaded keep working there. The next process that needs one compiles it again.
 
     Raises:
       OSError: a library cannot be deleted.
@@ -139,23 +139,23 @@ def fault(path: Path) -> str | None:
 
 
 def touch(path: Path) -> None:
-    """Notes that a library was used just now, where that can be written down."""
+    """Sets a library's time of last use, if it can be written."""
     with contextlib.suppress(OSError):
         os.utime(path)
 
 
 @contextlib.contextmanager
 def work(directory: Path) -> Iterator[Path]:
-    """A folder for a compilation, deleted at its end; what is left of others is deleted too."""
+    """A folder for a compilation, deleted at its end, as are the remains of killed compilations."""
     with tempfile.TemporaryDirectory(prefix=FOLDERS, dir=directory, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
     tidy(directory)
 
 
 def tidy(directory: Path) -> None:
-    """Deletes folders of compilations that were killed, and the libraries that were used longest ago, beyond LIMIT.
+    """Deletes folders of killed compilations, and the least recently used libraries beyond LIMIT.
 
-    Other processes may do the same at the same time, or compile. What cannot be deleted is left.
+    Other processes may do the same at the same time, or compile. Files that cannot be deleted are left.
     """
     for folder in directory.glob(f"{FOLDERS}*"):
         with contextlib.suppress(OSError):

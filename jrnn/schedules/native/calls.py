@@ -1,7 +1,7 @@
-"""The loop over time as operations: the run itself, its derivative in a direction, and that transposed.
+"""The loop over time as operations: the run, its tangent, and the transpose of the tangent.
 
-The run and the transpose are compiled code; what differentiates them again, and what runs where they cannot, is the
-hoisted schedule's loop.
+The run and the transpose are compiled code. Their derivatives, and their replacements where compiled code cannot run,
+are the hoisted schedule's loop.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = ["Flags", "Inputs", "Plan", "loop"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is static about a run: the cell, which gates read a sum, the cell's C++ and the direction of time.
+    """The static part of a run: the cell, for which gates ``u + v`` is enough, the cell's C++, and the direction.
 
-    With ``chunks`` only the states that these meet are kept for a derivative.
+    With ``chunks``, only the state before each chunk is a residual.
     """
 
     cell: Any
@@ -43,22 +43,22 @@ class Plan:
         return emitted_fields(self.cell)
 
     def emitted(self, after: Any) -> tuple[Any, ...]:
-        """Of the states after each step, the fields that the cell emits."""
+        """The fields that the cell emits, of the states after each step."""
         return tuple(getattr(after, name) for name in self.emits)
 
     def row(self, hidden: int) -> int:
-        """Floats of a row of what the gates read: whole blocks of units, and no multiple of a page (`run.h`)."""
+        """Floats in a row of gate inputs: whole blocks of units, and not a multiple of a page (`run.h`)."""
         block = build.load(self.header).unit_block
         floats = -(-hidden // block) * block * parts(self.sums)
         return floats if floats % 256 else floats + 16
 
     def options(self, hidden: int, chunked: bool = True) -> dict[str, int]:
-        """What the compiled functions are told beside their operands."""
+        """The attributes of a call of the compiled functions."""
         length, together = (self.chunks.length, self.chunks.together) if self.chunks and chunked else (0, 0)
         return dict(reverse=int(self.reverse), parts_row=self.row(hidden), chunk=length, together=together)
 
     def work(self, states: int, count: int, hidden: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """What the derivative in chunks makes again, kept while it is worked on."""
+        """The buffer for the residuals that the derivative in chunks recomputes."""
         if self.chunks is None:
             return ()
         steps = self.chunks.length if self.chunks.groups else 0
@@ -66,7 +66,7 @@ class Plan:
 
 
 class Inputs(NamedTuple):
-    """What the loop is differentiated by; ``restart`` is None where nothing resets."""
+    """The operands that the loop has derivatives with respect to; ``restart`` is None where no step resets."""
 
     xs: Any
     w_ih: Any
@@ -78,10 +78,10 @@ class Inputs(NamedTuple):
 
 
 class Flags(NamedTuple):
-    """What steers the loop, or None.
+    """The masks of a run, each None where there is none.
 
-    Booleans ``(T, N)``, which steps are valid and before which the state is replaced; and ``mask`` ``(N, H)``, what was
-    drawn to multiply ``h`` on its way into the recurrent product. Only in plain JAX has that a derivative.
+    ``valid`` and ``resets`` are booleans ``(T, N)``. ``mask (N, H)`` is the dropout mask that ``h`` is multiplied by
+    before the recurrent product; only the loop in plain JAX has a derivative with respect to it.
     """
 
     valid: Any
@@ -90,7 +90,7 @@ class Flags(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the transpose needs of a run: the states after every step, and what the gates read."""
+    """The residuals of a run: the states after every step, and the gate inputs."""
 
     after: Any
     read: Any
@@ -154,11 +154,11 @@ class Forward(Operation):
 
     def plain(self, inputs: Inputs, flags: Flags) -> Any:
         last, outs = hoisted(self.plan, inputs, flags)
-        # The plain transpose makes again what it needs.
+        # The transpose in plain JAX recomputes its residuals.
         return (last, self.unkept(outs, inputs, flags)) if self.keep else (last, outs)
 
     def unkept(self, outs: Any, inputs: Inputs, flags: Flags) -> Any:
-        """What is kept, all zeros but the outputs."""
+        """Residuals that are all zeros, except for the outputs among them."""
         kept = jax.tree.map(_zeros, self.forms(inputs, flags)[1])
         if isinstance(kept, Met):
             return kept._replace(outs=outs)
@@ -171,12 +171,12 @@ class Forward(Operation):
             return apply(Forward, self.plan, operands), tangent(self.plan, inputs, flags, d, dmask)
         last, kept = apply(Forward, self.plan, operands, keep=True)
         if self.keep:
-            # A derivative of a derivative: what is kept is read by the transpose alone, which has its own.
+            # A second derivative: only the transpose reads the residuals, and its derivative recomputes its own.
             dlast, douts = tangent(self.plan, inputs, flags, d, dmask)
             return (last, kept), (dlast, self.unkept(douts, inputs, flags))
         if self.plan.chunks is None:
             outs, needed = self.plan.emitted(kept.after), kept
-        else:  # the outputs are none of what is kept
+        else:  # the outputs are not among the residuals
             outs, needed = kept.outs, kept._replace(outs=None)
         return (last, outs), apply(Tangent, self.plan, (inputs, flags, needed, d))
 
@@ -195,9 +195,9 @@ class Forward(Operation):
 
 @dataclass(frozen=True)
 class Tangent(Operation):
-    """``(inputs, flags, kept, d)`` to the derivative of ``(last, outs)`` in the direction ``d``, and linear in that.
+    """``(inputs, flags, kept, d)`` to the tangents of ``(last, outs)``, linear in the tangents ``d`` of the inputs.
 
-    ``d`` is an `Inputs` with None where nothing moves.
+    ``d`` is an `Inputs` with None for each zero tangent.
     """
 
     plan: Plan
@@ -214,7 +214,7 @@ class Tangent(Operation):
     def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
         inputs, flags, kept, d = operands
         out = apply(Tangent, self.plan, operands)
-        if not jax.tree.leaves((tangents[0], tangents[1].mask)):  # linear in what moves
+        if not jax.tree.leaves((tangents[0], tangents[1].mask)):  # only d moves, and the operation is linear in it
             return out, apply(Tangent, self.plan, (inputs, flags, kept, tangents[3]))
         moved = affine.jvp_of(
             lambda inputs, mask, d: tangent(self.plan, inputs, flags._replace(mask=mask), d),
@@ -231,7 +231,7 @@ class Tangent(Operation):
 
 @dataclass(frozen=True)
 class Backward(Operation):
-    """``(inputs, flags, kept, (dlast, douts))`` to the gradients by the leaves of inputs that are ``moving``."""
+    """``(inputs, flags, kept, (dlast, douts))`` to the gradients with respect to the ``moving`` leaves of inputs."""
 
     plan: Plan
     moving: tuple[bool, ...]
@@ -240,7 +240,7 @@ class Backward(Operation):
         return self.only(jax.tree.map(_form, inputs))
 
     def only(self, inputs: Inputs) -> Inputs:
-        """None where nothing moves."""
+        """The inputs, with None for each leaf that is not moving."""
         tree: Any
         leaves, tree = jax.tree.flatten(inputs)
         return tree.unflatten([leaf if moves else None for leaf, moves in zip(leaves, self.moving, strict=True)])
@@ -283,7 +283,7 @@ class Backward(Operation):
 
 @dataclass(frozen=True)
 class Projected:
-    """A cell of which the loop is given the weights of its input projection, for the hoisted schedule's loop."""
+    """A cell whose parameters are the weights and the bias of its input projection, for the hoisted schedule's loop."""
 
     cell: Any
 
@@ -296,7 +296,7 @@ class Projected:
 
 
 def hoisted(plan: Plan, inputs: Inputs, flags: Flags) -> tuple[Any, tuple[jax.Array, ...]]:
-    """The same as `loop`, and whatever JAX makes of it."""
+    """`loop` in plain JAX, with every derivative."""
     xs, w_ih, b, w_hh, theta, state, restart = inputs
     steps = Steps(reverse=plan.reverse, remat=None if plan.chunks is None else plan.chunks.length)
 
@@ -311,7 +311,7 @@ def hoisted(plan: Plan, inputs: Inputs, flags: Flags) -> tuple[Any, tuple[jax.Ar
 
 
 def tangent(plan: Plan, inputs: Inputs, flags: Flags, d: Inputs, dmask: Any = None) -> tuple[Any, Any]:
-    """The derivative of `hoisted` in the direction ``d``, and ``dmask`` of the mask."""
+    """The tangents of `hoisted` for the tangents ``d`` of the inputs and ``dmask`` of the mask."""
     return affine.jvp_of(
         lambda inputs, mask: hoisted(plan, inputs, flags._replace(mask=mask)), (inputs, flags.mask), (d, dmask)
     )[1]
@@ -336,7 +336,7 @@ _NOTHING = _float(0)
 
 
 def _arguments(inputs: Inputs, flags: Flags) -> list[jax.Array]:
-    """The operands that both compiled functions begin with; without elements where there is nothing."""
+    """The first operands of both compiled functions; an absent one is an array without elements."""
     nothing = _zeros(_NOTHING)
     marks = [jnp.zeros((0,), jnp.bool_) if f is None else f for f in (flags.valid, flags.resets)]
     marks.append(nothing if flags.mask is None else flags.mask)

@@ -1,7 +1,7 @@
-"""A run that keeps the state before each chunk of steps, and makes the rest again when it is differentiated.
+"""A run that stores the state before each chunk of steps, and recomputes the other residuals in the backward pass.
 
-What is made again is known to begin at the kept states, so several chunks can be run side by side, as sequences of one
-batch: few sequences take hardly longer than one, whose every step waits for the weights.
+Since every chunk begins at a stored state, several chunks can be recomputed side by side, as sequences of one batch. A
+few sequences take hardly longer than one, because the time of a step is that of reading the weights.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 __all__ = ["Chunks", "Met"]
 
-SEQUENCES = 8  # that a step takes at little more than the cost of one
+SEQUENCES = 8  # a step with so many sequences costs little more than a step with one
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """``time`` steps in chunks of ``length``, ``together`` of which are made again at once.
+    """``time`` steps in chunks of ``length``, of which a group of ``together`` is recomputed at once.
 
-    Steps that fill no group of these run last, and all of theirs is kept: as much as a group's, at most.
+    The steps that do not fill a group run last, and all their residuals are stored: at most as many as a group's.
     """
 
     time: int
@@ -30,7 +30,7 @@ class Chunks:
     def of(cls, time: int, sequences: int, length: int) -> Chunks:
         if not isinstance(sequences, int):  # a symbol, as in a program exported for any batch
             return cls(time, length, 1)
-        # As few as keep what is made again at some multiple of sqrt(T) steps, where chunks are longer than that.
+        # So few that the recomputed residuals are those of SEQUENCES * sqrt(T) steps at most, unless a chunk is longer.
         together = min(SEQUENCES // sequences, SEQUENCES * math.isqrt(time) // length)
         return cls(time, length, max(1, together))
 
@@ -44,9 +44,10 @@ class Chunks:
 
 
 class Met(NamedTuple):
-    """Outputs after every step, the states that chunks met ``(groups, together, N, H)``, and what is kept of the rest.
+    """The residuals of a run in chunks, and its outputs after every step.
 
-    ``rest`` is the state that it met and all that its derivative needs, None where groups take all steps.
+    ``states (groups, together, N, H)`` are the states before the chunks. ``rest`` is the state before the steps that
+    fill no group, with all their residuals; None where there are no such steps.
     """
 
     outs: Any

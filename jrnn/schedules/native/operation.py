@@ -1,8 +1,8 @@
-"""An operation that is one call of compiled code on a CPU, and the same program in plain JAX wherever that cannot be.
+"""An operation that is one call of compiled code on a CPU, and the same program in plain JAX elsewhere.
 
-This is the one place of the native schedule that needs more than JAX's public API: a primitive of its own, for which
-derivatives of every kind, batches, and what is lowered for which platform are all told to JAX. (A ``jax.custom_vjp``
-has no forward mode, and a foreign call can neither be exported nor differentiated twice.)
+This is the only part of the native schedule that needs more than JAX's public API: a primitive of its own, with rules
+for derivatives in both modes, for batching, and for the lowering on each platform. (A ``jax.custom_vjp`` has no forward
+mode, and a foreign call can neither be exported nor differentiated twice.)
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def available() -> bool:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation on a tree of arrays; its subclasses say what it does.
+    """An operation on a tree of arrays, defined by its subclasses.
 
-    ``tree`` is the structure of the operands. An operation is a value: equal ones are compiled once.
+    ``tree`` is the structure of the operands. Operations compare by value: equal ones are compiled once.
     """
 
     tree: Any
@@ -56,7 +56,7 @@ class Operation:
     def operands(self, leaves: Any) -> Any:
         return jax.tree.unflatten(self.tree, leaves)
 
-    # What a subclass defines, on trees of operands.
+    # A subclass defines these methods, on trees of operands.
 
     def forms(self, *operands: Any) -> Any:
         """Shapes and dtypes of the results."""
@@ -71,15 +71,15 @@ class Operation:
         raise NotImplementedError
 
     def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
-        """The tangents of the results too; that of an operand that does not move is None."""
+        """The results and their tangents; the tangent of an operand is None where it is zero."""
         raise NotImplementedError
 
     def transpose(self, cotangents: Any, *operands: Any) -> Any:
-        """Cotangents of the last operand, where it is linear in that; its leaves are then no arrays."""
+        """Cotangents of the last operand, in which the operation is linear; its leaves are not arrays here."""
         raise NotImplementedError(f"{type(self).__name__} is not linear")
 
     def sequences(self, *operands: Any) -> tuple[Any, Any] | None:
-        """The axes of operands and results, -1 for none, that hold sequences; None where these are not apart."""
+        """The axis of sequences of each operand and result, -1 for none; None where sequences are not independent."""
         return None
 
 
@@ -118,8 +118,8 @@ def _jitted(operation: Operation) -> Any:
     def call(*leaves: Any) -> Any:
         return jax.tree.leaves(operation.bind(leaves))
 
-    # With jax_debug_nans, JAX runs a jitted function whose results hold NaN again without jit, which would come back
-    # here for ever. Of a function marked like this it knows that there is nothing inside to be found: it raises.
+    # With jax_debug_nans, JAX runs a jitted function whose results contain NaN again without jit, which would call this
+    # function for ever. A function with this mark is not run again: JAX raises at once.
     call._apply_primitive = True  # type: ignore[attr-defined]
     call.__qualname__ = f'jrnn_native ({type(operation).__name__} of the native loop; backend="reference" shows more)'
     return jax.jit(call)
@@ -146,7 +146,7 @@ def _compiled(*leaves: Any, operation: Operation) -> Any:
 def _lower(context: Any, *leaves: Any, operation: Operation) -> Any:
     from jax.interpreters import mlir
 
-    # What is exported is to run where nothing of this is known.
+    # An exported program has to run in processes that do not know the compiled functions.
     try:
         exported = context.module_context.lowering_parameters.for_export
     except AttributeError as error:
@@ -182,7 +182,7 @@ def _transpose(cotangents: Any, *leaves: Any, operation: Operation) -> Any:
 
 
 def _batch(leaves: Any, axes: Any, *, operation: Operation) -> Any:
-    """What is mapped becomes more sequences, where these have axes; else one member runs after another."""
+    """Members become more sequences if all mapped operands have an axis of them; otherwise they run one by one."""
     found = operation.sequences(*operation.operands(leaves))
     places, ends = ([], []) if found is None else map(jax.tree.leaves, found)
     members = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
@@ -206,7 +206,7 @@ def _one_by_one(leaves: Any, axes: Any, operation: Operation) -> list[Any]:
 
 
 def _fold(leaf: jax.Array, axis: int | None, place: int, members: int) -> jax.Array:
-    """Members of ``axis`` as more sequences at ``place``; a leaf without an axis is the same for all."""
+    """The members along ``axis`` as more sequences at ``place``; a leaf without an axis is repeated for all members."""
     if place < 0:
         return leaf
     shape = leaf.shape if axis is None else leaf.shape[:axis] + leaf.shape[axis + 1 :]
