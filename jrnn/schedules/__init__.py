@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jrnn.schedules import hoisted, native, reference
+from jrnn.schedules import associative, hoisted, native, newton, reference
 from jrnn.schedules.steps import Steps
 
 __all__ = ["SCHEDULES", "Schedule", "Steps", "check_backend", "choose"]
@@ -35,7 +35,9 @@ class Schedule(NamedTuple):
 
 SCHEDULES: dict[str, Schedule] = {
     "native": Schedule(native.serves, native.run, pays=native.pays),
+    "associative": Schedule(associative.serves, associative.run),
     "hoisted": Schedule(hoisted.serves, hoisted.run),
+    "newton": Schedule(newton.serves, newton.run, automatic=False),
     "reference": Schedule(reference.serves, reference.run),
 }
 
