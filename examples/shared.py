@@ -81,7 +81,7 @@ def read_csv(path, columns, parse, encoding="utf-8-sig", skip_bad_rows=False):
     ``columns`` are the names that the header must have, in any order and case. A row is bad where ``parse`` raises a
     ValueError. Bad rows are an error that names the first of them, or are left out and counted in one printed line.
     """
-    text = _decode(path, encoding)
+    text = read_text(path, encoding)
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     first_line = 1
     try:
@@ -126,7 +126,8 @@ def _cells(header, row):
     return dict.fromkeys(header, "") | {name: cell.strip() for name, cell in zip(header, row, strict=False)}
 
 
-def _decode(path, encoding):
+def read_text(path, encoding):
+    """The text of a file; a ValueError that says what to do where it is not in this encoding."""
     data = pathlib.Path(path).read_bytes()
     try:
         text = data.decode(encoding)

@@ -18,7 +18,9 @@ from jrnn.cells.elman import elman, indrnn, jordan
 from jrnn.cells.gru import gru, layer_norm_gru, mgu, ugrnn
 from jrnn.cells.lstm import LSTM, LSTMState, coupled_lstm, layer_norm_lstm, lstm, peephole_lstm, projection_lstm
 from jrnn.cells.tdnn import TDNNState, tdnn
+from jrnn.compose.attention import AttentionState, Memory, attend, attention, remember
 from jrnn.compose.combine import bidirectional, highway, residual, stack
+from jrnn.compose.describing import summary
 from jrnn.compose.regularise import Wrapper, dropconnect, learned_state, variational, zoneout
 from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
 from jrnn.run.scanning import choose_scan_backend, scan
@@ -26,6 +28,7 @@ from jrnn.run.streaming import stepper
 from jrnn.run.unrolling import choose_backend, draw, unroll
 
 if TYPE_CHECKING:
+    import jrnn.decoding as decoding
     import jrnn.diagnose as diagnose
     import jrnn.interop as interop
     import jrnn.losses as losses
@@ -38,6 +41,7 @@ __version__ = "0.1.0"
 
 # Imported where they are used: each needs a library that a plain forward pass does not.
 _LAZY = {
+    "decoding": "jrnn.decoding",
     "diagnose": "jrnn.diagnose",
     "interop": "jrnn.interop",
     "losses": "jrnn.losses",
@@ -49,18 +53,23 @@ _LAZY = {
 __all__ = [
     "LSTM",
     "AffineCell",
+    "AttentionState",
     "Cell",
     "HiddenState",
     "LSTMState",
     "Layer",
+    "Memory",
     "TDNNState",
     "Wrapper",
     "activation",
     "activations",
+    "attend",
+    "attention",
     "bidirectional",
     "choose_backend",
     "choose_scan_backend",
     "coupled_lstm",
+    "decoding",
     "dense",
     "diagnose",
     "draw",
@@ -86,11 +95,13 @@ __all__ = [
     "peephole_lstm",
     "product",
     "projection_lstm",
+    "remember",
     "residual",
     "scan",
     "sequence",
     "stack",
     "stepper",
+    "summary",
     "tdnn",
     "testing",
     "training",

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.experimental import checkify
 import jrnn
 from jrnn import _interpret, testing
 from jrnn.schedules import native
-from jrnn.schedules.native import build
+from jrnn.schedules.native import build, operation
 from tests.cases import HiddenAndMemory, Leaky
 from tests.test_native import assert_near, data, loss
 
@@ -163,6 +164,21 @@ def test_export(remat):
     assert "_backward" not in exported.mlir_module()
     assert "_backward" in gradient.lower(*POINT).as_text()
     assert_near(exported.call(*POINT), gradient(*POINT))
+
+
+def test_code_for_this_machine_is_never_exported_unseen():
+    """Where JAX does not say what a program is lowered for, it is an error."""
+    unknown = types.SimpleNamespace(module_context=types.SimpleNamespace(lowering_parameters=object()))
+    with pytest.raises(RuntimeError, match="does not say whether a program is lowered for an export"):
+        operation._lower(unknown, operation=None)
+
+
+def test_a_jax_that_has_moved_is_told(monkeypatch):
+    monkeypatch.delattr(jax.core, "ShapedArray")
+    operation.available.cache_clear()
+    with pytest.warns(RuntimeWarning, match="no longer has what the native loop is made of"):
+        assert not operation.available()
+    operation.available.cache_clear()
 
 
 def test_export_for_any_batch_with_remat():

@@ -3,12 +3,17 @@
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import batching, mlir
 
 import jrnn
+from jrnn.jaxprs import affine, flat
 from jrnn.jaxprs.flat import flatten
+from jrnn.jaxprs.primitives import TABLE
+from jrnn.schedules.native import emit
 from tests.bodies import BODIES, elman, held, inner_cond, params, relu_readout, reset_lstm, still_input
 from tests.conftest import count_compilations
 
@@ -316,6 +321,22 @@ def test_what_has_no_end_is_refused(gate):
     assert "not read as a recurrent cell" in reason
 
 
+@interpreted
+def test_numbers_in_a_carry_are_arrays():
+    w = jax.random.normal(jax.random.key(0), (4, 4)) / 2
+
+    def body(carry, x):
+        h, count, scale = carry
+        return (jnp.tanh(x + jnp.roll(h, 1, -1) @ w) * scale, count + 1, scale), (h, count)
+
+    init, xs = (jnp.zeros((2, 4)), 0, 0.5), jnp.ones((5, 2, 4))
+    expected = jax.lax.scan(body, init, xs)
+    for backend in (None, "hoisted"):
+        got = jrnn.scan(body, init, xs, backend=backend)
+        assert jax.tree.map(jax.typeof, got) == jax.tree.map(jax.typeof, expected)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
+
+
 def test_options_are_checked():
     with pytest.raises(ValueError, match="backend: expected None or one of"):
         jrnn.scan(lambda c, x: (c, x), 0.0, jnp.ones(3), backend="fast")
@@ -346,3 +367,52 @@ def test_choice_follows_the_size():
     assert "recurrent cell" in reason
     weights, carry, step, xs = built(BODIES[0])
     assert jrnn.choose_scan_backend(lambda c, x: step(weights, c, x), carry, xs)[0] == "reference"
+
+
+@interpreted
+@pytest.mark.parametrize("where", ["flat._const", "affine._Reader._product"])
+def test_programs_of_another_jax_run_as_they_are(where, monkeypatch):
+    """With a warning: where a part of a program is not as it is known."""
+
+    def moved(*_):
+        raise KeyError("dimension_numbers")
+
+    module, *names = where.split(".")
+    owner = functools.reduce(getattr, names[:-1], {"flat": flat, "affine": affine}[module])
+    monkeypatch.setattr(owner, names[-1], moved)
+    weights, carry, step, xs = built(BODIES[[body.name for body in BODIES].index("stopped")])
+    with pytest.warns(RuntimeWarning, match="a step is run as jax.lax.scan runs it, not faster: jrnn does not know"):
+        got = run(jrnn.scan, step)(weights, carry, xs)
+    close(got, run(jax.lax.scan, step)(weights, carry, xs), 0)
+
+
+def test_a_step_is_traced_once(monkeypatch):
+    """Its gates are written in C++ from the operations that were found in it."""
+    weights, carry, step, xs = built(BODIES[[body.name for body in BODIES].index("concatenated_lstm")])
+    trace, traced = jax.make_jaxpr, []
+    scan = functools.partial(run(jrnn.scan, step, backend="native"), weights)
+    jax.eval_shape(scan, carry, xs)
+    monkeypatch.setattr(jax, "make_jaxpr", lambda f, **options: traced.append(f) or trace(f, **options))
+    emit._of_program.cache_clear()
+    jax.eval_shape(scan, carry, xs[:3])
+    assert len(traced) == 1
+
+
+def test_what_the_table_does_not_know_stays_in_the_loop():
+    unheard_of = jax.extend.core.Primitive("unheard_of")
+    unheard_of.def_impl(lambda x: x)
+    unheard_of.def_abstract_eval(lambda x: x)
+    batching.primitive_batchers[unheard_of] = lambda args, axes: (unheard_of.bind(*args), axes[0])
+    mlir.register_lowering(unheard_of, lambda context, x: [x])
+    weights, carry, step, xs = built(BODIES[0])
+    for of in (lambda c, x: (c, unheard_of.bind(x)), lambda c, x: (unheard_of.bind(c), x)):
+        name, reason = jrnn.choose_scan_backend(lambda c, x, of=of: step(weights, *of(c, x)), carry, xs)
+        assert name == "reference"
+        assert "'unheard_of' of its" in reason
+    got = jrnn.scan(lambda c, x: step(weights, c, unheard_of.bind(x)), carry, xs, backend="hoisted")
+    close(got, jrnn.scan(functools.partial(step, weights), carry, xs, backend="reference"))
+
+
+def test_every_operation_that_rearranges_is_followed():
+    rearranging = [row.name for row in TABLE.values() if row.rearranges]
+    assert not [name for name in rearranging if not hasattr(affine._Reader, f"_{name}")]

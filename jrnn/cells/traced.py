@@ -56,8 +56,9 @@ class TracedCell(Cell):
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
         """What a reset restores."""
         dtype, shape = params["w_hh"].dtype, (*batch_shape, self.hidden)
-        values = params["restart"] or (jnp.zeros((), dtype),) * len(self.gates.leaves)
-        return self.state_type(*(broadcast(value, shape) for value in values))
+        if not params["restart"]:
+            return self.state_type(*(jnp.zeros(shape, dtype),) * len(self.gates.leaves))
+        return self.state_type(*(broadcast(value, shape) for value in params["restart"]))
 
     def theta(self, params: Any) -> Any:
         return params["theta"]

@@ -38,9 +38,9 @@ from jrnn.jaxprs.blocks import (
     Value,
     shared_ranges,
 )
-from jrnn.jaxprs.flat import Const, Op, Program
+from jrnn.jaxprs.flat import Const, Op, Program, reading
 from jrnn.jaxprs.gates import Gates, Parts, assemble, recipe
-from jrnn.jaxprs.primitives import ELEMENTWISE
+from jrnn.jaxprs.primitives import primitive
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE, Add, Atom, Flat, Negative, PerSequence, Recipe, Take
 
 __all__ = ["Affine", "Resets", "read"]
@@ -98,7 +98,8 @@ def read(program: Program, consts: int, carry: int) -> Affine:
       Refusal: with the reason, where the step has none.
     """
     try:
-        return _Reader(program, consts, carry).read()
+        with reading():
+            return _Reader(program, consts, carry).read()
     except RecursionError:
         raise Refusal("its gates are a chain of more operations than can be followed") from None
 
@@ -131,7 +132,7 @@ class _Reader:
         if any(isinstance(e, Held) for e in new):
             raise Refusal("a part of its carry is held where a flag says so")
         resets = self._resets(new)
-        gates, parts, hidden = assemble(new, self.leaves, self.units, self.kinds)
+        gates, parts, hidden = assemble(new, self.leaves, self.units, self.dtype, self.kinds)
         self._check_inputs()
         after = self._after()
         return Affine(
@@ -292,7 +293,7 @@ class _Reader:
 
     def _try(self, op: Op) -> None:
         """Follows an operation that needs no state, as far as that goes: its result is to be had in any case."""
-        if op.name in ELEMENTWISE and op.name not in _LINEAR:
+        if primitive(op.name).elementwise and op.name not in _LINEAR:
             return
         try:
             self._follow(op)
@@ -301,17 +302,17 @@ class _Reader:
                 self.values.pop(out, None)
 
     def _follow(self, op: Op) -> None:
-        out = op.outs[0]
+        out, row = op.outs[0], primitive(op.name)
         same = op.name == "convert_element_type" and self.program.form(op.ins[0])[1] == self.program.forms[out][1]
         if same or op.name in ("copy", "copy_p"):  # and not stop_gradient, which has a derivative of its own
             self.values[out] = self._value(op.ins[0])
         elif op.name == "dot_general":
             self.values[out] = self._product(op)
-        elif op.name in _REARRANGING:
+        elif row.rearranges:
             self.values.update(zip(op.outs, getattr(self, f"_{op.name}")(op), strict=True))
         elif op.name == "select_n" and (flagged := self._flagged(op)) is not None:
             self.values[out] = flagged
-        elif op.name in ELEMENTWISE or op.derivative is not None:
+        elif row.elementwise or op.derivative is not None:
             self._elementwise(op)
         else:
             raise Refusal(f"what its next state needs has {op.name!r} of its state")
@@ -341,7 +342,7 @@ class _Reader:
         operands = [self._operand(a, axes, shape) for a in op.ins]
         if any(self.program.forms[out].dtype not in (self.dtype, np.dtype(bool)) for out in op.outs):
             raise Refusal(f"{op.name!r} makes {self.program.forms[op.outs[0]].dtype} of its state")
-        made = Elementwise(op)
+        made = Elementwise(op, tuple(self.program.forms[out].dtype for out in op.outs))
         results: list[list[Any]] = [[] for _ in op.outs]
         for start, stop in shared_ranges(operands):
             args = tuple(self._part(value, start, stop) for value in operands)
@@ -561,9 +562,6 @@ class _Reader:
 
 TERMS = 32  # at most, of one sum
 _LINEAR = ("add", "add_any", "sub")
-_REARRANGING = (
-    "broadcast_in_dim", "concatenate", "expand_dims", "reshape", "slice", "split", "squeeze", "transpose", "unstack",
-)  # fmt: skip
 
 
 def _linear(op: Op, args: tuple[Any, ...], width: int) -> Sum | None:

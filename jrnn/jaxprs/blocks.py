@@ -6,16 +6,12 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jrnn.jaxprs.flat import Op
+from jrnn.jaxprs.flat import Op, Refusal
 from jrnn.jaxprs.recipes import Recipe
 
 __all__ = ["EVERY", "Elementwise", "Gate", "Held", "Piece", "Refusal", "Reset", "State", "Sum", "Value"]
 
 EVERY = -1  # the width of a scalar, which fits every width
-
-
-class Refusal(Exception):
-    """Why a step has no affine form."""
 
 
 class State(NamedTuple):
@@ -60,16 +56,20 @@ class Sum(NamedTuple):
 
 
 class Elementwise:
-    """An elementwise operation, apart from its operands: equal to others that do the same."""
+    """An elementwise operation and the dtypes of its results, apart from its operands: equal where these are."""
 
-    def __init__(self, op: Op) -> None:
-        self.op = op
+    def __init__(self, op: Op, dtypes: tuple[Any, ...]) -> None:
+        self.op, self.dtypes = op, dtypes
 
     def __hash__(self) -> int:
         return hash(self.op.signature)
 
     def __eq__(self, other: Any) -> bool:
-        return isinstance(other, Elementwise) and self.op.signature == other.op.signature
+        return isinstance(other, Elementwise) and self._key == other._key
+
+    @property
+    def _key(self) -> Any:
+        return self.op.signature, self.dtypes
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,23 +2,49 @@
 
 A jaxpr nests: `jit`, `checkpoint` and their like call other jaxprs. Here such calls are opened, so that a reader sees
 products and gates side by side, and variables are numbered, so that two traces of the same function are equal. A
-function with a derivative of its own (``jax.custom_jvp``) stays one operation, and that derivative is a part of it.
+function with a derivative of its own (``jax.custom_jvp``) stays one operation, and that derivative is a part of it,
+unless the reader asks for values alone.
+
+No other module looks into a jaxpr. Where a version of JAX has jaxprs, or parameters of operations, of another kind than
+is known here, a step is refused like any other that is not read, with a warning.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Literal
 
-from jrnn.jaxprs.primitives import CALLS, ELEMENTWISE, INLINED, UNMAPPABLE
+from jrnn.jaxprs.primitives import primitive
 
-__all__ = ["Const", "Op", "Program", "bind", "broadcast", "evaluate", "flatten", "run_elementwise", "typed"]
+__all__ = [
+    "Const",
+    "Op",
+    "Program",
+    "Refusal",
+    "Unreadable",
+    "bind",
+    "broadcast",
+    "calls",
+    "evaluate",
+    "flatten",
+    "run",
+]
+__all__ += ["reading", "run_elementwise", "typed"]
+
+
+class Refusal(Exception):
+    """Why a step is not read."""
+
+
+class Unreadable(Refusal):
+    """A jaxpr, or an operation in it, is not as this version of jrnn knows it."""
 
 
 class Shaped(tuple):
@@ -63,7 +89,7 @@ class Op:
 
     Of a function with a derivative of its own that acts on each element by itself, ``inner`` is its program, and
     ``derivative`` that of its tangents: ``(primals, tangents) -> (results, their tangents)``. Where the latter calls
-    the function itself, the derivative of this call is `ITSELF`.
+    the function itself, the derivative of this call is `ITSELF`. ``effects`` says whether it has side effects.
     """
 
     primitive: Any
@@ -72,6 +98,7 @@ class Op:
     outs: tuple[int, ...]
     inner: Program | None = None
     derivative: Any = None
+    effects: bool = False
 
     @property
     def name(self) -> str:
@@ -79,8 +106,20 @@ class Op:
 
     @functools.cached_property
     def mappable(self) -> bool:
-        """Whether the operation is the same for all steps at once; see `primitives.UNMAPPABLE`."""
-        return self.name not in UNMAPPABLE and all(map(_is_mappable, self.params.values()))
+        """Whether the operation, and each in the programs that it holds, is the same for all steps at once."""
+        if not primitive(self.name).mappable:
+            return False
+        return all(primitive(eqn.primitive.name).mappable for eqn in _equations(self.params))
+
+    @functools.cached_property
+    def body(self) -> tuple[Program, list[Any]]:
+        """Of a loop, the program of its body with everything opened, and the values of its constants."""
+        return flatten(self.params["jaxpr"], opened=True)
+
+    @functools.cached_property
+    def branches(self) -> list[tuple[Program, list[Any]]]:
+        """Of a condition, the programs of its branches with everything opened, each with its constants."""
+        return [flatten(branch, opened=True) for branch in self.params["branches"]]
 
     @functools.cached_property
     def signature(self) -> Any:
@@ -136,7 +175,7 @@ def is_elementwise(op: Op) -> bool:
     # Of scalars only: anything else that is spread over an axis depends on which axis that is.
     if op.name == "broadcast_in_dim":
         return not op.params["broadcast_dimensions"]
-    return op.name in ELEMENTWISE
+    return primitive(op.name).elementwise
 
 
 # --- from a jaxpr ------------------------------------------------------------------------------------------------
@@ -146,13 +185,52 @@ ITSELF = "itself"
 DEEPEST = 3  # how many functions with a derivative of their own may stand inside each other
 
 
-def flatten(closed: Any) -> tuple[Program, list[Any]]:
-    """The program of a closed jaxpr, and the values of the constants that are the first of its inputs."""
-    consts = list(closed.consts)
-    return _flatten(closed.jaxpr, consts), consts
+def flatten(closed: Any, *, opened: bool = False) -> tuple[Program, list[Any]]:
+    """The program of a closed jaxpr, and the values of the constants that are the first of its inputs.
+
+    Args:
+      closed: what `jax.make_jaxpr` returns.
+      opened: open functions that have a derivative or a rule for batches of their own too, for a reader that needs
+        their values alone.
+
+    Raises:
+      Unreadable: where it has not the parts that a jaxpr has.
+    """
+    try:
+        consts = list(closed.consts)
+        return _flatten(closed.jaxpr, consts, opened=opened), consts
+    except _UNKNOWN as error:
+        raise _unreadable(error) from error
 
 
-def _flatten(jaxpr: Any, consts: list[Any], within: tuple[Program | None, ...] = ()) -> Program:
+# What comes of looking for something where it is not.
+_UNKNOWN = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
+def _unreadable(error: Exception) -> Unreadable:
+    reason = f"{type(error).__name__}: {error}"
+    return Unreadable(f"jrnn does not know the programs of JAX {jax.__version__} well enough to read it ({reason})")
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Reads a step that can run as it is: what is unknown about its program is a warning, and a `Refusal`."""
+    try:
+        yield
+    except (Unreadable, *_UNKNOWN) as error:
+        found = error if isinstance(error, Unreadable) else _unreadable(error)
+        warnings.warn(
+            f"a step is run as jax.lax.scan runs it, not faster: {found}; a newer jrnn may know them, and results are "
+            "not affected",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        raise found from error
+
+
+def _flatten(
+    jaxpr: Any, consts: list[Any], within: tuple[Program | None, ...] = (), *, opened: bool = False
+) -> Program:
     """``consts`` are the values of the jaxpr's own constants; those of the jaxprs that it calls are added to them.
 
     ``within`` are the functions with a derivative of their own that the jaxpr is a part of, the innermost last: the
@@ -168,26 +246,28 @@ def _flatten(jaxpr: Any, consts: list[Any], within: tuple[Program | None, ...] =
         return len(forms) - 1
 
     def read(atom: Any) -> int | Const:
-        return _const(atom) if isinstance(atom, Literal) else env[atom]
+        return _const(atom) if hasattr(atom, "val") else env[atom]  # of a literal alone
 
     def walk(jaxpr: Any) -> None:
         for eqn in jaxpr.eqns:
             ins = tuple(map(read, eqn.invars))
-            name = eqn.primitive.name
-            if name in INLINED:
-                inner = eqn.params[CALLS[name]]
-                opened, own = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
-                for var, value in zip(opened.constvars, own, strict=True):
+            row = primitive(eqn.primitive.name)
+            inner = eqn.params.get(row.calls) if row.transparent or opened else None
+            if inner is not None:
+                called, own = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+                for var, value in zip(called.constvars, own, strict=True):
                     env[var] = number(var.aval)
                     more.append((value, env[var]))  # type: ignore[arg-type]
-                env.update(zip(opened.invars, ins, strict=True))
-                walk(opened)
-                found = [read(atom) for atom in opened.outvars]
+                # Operands that the program does not take (residuals of its derivative) come first.
+                env.update(zip(called.invars, ins[len(ins) - len(called.invars) :], strict=True))
+                walk(called)
+                found = [read(atom) for atom in called.outvars]
                 env.update(zip(eqn.outvars, found, strict=True))
                 continue
             outs = tuple(number(var.aval) for var in eqn.outvars)
             env.update(zip(eqn.outvars, outs, strict=True))
-            ops.append(Op(eqn.primitive, dict(eqn.params), ins, outs, *_own_derivative(eqn, within)))
+            program, derivative = (None, None) if opened else _own_derivative(eqn, within)
+            ops.append(Op(eqn.primitive, dict(eqn.params), ins, outs, program, derivative, bool(eqn.effects)))
 
     for var in [*jaxpr.constvars, *jaxpr.invars]:
         env[var] = number(var.aval)
@@ -207,11 +287,10 @@ def _flatten(jaxpr: Any, consts: list[Any], within: tuple[Program | None, ...] =
     def moved(atoms: Iterable[int | Const]) -> tuple[int | Const, ...]:
         return tuple(place[a] if isinstance(a, int) else a for a in atoms)
 
-    renamed = tuple(
-        Op(op.primitive, op.params, moved(op.ins), moved(op.outs), op.inner, op.derivative)  # type: ignore[arg-type]
-        for op in ops
-    )
-    return Program(inputs + len(more), renamed, moved(results), tuple(forms[i] for i in order))
+    def renamed(op: Op) -> Op:
+        return replace(op, ins=moved(op.ins), outs=moved(op.outs))  # type: ignore[arg-type]
+
+    return Program(inputs + len(more), tuple(map(renamed, ops)), moved(results), tuple(forms[i] for i in order))
 
 
 def _own_derivative(eqn: Any, within: tuple[Program | None, ...]) -> tuple[Program | None, Any]:
@@ -276,12 +355,22 @@ def _frozen(value: Any) -> Any:
     return value
 
 
-def _is_mappable(value: Any) -> bool:
-    """Whether a parameter of an operation holds no program with an operation that is not mappable."""
+def calls(closed: Any, name: str) -> bool:
+    """Whether a traced program, or one inside it, calls the jitted function of the given name."""
+    return any(eqn.params.get("name") == name for eqn in _equations(closed))
+
+
+def _equations(value: Any) -> Iterator[Any]:
+    """The equations of a jaxpr, or of all jaxprs in a container, and of those that they call."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
     if isinstance(value, list | tuple):
-        return all(map(_is_mappable, value))
-    eqns = getattr(getattr(value, "jaxpr", value), "eqns", ())
-    return all(e.primitive.name not in UNMAPPABLE and all(map(_is_mappable, e.params.values())) for e in eqns)
+        for item in value:
+            yield from _equations(item)
+        return
+    for eqn in getattr(getattr(value, "jaxpr", value), "eqns", ()):
+        yield eqn
+        yield from _equations(eqn.params)
 
 
 class _Same:
@@ -306,6 +395,15 @@ def bind(primitive: Any, params: dict[str, Any], args: Any) -> tuple[Any, ...]:
     return tuple(out) if primitive.multiple_results else (out,)
 
 
+def run(program: Program, args: Iterable[Any], apply: Callable[[Op, list[Any]], Iterable[Any]]) -> list[Any]:
+    """The results of a program, each operation of which is run by ``apply(op, values)``."""
+    env: dict[int, Any] = dict(enumerate(args))
+    for op in program.ops:
+        values = [env[a] if isinstance(a, int) else a.value for a in op.ins]
+        env.update(zip(op.outs, apply(op, values), strict=True))
+    return [env[r] if isinstance(r, int) else r.value for r in program.results]
+
+
 def evaluate(ops: Iterable[Op], env: dict[int, Any]) -> None:
     """Runs operations in order on the values of variables in ``env``, and adds their results to it."""
     for op in ops:
@@ -327,11 +425,7 @@ def typed(program: Program, results: Iterable[Any]) -> list[Any]:
 
 def run_elementwise(program: Program, *args: Any, itself: Any = None) -> list[Any]:
     """Runs an elementwise program on arrays of any shapes that broadcast against each other."""
-    env: dict[int, Any] = dict(enumerate(args))
-    for op in program.ops:
-        operands = [env[a] if isinstance(a, int) else a.value for a in op.ins]
-        env.update(zip(op.outs, apply_elementwise(op, operands, itself), strict=True))
-    return [env[r] if isinstance(r, int) else r.value for r in program.results]
+    return run(program, args, lambda op, values: apply_elementwise(op, values, itself))
 
 
 def apply_elementwise(op: Op, args: Sequence[Any], itself: Any = None) -> Sequence[Any]:

@@ -91,7 +91,7 @@ def recipe(e: Sum) -> Recipe:
     return total(terms if e.known is None else [*terms, e.known])
 
 
-def assemble(new: Sequence[Any], leaves: Sequence[int], units: int, kinds: Any) -> tuple[Gates, Parts, int]:
+def assemble(new: Sequence[Any], leaves: Sequence[int], units: int, dtype: Any, kinds: Any) -> tuple[Gates, Parts, int]:
     """The gates that compute expressions, what they are given, and the leaf of the carry that is multiplied.
 
     Each distinct sum of products is a gate. Where the columns of ``h W`` are used in one sum alone, with something that
@@ -100,7 +100,8 @@ def assemble(new: Sequence[Any], leaves: Sequence[int], units: int, kinds: Any) 
     Raises:
       Refusal: where there is no recurrent product, or more than one.
     """
-    sums = _sums(new)
+    # In the order of their columns, where they are columns of the same product: so the weights are taken as they are.
+    sums = sorted(_sums(new), key=lambda e: min((p.start for p in e.pieces if p.recurrent), default=0))
     split = [_split(e) for e in sums]
     multiplied = {piece.vector.leaf for pieces, _ in split for piece in pieces}  # type: ignore[union-attr]
     if not multiplied:
@@ -150,7 +151,7 @@ def assemble(new: Sequence[Any], leaves: Sequence[int], units: int, kinds: Any) 
         if role[0] == "sum":
             return role
         place, v = map(shifted, role)
-        return operation(_addition(), (v, place)) if place and v else place or v
+        return operation(_addition(dtype), (v, place)) if place and v else place or v
 
     gates = tuple(map(write, new))
     parts = Parts(
@@ -208,7 +209,7 @@ def _index(items: list[Any], item: Any) -> int:
     return items.index(item)
 
 
-@functools.lru_cache(maxsize=1)
-def _addition() -> Elementwise:
-    form = jax.ShapeDtypeStruct((), np.float32)
-    return Elementwise(flatten(jax.make_jaxpr(jax.lax.add)(form, form))[0].ops[0])
+@functools.lru_cache(maxsize=4)
+def _addition(dtype: Any) -> Elementwise:
+    form = jax.ShapeDtypeStruct((), dtype)
+    return Elementwise(flatten(jax.make_jaxpr(jax.lax.add)(form, form))[0].ops[0], (dtype,))

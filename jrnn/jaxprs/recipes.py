@@ -7,7 +7,7 @@ product. What a reader finds is put together from recipes before anything is com
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from jrnn.jaxprs.flat import Const, Op, Program, broadcast
 
 __all__ = ["INPUT", "INVARIANT", "STATE", "Add", "Atom", "Dot", "Flat", "Negative", "PerSequence", "Recipe", "Take"]
-__all__ += ["needed", "total"]
+__all__ += ["needed", "side_by_side", "total"]
 
 # What a variable depends on: on constants alone, on the input of the step, or on the state.
 INVARIANT, INPUT, STATE = range(3)
@@ -222,6 +222,31 @@ class Dot(Recipe):
 def total(terms: Iterable[Recipe]) -> Recipe:
     """The sum of one or more recipes."""
     return functools.reduce(Add, terms)
+
+
+def side_by_side(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """Vectors to put side by side: neighbours that are neighbouring ranges of the same vector are one."""
+    found: list[Recipe] = []
+    for recipe in recipes:
+        joined = _joined(found[-1], recipe) if found else None
+        if joined is None:
+            found.append(recipe)
+        else:
+            found[-1] = joined
+    return found
+
+
+def _joined(a: Recipe, b: Recipe) -> Recipe | None:
+    """A vector and the one after it, where both are ranges of the same vector, or sums of such."""
+    if isinstance(a, Add) and isinstance(b, Add):
+        first, second = _joined(a.first, b.first), _joined(a.second, b.second)
+        return None if first is None or second is None else Add(first, second)
+    if not (isinstance(a, Take) and isinstance(b, Take)) or a.source != b.source or len(a.source.shape) != 1:
+        return None
+    (x,), (y,) = a.ranges, b.ranges
+    if x is None or y is None or x[1] != y[0]:
+        return None
+    return a.source.columns(x[0], y[1])
 
 
 def needed(program: Program, kinds: Any, kind: int, wanted: Iterable[Recipe | int]) -> tuple[Op, ...]:

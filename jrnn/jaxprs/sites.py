@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jrnn.jaxprs.blocks import Refusal
-from jrnn.jaxprs.flat import Const, Op, Program
+from jrnn.jaxprs.flat import Const, Op, Program, reading
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE
 
 __all__ = ["Site", "Sites", "read"]
@@ -79,6 +79,11 @@ def read(program: Program, consts: int, carry: int) -> Sites:
     Raises:
       Refusal: where there is no site.
     """
+    with reading():
+        return _read(program, consts, carry)
+
+
+def _read(program: Program, consts: int, carry: int) -> Sites:
     kinds = [INVARIANT] * consts + [STATE] * carry
     kinds += [INPUT] * (program.inputs - len(kinds)) + [INVARIANT] * (len(program.forms) - program.inputs)
     for op in program.ops:

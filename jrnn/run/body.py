@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jrnn.cells.traced import TracedCell
 from jrnn.jaxprs.affine import Affine
 from jrnn.jaxprs.blocks import Piece
 from jrnn.jaxprs.flat import Op, broadcast, evaluate, typed
-from jrnn.jaxprs.recipes import INPUT, INVARIANT, Recipe, needed
+from jrnn.jaxprs.recipes import INPUT, INVARIANT, Atom, Recipe, needed, side_by_side
 from jrnn.schedules import SCHEDULES, native
 from jrnn.schedules.steps import Steps
 
@@ -53,13 +54,41 @@ class Body:
         """Floating-point operations of the product of the state, a step."""
         return 2 * math.prod(self.form.batch) * self.form.units**2 * len(self.form.gates.summed)
 
-    def operands(self, consts: Sequence[Any], carry: Sequence[Any], xs: Any) -> tuple[Any, jax.Array, Any, Any]:
-        """``(params, xs, state, resets)`` of the cell."""
+    def shapes(self, xs: Any) -> tuple[Any, Any, Any]:
+        """``(params, xs, resets)`` of the cell, by shape and dtype."""
         form, units = self.form, self.form.units
-        env = self._invariant(consts, carry)
+        time, width = jax.tree.leaves(xs)[0].shape[0], units * len(form.gates.summed)
+
+        def array(*shape: int, dtype: Any = form.dtype) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        params: dict[str, Any] = {
+            "w_hh": array(units, width),
+            "theta": {str(i): array(units) for i in range(len(form.parts.theta))},
+            "restart": (),
+        }
+        resets = None
+        if form.resets is not None:
+            resets = array(time, *form.batch, dtype=np.dtype(bool))
+            params["restart"] = (array(*form.batch, units),) * len(form.leaves)
+        if self.product is None:
+            return params, array(time, *form.batch, width), resets
+        features = sum(vector.shape[-1] for vector in self.product[0])
+        params |= {"w_ih": array(features, width), "b": array(width)}
+        return params, array(time, *form.batch, features), resets
+
+    def operands(self, env: dict[int, Any], carry: Sequence[Any], xs: Any) -> tuple[Any, jax.Array, Any, Any]:
+        """``(params, xs, state, resets)`` of the cell, given the variables that are the same at each step."""
+        form, units = self.form, self.form.units
 
         def vector(recipe: Recipe | None) -> jax.Array:
             return jnp.zeros(units, form.dtype) if recipe is None else broadcast(recipe.make(env), (units,))
+
+        def joined(recipes: Sequence[Recipe | None]) -> jax.Array:
+            if any(recipe is None or recipe.shape != (units,) for recipe in recipes):
+                return lax.concatenate(list(map(vector, recipes)), 0)
+            made = [recipe.make(env) for recipe in side_by_side(recipes)]  # type: ignore[arg-type]
+            return made[0] if len(made) == 1 else lax.concatenate(made, 0)
 
         params: dict[str, Any] = {
             "w_hh": columns(form.parts.v, env, (units, units), form.dtype),
@@ -88,7 +117,7 @@ class Body:
                 for i, a in enumerate(given)
             ]
             params["w_ih"] = rows[0] if len(rows) == 1 else jnp.concatenate(rows)
-            params["b"] = jnp.concatenate([vector(bias) for bias in biases])
+            params["b"] = joined(biases)
         return params, inputs, self.cell.state_type(*(carry[i] for i in form.leaves)), resets
 
     def choose(self, params: Any, inputs: Any, steps: Steps, backend: str | None) -> tuple[str | None, str]:
@@ -113,7 +142,8 @@ class Body:
 
         Resets are those of ``steps``, to the leaves ``restart`` of a carry, where the step has none of its own.
         """
-        params, inputs, state, resets = self.operands(consts, carry, xs)
+        env = self._invariant(consts, carry)
+        params, inputs, state, resets = self.operands(env, carry, xs)
         if restart is not None:
             params["restart"] = tuple(restart[i] for i in self.form.leaves)
         steps = replace(steps, resets=steps.resets if resets is None else resets)
@@ -121,7 +151,7 @@ class Body:
         leaves = list(carry)
         for leaf, value in zip(self.form.leaves, last, strict=True):
             leaves[leaf] = value
-        ys = self._outputs(self._invariant(consts, carry), carry, hs, xs, steps.reverse)
+        ys = self._outputs(env, carry, hs, xs, steps.reverse)
         outs = typed(self.form.program, [*leaves, *ys])
         return outs[: len(leaves)], outs[len(leaves) :]
 
@@ -135,14 +165,18 @@ class Body:
     def _at_all_steps(self, env: dict[int, Any], recipes: Sequence[Recipe], xs: Any) -> list[Any]:
         """``(T, ...)`` of each recipe."""
         form = self.form
-        ops = needed(form.program, form.kinds, INPUT, recipes)
+        given = dict(enumerate(jax.tree.leaves(xs), form.consts + form.carry))
+        found = [given.get(recipe.value) if isinstance(recipe, Atom) else None for recipe in recipes]  # type: ignore[arg-type]
+        rest = [recipe for recipe, there in zip(recipes, found, strict=True) if there is None]
+        ops = needed(form.program, form.kinds, INPUT, rest)
 
         def at_one(x: Any) -> list[Any]:
-            inside = env | dict(enumerate(jax.tree.leaves(x), form.consts + form.carry))
+            inside = env | x
             evaluate(ops, inside)
-            return [recipe.make(inside) for recipe in recipes]
+            return [recipe.make(inside) for recipe in rest]
 
-        return jax.vmap(at_one)(xs) if recipes else []
+        made = iter(jax.vmap(at_one)(given) if rest else ())
+        return [next(made) if there is None else there for there in found]
 
     def _outputs(self, env: dict[int, Any], carry: Sequence[Any], hs: jax.Array, xs: Any, reverse: bool) -> list[Any]:
         """The outputs of all steps at once, from the carry before the first step and what the cell emits."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jrnn.jaxprs import affine, sites
@@ -85,6 +86,7 @@ def scan(
     >>> ys.shape
     (5, 2, 4)
     """
+    init = _arrays(init)
     chosen = _choose(f, init, xs, length, reverse, backend, remat)
     if chosen.body is None or unroll < 0:  # which is an error of jax.lax.scan
         return _plain(f, init, xs, length, reverse, unroll, remat)
@@ -115,7 +117,7 @@ def choose_scan_backend(
     >>> jrnn.choose_scan_backend(lambda c, x: (c + x, c), jnp.zeros(3), jnp.ones((5, 3)))
     ('reference', 'the body is not read as a recurrent cell: it has no product of its state with weights')
     """
-    chosen = _choose(f, init, xs, length, reverse, backend, remat)
+    chosen = _choose(f, _arrays(init), xs, length, reverse, backend, remat)
     return chosen.name, chosen.reason
 
 
@@ -164,12 +166,18 @@ def _choose(
         if backend is not None:
             raise ValueError(_cannot(backend, reason)) from None
         return _Choice("reference", reason)
-    params, inputs, _, resets = jax.eval_shape(body.operands, consts, carry, xs)
+    params, inputs, resets = body.shapes(xs)
     name, reason = body.choose(params, inputs, Steps(None, resets, bool(reverse), remat=remat), backend)
     if name is None and backend is not None:
         raise ValueError(_cannot(backend, reason))
     reason = f"the body is a recurrent cell: {reason}"
     return _Choice("reference", reason) if name is None else _Choice(name, reason, body, consts, ys)
+
+
+def _arrays(init: Any) -> Any:
+    """A carry whose Python numbers are arrays; what is no number is left to the errors of ``jax.lax.scan``."""
+    number = lambda leaf: isinstance(leaf, bool | int | float | complex)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if number(leaf) else leaf, init)
 
 
 def _cannot(backend: str, reason: str) -> str:

@@ -27,7 +27,7 @@ class Step:
 
     def choose(self, state: Any, xs: Any, steps: Steps, backend: str | None) -> tuple[str | None, str]:
         """The schedule that runs it, or None, and why."""
-        params, inputs, _, _ = jax.eval_shape(self.body.operands, self.consts, jax.tree.leaves(state), xs)
+        params, inputs, _ = self.body.shapes(xs)
         name, reason = self.body.choose(params, inputs, steps, backend)
         return name, f"its step was read as that of an affine cell; {reason}"
 

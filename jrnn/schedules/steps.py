@@ -12,6 +12,7 @@ from jax import lax
 
 from jrnn._core.checks import describe, same_form
 from jrnn._core.devices import placed_as
+from jrnn.jaxprs.flat import calls
 
 # Times are folded in as 32-bit unsigned integers; the last of them is kept for what is drawn once per sequence.
 SEQUENCE = 0xFFFFFFFF
@@ -212,7 +213,7 @@ def check_step(cell: Any, params: Any, x: Any, state: Any, key: Any) -> Any:
     once per sequence.
     """
     traced, (new, _) = jax.make_jaxpr(cell.step, return_shape=True)(params, state, x, key)
-    if _calls(traced.jaxpr, "draw_in_step"):  # see `jrnn.cells.base.draw_in_step`
+    if calls(traced, "draw_in_step"):  # see `jrnn.cells.base.draw_in_step`
         raise TypeError(
             f"cell: expected the step of {cell!r} to draw nothing that is drawn once per sequence, but a part of it "
             "does, from parameters into which nothing was drawn; define draw(params, key, batch_shape, in_features) "
@@ -225,15 +226,3 @@ def check_step(cell: Any, params: Any, x: Any, state: Any, key: Any) -> Any:
             f"{describe(new)}; a state keeps its structure, shapes and dtypes from step to step"
         )
     return new
-
-
-def _calls(jaxpr: Any, name: str) -> bool:
-    """Whether a traced program, or one inside it, calls the jitted function of the given name."""
-    for eqn in jaxpr.eqns:
-        if eqn.params.get("name") == name:
-            return True
-        for leaf in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=lambda value: hasattr(value, "eqns")):
-            inner = getattr(leaf, "jaxpr", leaf)
-            if hasattr(inner, "eqns") and _calls(inner, name):
-                return True
-    return False

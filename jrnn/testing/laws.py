@@ -506,7 +506,7 @@ def check_state_dtype(bench: Bench) -> None:
         if low == jnp.float16:
             continue
         got = bench.run(rounded)
-        if shapes(got["gradient of params"]) != shapes(trial.params):
+        if shapes(got["gradient of params"]) != shapes(full["gradient of params"]):
             raise AssertionError(f"{name}: expected gradients of parameters like them for {low.__name__}")
         near = {"state": got["state"], "ys": got["ys"].astype(wanted)}
         compare(near, {"state": full["state"], "ys": full["ys"]}, 0.1, f"{name}: {low.__name__} inputs")

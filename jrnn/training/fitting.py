@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,8 @@ import numpy as np
 
 from jrnn._core.checks import positive_int
 from jrnn.training.checkpoint import Checkpointer, compare_leaves, describe_leaves
+from jrnn.training.interrupt import Interrupt
+from jrnn.training.logs import Logger
 from jrnn.training.step import Metrics, Step, TrainState
 
 _END = object()
@@ -31,7 +33,7 @@ class FitResult(NamedTuple):
       state: the `TrainState` at the end.
       history: plain lists and floats, see `fit`.
       best: ``{"step": ..., "value": ...}`` of the best validation, or None.
-      stopped: why it ended: "epochs", "steps" or "patience".
+      stopped: why it ended: "epochs", "steps", "patience", "callback" or "interrupt".
 
     >>> FitResult._fields
     ('params', 'state', 'history', 'best', 'stopped')
@@ -42,6 +44,27 @@ class FitResult(NamedTuple):
     history: dict[str, Any]
     best: dict[str, Any] | None
     stopped: str
+
+
+class Report(NamedTuple):
+    """What `fit` gives to a callback, after each record.
+
+    Attributes:
+      step: how many steps were run.
+      epoch: the epoch of the last of them, counted from 0.
+      params: the parameters after it. The next step overwrites them: copy what is to be kept.
+      history: see `fit`; the newest numbers are the last of each column.
+      best: ``{"step": ..., "value": ...}`` of the best validation so far, or None.
+
+    >>> Report(step=10, epoch=0, params={}, history={}, best=None).step
+    10
+    """
+
+    step: int
+    epoch: int
+    params: Any
+    history: dict[str, Any]
+    best: dict[str, Any] | None
 
 
 class NonFiniteError(ArithmeticError):
@@ -96,8 +119,13 @@ def fit(
     checkpoint: Any = None,
     checkpoint_every: int | None = None,
     resume: bool | None = None,
+    callbacks: Sequence[Callable[[Report], bool | None]] = (),
+    logger: Logger | None = None,
 ) -> FitResult:
     """Trains for a number of epochs or steps.
+
+    The first ^C ends the run after the current step: its result is returned, with ``stopped="interrupt"``, and a
+    checkpoint is saved where there are checkpoints. A second ^C raises KeyboardInterrupt at once.
 
     The host does not wait for the device between records: it fetches batches while the device works, and reads numbers
     back every `log_every` steps. The same data, parameters, key and arguments give the same result, bit for bit, even
@@ -134,6 +162,10 @@ def fit(
       resume: None continues from the latest checkpoint if there is one; then `params` and `key` only give the structure
         to expect. True requires a checkpoint, False requires that there is none. `data` must be the same again: batches
         that the run has already consumed in its current epoch are skipped.
+      callbacks: functions that are called with a `Report` after each record, in order. One that returns True ends the
+        run, with ``stopped="callback"``.
+      logger: a `Logger`, such as `CSVLogger`: its ``log(step, scalars)`` gets the numbers of each record as
+        ``train/...`` and those of each validation as ``validation/...``.
 
     Returns:
       A `FitResult`. Its ``history`` is ``{"train": {"step", "epoch", "loss", "grad_norm", ...}, "validation":
@@ -170,13 +202,17 @@ def fit(
         display = _display(progress, _total(data, epochs, steps), epochs, monitor, run, stack)
         feed = _Feed(data, run.epoch, run.index)
         record = _Record(run.history, step, max_nonfinite, int(state.skipped_in_row), _leaf_names(state.params))
+        news = _News(run, callbacks, logger)
+        interrupt = stack.enter_context(Interrupt())
 
         def stopped() -> str | None:
             if epochs is not None and run.epoch >= epochs:
                 return "epochs"
             if steps is not None and run.step >= steps:
                 return "steps"
-            return "patience" if patience is not None and run.waited >= patience else None
+            if patience is not None and run.waited >= patience:
+                return "patience"
+            return "callback" if news.enough else "interrupt" if interrupt.asked else None
 
         while (reason := stopped()) is None:
             state, metrics = step(state, feed.take())
@@ -192,13 +228,17 @@ def fit(
                     best = jax.tree.map(jnp.copy, state.params)  # the next step overwrites these
             if stopped() or run.step % log_every == 0:
                 record.read()
+            # A callback may end the run, so that it is called before a last checkpoint is due.
+            news.tell(state.params)
+            if stopped():
+                record.read()
+                news.tell(state.params)
             if store is not None and (stopped() or improved or _due(run.step, checkpoint_every, epoch_over)):
                 record.read()
                 _save(store, state, best, run, value, mode)
             if display is not None and run.history["train"].get("step", [])[-1:] == [run.step]:
                 display.show(last=stopped() is not None)
-    found = None if run.best_step is None else {"step": run.best_step, "value": run.best_value}
-    return FitResult(state.params if best is None else best, state, run.history, found, reason)
+    return FitResult(state.params if best is None else best, state, run.history, run.best(), reason)
 
 
 def load_params(checkpoint: Any, like: Any, which: str = "best") -> Any:
@@ -298,6 +338,37 @@ class _Run:
         if improved:
             self.best_step, self.best_value = self.step, value
         return improved
+
+    def best(self) -> dict[str, Any] | None:
+        return None if self.best_step is None else {"step": self.best_step, "value": self.best_value}
+
+
+class _News:
+    """Tells the logger and the callbacks what is new in the history, and whether one of them has had enough."""
+
+    def __init__(self, run: _Run, callbacks: Any, logger: Any):
+        self.run, self.callbacks, self.logger, self.enough = run, callbacks, logger, False
+        self.told = {kind: self._count(kind) for kind in ("train", "validation")}
+
+    def _count(self, kind: str) -> int:
+        return len(self.run.history[kind].get("step", ()))
+
+    def tell(self, params: Any) -> None:
+        new = False
+        for kind, told in self.told.items():
+            columns = self.run.history[kind]
+            for row in range(told, self._count(kind)):
+                new = True
+                if self.logger is not None:
+                    scalars = {f"{kind}/{n}": values[row] for n, values in columns.items() if n != "step"}
+                    self.logger.log(columns["step"][row], scalars)
+            self.told[kind] = self._count(kind)
+        if new and self.callbacks:
+            train = self.run.history["train"]
+            epoch = train["epoch"][-1] if train else 0
+            report = Report(self.run.step, epoch, params, self.run.history, self.run.best())
+            # All of them, whatever the first says.
+            self.enough = any([callback(report) is True for callback in self.callbacks]) or self.enough
 
 
 class _Feed:
@@ -527,7 +598,7 @@ def _leaf_names(params: Any) -> list[str]:
 def _check(
     step: Any, data: Any, epochs: Any, steps: Any, validation: Any, validate_every: Any, monitor: Any, mode: Any,
     patience: Any, min_delta: Any, log_every: Any, max_nonfinite: Any, progress: Any, checkpoint: Any,
-    checkpoint_every: Any, resume: Any,
+    checkpoint_every: Any, resume: Any, callbacks: Any, logger: Any,
 ) -> None:  # fmt: skip
     if not isinstance(step, Step):
         raise TypeError(f"step: expected make_step(loss_fn, optimizer) or a tbptt_step, got {type(step).__name__}")
@@ -560,5 +631,10 @@ def _check(
         )
     if mode not in ("min", "max"):
         raise ValueError(f'mode: expected "min" or "max", got {mode!r}')
+    for callback in callbacks:
+        if not callable(callback):
+            raise TypeError(f"callbacks: expected functions of a Report, got {callback!r}")
+    if logger is not None and not callable(getattr(logger, "log", None)):
+        raise TypeError(f"logger: expected an object with log(step, scalars), such as CSVLogger(path), got {logger!r}")
     if not min_delta >= 0:
         raise ValueError(f"min_delta: expected zero or more, got {min_delta}")

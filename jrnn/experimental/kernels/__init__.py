@@ -26,17 +26,9 @@ from jrnn._core.devices import default_device, is_placed
 from jrnn.cells.base import compute_params, emitted
 from jrnn.experimental.kernels import body, rule
 from jrnn.experimental.kernels.plan import Chip, Plan
+from jrnn.jaxprs.primitives import primitive
 from jrnn.schedules import promises
 from jrnn.schedules.steps import Steps, checkpointed, restarts, zeroed
-
-# What the kernels' language has in every JAX that is supported, besides what `body` rewrites.
-# fmt: off
-OPERATIONS = frozenset((
-    "abs", "add", "and", "broadcast_in_dim", "clamp", "convert_element_type", "cos", "div", "eq", "exp", "exp2", "ge",
-    "gt", "le", "log", "logistic", "lt", "max", "min", "mul", "ne", "neg", "or", "rsqrt", "select_n", "sign", "sin",
-    "square", "sub", "tanh", "xor",
-))
-# fmt: on
 
 
 class Target(NamedTuple):
@@ -80,7 +72,7 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps, target: Target | None 
     if not promises.elementwise(cell, theta, state):
         return False, "a kernel gives each thread units of its own, and the cell's gates are not elementwise"
     plan = make_plan(cell, theta, state, steps, target)
-    if beyond := sorted(body.operations(plan, theta, state) - OPERATIONS):
+    if beyond := sorted(n for n in body.operations(plan, theta, state) if primitive(n).pallas is not True):
         return False, f"the gates, or their derivatives, use what a kernel's language lacks: {', '.join(beyond)}"
     return device.fits(plan, math.prod(xs.shape[1:-1]), w_hh)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 from jax import lax
 
 from jrnn.cells.base import product
 from jrnn.experimental.kernels.plan import Plan, Steps
-from jrnn.jaxprs.primitives import called
+from jrnn.jaxprs.flat import Op, bind, flatten, run
+from jrnn.jaxprs.primitives import primitive
 from jrnn.schedules.read import unpack
 
 
@@ -111,57 +111,20 @@ def rows(plan: Plan, step: Steps) -> Steps:
 
 # --- a traced function with nothing in it but operations that a kernel may hold ----------------------------------
 
-# Operations that not every kernel language has, from their parameters and operands, by those it has. Near zero log1p
-# and expm1 keep an absolute error of rounding and not a relative one.
-_REWRITTEN: dict[str, Any] = {
-    "add_any": lambda params, x, y: lax.add(x, y),
-    "copy": lambda params, x: x,
-    "copy_p": lambda params, x: x,
-    "expm1": lambda params, x: lax.exp(x) - 1,
-    "integer_pow": lambda params, x: _power(x, params["y"]),
-    "log1p": lambda params, x: lax.log(1 + x),
-    "one_minus_square": lambda params, x: 1 - x * x,
-    "sqrt": lambda params, x: lax.select(lax.eq(x, lax.full_like(x, 0)), x, x * lax.rsqrt(x)),
-    "stop_gradient": lambda params, x: x,
-}
-
-
-def _power(x: jax.Array, y: int) -> jax.Array:
-    if y < 0:
-        return 1 / _power(x, -y)
-    half = None if y < 2 else _power(x, y // 2)
-    square = lax.full_like(x, 1) if half is None else half * half
-    return square * x if y % 2 else square
-
 
 def inline(function: Any) -> Any:
     """The function with every call in it opened."""
 
+    def apply(op: Op, values: list[Any]) -> Any:
+        rule = primitive(op.name).pallas
+        return (rule(op.params, *values),) if callable(rule) else bind(op.primitive, op.params, values)
+
     def call(*args: Any) -> Any:
         traced, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-        outs = _run(traced.jaxpr, traced.consts, jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shape), outs)
+        program, consts = flatten(traced, opened=True)
+        return jax.tree.unflatten(jax.tree.structure(shape), run(program, [*consts, *jax.tree.leaves(args)], apply))
 
     return call
-
-
-def _run(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
-    env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jax.extend.core.Literal) else env[atom]
-
-    for eqn in jaxpr.eqns:
-        name, values = eqn.primitive.name, [read(atom) for atom in eqn.invars]
-        if (program := called(eqn)) is not None:
-            outs = _run(*program, values)
-        elif name in _REWRITTEN:
-            outs = [_REWRITTEN[name](eqn.params, *values)]
-        else:
-            outs = eqn.primitive.bind(*values, **eqn.params)
-            outs = outs if eqn.primitive.multiple_results else [outs]
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
 
 
 def operations(plan: Plan, theta: Any, state: Any) -> set[str]:
@@ -175,4 +138,4 @@ def operations(plan: Plan, theta: Any, state: Any) -> set[str]:
         return out, backward(plan, theta, state, dnew, dnew.h, none._replace(read=read), lambda dv: dv[0])
 
     traced = jax.make_jaxpr(both)(theta, (row,) * plan.gates, (row,) * plan.parts, state, state)
-    return {eqn.primitive.name for eqn in traced.jaxpr.eqns}
+    return {op.name for op in flatten(traced)[0].ops}

@@ -8,6 +8,7 @@ mode, and a foreign call can neither be exported nor differentiated twice.)
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,24 @@ from jax import lax
 __all__ = ["Operation", "available"]
 
 
+@functools.lru_cache(maxsize=1)
 def available() -> bool:
-    """Whether this version of JAX has all that is used here."""
+    """Whether this version of JAX has all that is used here; a warning where it has not."""
     try:
         _primitive()
+        from jax.interpreters import mlir
+
+        found = hasattr(jax.core, "ShapedArray") and "for_export" in mlir.LoweringParameters.__dataclass_fields__
     except (AttributeError, ImportError):
-        return False
-    return hasattr(jax.core, "ShapedArray")
+        found = False
+    if not found:
+        warnings.warn(
+            f"JAX {jax.__version__} no longer has what the native loop is made of; loops run as scans, which are "
+            "slower on a CPU. A newer jrnn may know this version of JAX",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -135,7 +147,13 @@ def _lower(context: Any, *leaves: Any, operation: Operation) -> Any:
     from jax.interpreters import mlir
 
     # An exported program has to run in processes that do not know the compiled functions.
-    exported = getattr(getattr(context.module_context, "lowering_parameters", None), "for_export", False)
+    try:
+        exported = context.module_context.lowering_parameters.for_export
+    except AttributeError as error:
+        raise RuntimeError(
+            f"JAX {jax.__version__} does not say whether a program is lowered for an export, which must not hold a "
+            'call of code that is compiled for this machine; pass backend="hoisted", or set JRNN_NATIVE=0'
+        ) from error
     return mlir.lower_fun(_plain if exported else _compiled, multiple_results=True)(
         context, *leaves, operation=operation
     )

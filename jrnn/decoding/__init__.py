@@ -1,0 +1,22 @@
+"""From what a model says to sequences: greedy, sampled and beam search over any step, CTC decoding, and error rates.
+
+T time, B batch axes (any number, or none), V classes of the vocabulary, W width of a beam.
+"""
+
+from jrnn.decoding.ctc import ctc_beam, ctc_greedy
+from jrnn.decoding.errors import character_error_rate, edit_distance, word_error_rate
+from jrnn.decoding.search import Beams, Decoded, beam, draw_token, greedy, sample
+
+__all__ = [
+    "Beams",
+    "Decoded",
+    "beam",
+    "character_error_rate",
+    "ctc_beam",
+    "ctc_greedy",
+    "draw_token",
+    "edit_distance",
+    "greedy",
+    "sample",
+    "word_error_rate",
+]

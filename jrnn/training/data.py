@@ -1,0 +1,173 @@
+"""Data sets as batches, and what a model says of all of them."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrnn._core.checks import non_negative_int, positive_int
+from jrnn.training.step import Step
+
+__all__ = ["batches", "evaluate", "predict", "prefetch"]
+
+
+def batches(
+    data: Any, size: int, *, axis: int | Any = 1, seed: int | None = None, drop_last: bool = False
+) -> Callable[[int], Iterator[Any]]:
+    """Batches of a data set that fits into the host's memory: the ``data`` of `fit`, shuffled anew in each epoch.
+
+    Args:
+      data: a pytree of arrays, such as ``(xs (T, N, F), lengths (N,), labels (N,))`` of N sequences.
+      size: sequences a batch.
+      axis: which axis of each array counts sequences: one number for all arrays, or a pytree of numbers like ``data``.
+        An array with fewer axes than that counts them on its last: with the default 1, ``(T, N, F)`` and ``(N,)`` go
+        together.
+      seed: shuffles by this seed and the epoch's number, so that a run can be repeated and resumed; None keeps the
+        order.
+      drop_last: leaves out the sequences that fill no batch. Otherwise the last batch is smaller, which compiles once
+        more.
+
+    Returns:
+      A function of the epoch's number that returns an iterator over batches, pytrees like ``data`` of NumPy arrays.
+
+    Raises:
+      ValueError: where arrays do not agree on N, or ``drop_last`` leaves nothing.
+
+    >>> xs, labels = np.arange(12.0).reshape(2, 6, 1), np.arange(6)
+    >>> data = batches((xs, labels), 4, seed=0)
+    >>> [labels.shape for xs, labels in data(0)]
+    [(4,), (2,)]
+    >>> sorted(int(n) for xs, labels in data(1) for n in labels)
+    [0, 1, 2, 3, 4, 5]
+    """
+    positive_int(size, "size")
+    if seed is not None:
+        non_negative_int(seed, "seed")
+    tree: Any
+    leaves, tree = jax.tree.flatten(data)
+    if not leaves:
+        raise ValueError("data: expected at least one array, got an empty tree")
+    leaves = [np.asarray(leaf) for leaf in leaves]
+    axes = [axis] * len(leaves) if isinstance(axis, int) else tree.flatten_up_to(axis)
+    axes = [min(a, leaf.ndim - 1) for a, leaf in zip(axes, leaves, strict=True)]
+    counts = {leaf.shape[a] if leaf.ndim else None for a, leaf in zip(axes, leaves, strict=True)}
+    if len(counts) != 1 or None in counts:
+        shapes = [leaf.shape for leaf in leaves]
+        raise ValueError(
+            f"data: expected arrays with equally many sequences on axes {axes}, got shapes {shapes}; say with axis= "
+            "where each array counts them"
+        )
+    count = counts.pop()
+    if not count or (drop_last and count < size):
+        raise ValueError(f"data: expected at least {size if drop_last else 1} sequences, got {count}")
+
+    def epoch_of(epoch: int) -> Iterator[Any]:
+        order = np.arange(count) if seed is None else np.random.default_rng((seed, epoch)).permutation(count)
+        for start in range(0, count - size + 1 if drop_last else count, size):
+            chosen = order[start : start + size]
+            yield tree.unflatten([np.take(leaf, chosen, a) for a, leaf in zip(axes, leaves, strict=True)])
+
+    return epoch_of
+
+
+def prefetch(data: Iterable[Any], size: int = 2) -> Iterator[Any]:
+    """Batches moved to the device ahead of their turn, so that copying them overlaps with the work before.
+
+    Args:
+      data: an iterable of pytrees of arrays.
+      size: how many batches to keep there.
+
+    Returns:
+      An iterator over the same batches as JAX arrays. In `fit`: ``lambda epoch: prefetch(data(epoch))``.
+
+    >>> [batch.sum().item() for batch in prefetch([np.ones(2), np.ones(3)])]
+    [2.0, 3.0]
+    """
+    positive_int(size, "size")
+    return _prefetched(iter(data), size)
+
+
+def _prefetched(data: Iterator[Any], size: int) -> Iterator[Any]:
+    waiting = collections.deque(jax.device_put(batch) for batch in itertools.islice(data, size))
+    while waiting:
+        batch = waiting.popleft()
+        waiting.extend(jax.device_put(following) for following in itertools.islice(data, 1))
+        yield batch
+
+
+def evaluate(
+    step: Step, params: Any, data: Iterable[Any], *, weight: Callable[[Any], Any] | None = None
+) -> dict[str, float]:
+    """Loss and scalar metrics over a data set, without dropout.
+
+    Args:
+      step: from `make_step` or `tbptt_step`, for its loss function.
+      params: the parameters.
+      data: batches, in order; of `tbptt_step`, chunks.
+      weight: ``batch -> number``, how much a batch counts in the mean, such as its number of sequences or of valid
+        steps; None for batches that all count the same.
+
+    Returns:
+      ``{"loss": ..., ...}``, means over the batches.
+
+    Raises:
+      ValueError: no batch, or weights that sum to zero.
+
+    >>> loss_fn = lambda params, batch, key: jnp.mean((batch - params) ** 2)
+    >>> step = jrnn.training.make_step(loss_fn, jrnn.optimizer("sgd", 0.1))
+    >>> evaluate(step, 1.0, [np.array([1.0, 1.0]), np.array([3.0])], weight=len)["loss"]
+    1.3333333333333333
+    """
+    carry, rows, weights = None, [], []
+    for batch in data:
+        carry, metrics = step.evaluate(params, batch, carry)
+        rows.append({name: x for name, x in metrics.items() if jnp.shape(x) == ()})
+        weights.append(1.0 if weight is None else weight(batch))
+    if not rows:
+        raise ValueError("data: expected at least one batch, got none")
+    rows, numbers = jax.device_get(rows), np.asarray(jax.device_get(weights), np.float64)
+    total = numbers.sum()
+    if not total > 0:
+        raise ValueError(f"weight: expected weights with a positive sum, got {total:g}")
+    return {
+        name: float(sum(w * float(row[name]) for w, row in zip(numbers, rows, strict=True)) / total)
+        for name in rows[-1]
+    }
+
+
+def predict(function: Callable[[Any, Any], Any], params: Any, data: Iterable[Any], *, axis: int = 0) -> Any:
+    """What a function says of each batch of a data set, on the host and joined.
+
+    Args:
+      function: ``(params, batch) -> pytree of arrays``; compiled once for each shape of a batch.
+      params: the parameters.
+      data: batches, in order.
+      axis: along which axis the results are joined: 0 for one result a sequence, 1 for ``(T, B, ...)`` of one length.
+
+    Returns:
+      A pytree of NumPy arrays.
+
+    Raises:
+      ValueError: no batch, or results of different shapes.
+
+    >>> predict(lambda params, batch: params * batch, 2.0, [np.array([1.0, 2.0]), np.array([3.0])])
+    array([2., 4., 6.], dtype=float32)
+    """
+    compiled = jax.jit(function)
+    results = [jax.device_get(compiled(params, batch)) for batch in data]
+    if not results:
+        raise ValueError("data: expected at least one batch, got none")
+    for result in results[1:]:
+        for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(result), strict=True):
+            if a.ndim <= axis or np.delete(a.shape, axis).tolist() != np.delete(b.shape, axis).tolist():
+                raise ValueError(
+                    f"data: expected results that differ in axis {axis} alone, got shapes {a.shape} and {b.shape}; pad "
+                    "sequences to one length, or take the results batch by batch"
+                )
+    return jax.tree.map(lambda *parts: np.concatenate(parts, axis), *results)
