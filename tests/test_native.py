@@ -248,7 +248,6 @@ def test_memory_with_remat(time, remat, beside):
     assert held <= 4 * time * hidden + beside
 
 
-@pytest.mark.smoke
 def test_nothing_to_run():
     cell = jrnn.lstm(3)
     params, _, state, _ = data(cell, 4, 2, 2)
