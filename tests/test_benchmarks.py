@@ -351,6 +351,7 @@ def test_every_line_of_the_source_counts(tmp_path):
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_a_run_from_end_to_end_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     points = (ELMAN, dataclasses.replace(ELMAN, work="forward"))
     monkeypatch.setattr(grid, "quick", lambda: points)

@@ -36,7 +36,6 @@ assert not early, early
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.smoke
 def test_no_name_hides_a_module():
     code = """
 import importlib, pkgutil, sys, jrnn
