@@ -1,5 +1,9 @@
 """Weights from and to other frameworks, as `(model, params)` pairs. A framework is imported only when it is used."""
 
-from jrnn.interop.torch import from_torch, to_torch
+from jrnn.interop.torch import from_torch, load_torch, to_torch
 
-__all__ = ["from_torch", "to_torch"]
+__all__ = [
+    "from_torch",
+    "load_torch",
+    "to_torch",
+]
