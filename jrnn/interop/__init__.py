@@ -1,12 +1,15 @@
 """Weights from and to other frameworks, as `(model, params)` pairs. A framework is imported only when it is used."""
 
+from jrnn.interop.keras import from_keras, to_keras
 from jrnn.interop.onnx import from_onnx, to_onnx
 from jrnn.interop.torch import from_torch, load_torch, to_torch
 
 __all__ = [
+    "from_keras",
     "from_onnx",
     "from_torch",
     "load_torch",
+    "to_keras",
     "to_onnx",
     "to_torch",
 ]
