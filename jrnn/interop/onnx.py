@@ -196,6 +196,10 @@ class _Reader:
         self.lengths: str | None = None
         self.recurrent = 0
         self.axes: list[str] = []
+        # The axes of the tensors passed so far, the sizes of axes that the graph's input fixes, and D * H.
+        self.tensors: dict[str, list[str]] = {}
+        self.sizes: dict[str, int] = {}
+        self.width = 0
         # Directions that are not merged yet, and whether a MatMul waits for its bias.
         self.unmerged: tuple[Layer, Any] | None = None
         self.open = False
@@ -205,8 +209,10 @@ class _Reader:
             raise TypeError("source: expected a graph with an output, got none")
         chain, start = self._chain(self.graph.output[0].name)
         self.axes = self._axes(start, chain)
+        self.tensors[start] = [*self.axes]
         for node in chain:
             self._convert(node)
+            self.tensors[node.output[0]] = [*self.axes]
         self._merge("concat")
         if not self.layers:
             raise TypeError("source: expected a graph with nodes that jrnn has layers for, got none")
@@ -233,7 +239,7 @@ class _Reader:
         """The input of a node that is the sequence; its others must be constants, or are looked at where it is read."""
         if node.domain not in ("", "ai.onnx"):
             raise TypeError(f"{_place(node)}: expected a node of ONNX itself, got domain {node.domain!r}")
-        if node.op_type in ("RNN", "GRU", "LSTM"):
+        if node.op_type in ("RNN", "GRU", "LSTM", "Reshape"):
             return node.input[0]
         if node.op_type == "Where":
             return node.input[1]
@@ -253,7 +259,11 @@ class _Reader:
         ids = "Gather" in kinds
         if rank is None:
             rank = 2 if ids else 3
-        return [str(i) for i in range(rank)] if ids else [*map(str, range(rank - 1)), "F"]
+        axes = [str(i) for i in range(rank)] if ids else [*map(str, range(rank - 1)), "F"]
+        for axis, dim in zip(axes, shape.shape.dim, strict=False):
+            if dim.dim_value and axis != "F":
+                self.sizes[axis] = dim.dim_value
+        return axes
 
     def _constant(self, name: str) -> np.ndarray | None:
         if name not in self.constants:
@@ -365,17 +375,11 @@ class _Reader:
         )
         if op == "Reshape":
             self._attributes(node, allowzero=0)
-            shape = self._weights(node, 1, "shape")
-            # Zeros copy a size, so that only the last two axes, D and F, can have become one.
-            if (
-                self.axes[-2:] != ["D", "F"]
-                or shape is None
-                or [*shape[:-1]] != [0] * (rank - 2)
-                or self.unmerged is None
-            ):
+            if self.axes[-2:] != ["D", "F"] or not self._side_by_side(self._shape(node.input[1])):
                 raise TypeError(
-                    f"{_place(node)}: expected a Reshape to (0, 0, -1) that puts the directions side by side, got "
-                    f"shape {None if shape is None else shape.tolist()} for axes {self.axes}"
+                    f"{_place(node)}: expected a Reshape that puts directions and features side by side, and that "
+                    "says so "
+                    f"by zeros, sizes or Shape nodes, got axes {self.axes} and a shape that the graph gives otherwise"
                 )
             self.axes = [axis for axis in self.axes if axis != "D"]
             return self._merge("concat")
@@ -393,6 +397,41 @@ class _Reader:
             raise TypeError(f"{_place(node)}: expected keepdims=0, got {options['keepdims']}")
         self.axes.remove("D")
         self._merge(_REDUCE.get(op, "concat"))
+
+    def _side_by_side(self, shape: list[Any] | None) -> bool:
+        """Whether a reshape to this shape keeps all axes but the last two, D and F, which become one."""
+        if shape is None or len(shape) != len(self.axes) - 1:
+            return False
+        *leading, last = shape
+        kept = [size in (0, -1, axis, self.sizes.get(axis)) for size, axis in zip(leading, self.axes, strict=False)]
+        return all(kept) and last in (-1, self.width, "D*F") and shape.count(-1) < 2
+
+    def _shape(self, name: str) -> list[Any] | None:
+        """A shape as the graph gives it: sizes, and the names of axes of which it takes the size; None for others."""
+        found = self._constant(name)
+        if found is not None:
+            return found.reshape(-1).tolist()
+        node = self.producers.get(name)
+        if node is None:
+            return None
+        if node.op_type == "Shape":
+            axes = self.tensors.get(node.input[0])
+            options = self._attributes(node, start=0, end=None)
+            return None if axes is None else axes[options["start"] : options["end"]]
+        parts = [self._shape(entry) for entry in node.input]
+        first = parts[0]
+        if first is None or any(part is None for part in parts):
+            return None
+        constants = [part or [] for part in parts[1:]]
+        if node.op_type == "Concat":
+            return [*first, *(size for part in constants for size in part)]
+        if node.op_type == "Slice" and len(parts) < 5:
+            return first[constants[0][0] : constants[1][0]]
+        if node.op_type == "Gather":
+            return [first[index] for index in constants[0]]
+        if node.op_type == "Mul" and len(first) == len(constants[0]) == 1:
+            return ["*".join(map(str, (first[0], constants[0][0])))]
+        return first if node.op_type in ("Reshape", "Unsqueeze", "Squeeze", "Cast", "Identity") else None
 
     def _gather(self, node: Any) -> None:
         if self._attributes(node, axis=0)["axis"] != 0 or "F" in self.axes:
@@ -518,6 +557,7 @@ class _Reader:
             self.unmerged = bidirectional(forward, backward), {"forward": own, "backward": other}
         else:
             self.unmerged = reversed_layer(*read[0]) if options["direction"] == "reverse" else read[0]
+        self.width = directions * hidden
         self.axes = [time, "D", batch, "F"] if not options["layout"] else [batch, time, "D", "F"]
 
     def _lengths(self, node: Any) -> None:

@@ -1,5 +1,7 @@
 """ONNX: graphs that onnxruntime and the reference evaluator run, and nodes with every option, honoured or refused."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -228,10 +230,13 @@ def test_a_path(tmp_path):
     assert_same(from_onnx(tmp_path / "model.onnx"), (model, params))
 
 
+# How exporters of PyTorch's give the shape (T, B, 2H): by zeros, by sizes, and by nodes.
+SHAPES = {"zeros": [0, 0, -1], "sizes": [T, B, 2 * H], "nodes": None}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.filterwarnings("ignore")
-def test_what_pytorch_exports(batch_first):
-    """A bidirectional LSTM of two layers and a linear one, as PyTorch's older exporter writes it."""
+def test_a_bidirectional_node_as_exporters_write_it(batch_first, shape):
     rnn_nodes = [
         oh.make_node("Transpose", ["y"], ["t"], perm=[0, 2, 1, 3]),
         oh.make_node("Reshape", ["t", "shape"], ["r"]),
@@ -243,7 +248,25 @@ def test_what_pytorch_exports(batch_first):
     rng = np.random.default_rng(2)
     for name, array in (("w", rng.normal(size=(2 * H, 2))), ("bias", rng.normal(size=2))):
         proto.graph.initializer.append(nh.from_array(array.astype(np.float32), name))
-    proto.graph.initializer.append(nh.from_array(np.array([0, 0, -1]), "shape"))
+    if shape == "nodes":
+        for i in range(4):
+            proto.graph.initializer.append(nh.from_array(np.array([i + 1]), f"i{i}"))
+        proto.graph.initializer.append(nh.from_array(np.array([0]), "zero"))
+        nodes = [
+            oh.make_node("Shape", ["t"], ["sizes"]),
+            oh.make_node("Slice", ["sizes", "zero", "i1"], ["leading"]),
+            oh.make_node("Slice", ["sizes", "i1", "i2"], ["d"]),
+            oh.make_node("Slice", ["sizes", "i2", "i3"], ["f"]),
+            oh.make_node("Mul", ["d", "f"], ["df"]),
+            oh.make_node("Concat", ["leading", "df"], ["shape"], axis=0),
+        ]
+        for i, node in enumerate(nodes):
+            proto.graph.node.insert(2 + i, node)
+    else:
+        proto.graph.initializer.append(nh.from_array(np.array(SHAPES[shape]), "shape"))
+    if shape == "sizes":
+        for i, size in enumerate((B, T) if batch_first else (T, B)):
+            proto.graph.input[0].type.tensor_type.shape.dim[i].dim_value = size
     if batch_first:
         proto.graph.node.insert(0, oh.make_node("Transpose", ["xs"], ["x"], perm=[1, 0, 2]))
         proto.graph.node[1].input[0] = "x"
@@ -252,6 +275,30 @@ def test_what_pytorch_exports(batch_first):
     xs = inputs(model)
     ys = by_onnxruntime(proto, xs=xs.swapaxes(0, 1) if batch_first else xs)
     assert_outputs(model, params, ys.swapaxes(0, 1) if batch_first else ys, None)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+@pytest.mark.filterwarnings("ignore")
+def test_what_pytorch_exports(kind):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+    class Tagger(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = getattr(torch.nn, kind)(F, H, num_layers=2, bidirectional=True, batch_first=True)
+            self.head = torch.nn.Linear(2 * H, 2)
+
+        def forward(self, xs):
+            return torch.relu(self.head(self.rnn(xs)[0]))
+
+    module, file = Tagger().eval(), io.BytesIO()
+    xs = torch.randn(B, T, F)
+    options = {"dynamic_axes": {"xs": {0: "B", 1: "T"}}, "input_names": ["xs"], "dynamo": False}
+    torch.onnx.export(module, (xs,), file, **options)
+    model, params = from_onnx(file.getvalue())
+    assert len(model.layers) == 4
+    ys = jrnn.unroll(model, params, xs.numpy().swapaxes(0, 1))[1]
+    np.testing.assert_allclose(ys.swapaxes(0, 1), module(xs).detach(), rtol=1e-5, atol=1e-5)
 
 
 REFUSED = {
@@ -265,6 +312,17 @@ REFUSED = {
         "expected initial_h alike for every sequence",
     ),
     "coupled": ("LSTM", {"input_forget": 1, "peepholes": True}, "input_forget=1 without peepholes"),
+    "shape": (
+        "GRU",
+        {
+            "direction": "bidirectional",
+            "after": [
+                oh.make_node("Transpose", ["y"], ["t"], perm=[0, 2, 1, 3]),
+                oh.make_node("Reshape", ["t", "shape"], ["ys"]),
+            ],
+        },
+        "expected a Reshape that puts directions and features side by side",
+    ),
     "last state": ("GRU", {"after": [oh.make_node("Relu", ["y_h"], ["ys"])]}, "expected the sequence Y to go on"),
     "node": ("GRU", {"after": [oh.make_node("Sin", ["y"], ["ys"])]}, "take the axis of directions out"),
     "residual": (
@@ -285,6 +343,7 @@ def test_refused_nodes_say_why(name):
     op, options, message = REFUSED[name]
     proto = graph(op, **options)
     proto.graph.initializer.append(nh.from_array(np.array([1]), "one"))
+    proto.graph.initializer.append(nh.from_array(np.array([B, T, 2 * H]), "shape"))
     with pytest.raises(TypeError, match=message):
         from_onnx(proto)
 
