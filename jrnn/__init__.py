@@ -13,12 +13,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jrnn import activations, initializers, sequence
-from jrnn.cells.base import AffineCell, Cell, HiddenState, Layer, product
+from jrnn.cells.base import AffineCell, Cell, Emitted, HiddenState, Layer, product
 from jrnn.cells.elman import ElmanState, IndRNNState, JordanState, elman, indrnn, jordan
 from jrnn.cells.gru import GRUState, MGUState, UGRNNState, gru, layer_norm_gru, mgu, ugrnn
 from jrnn.cells.lstm import LSTMState, coupled_lstm, layer_norm_lstm, lstm, peephole_lstm, projection_lstm
 from jrnn.cells.tdnn import TDNNState, tdnn
 from jrnn.compose.combine import bidirectional, highway, residual, stack
+from jrnn.compose.emit import emit_state
 from jrnn.compose.regularise import dropconnect, learned_state, variational, zoneout
 from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
 from jrnn.run.scan import choose_scan_backend, scan
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     import jrnn.interop as interop
     import jrnn.losses as losses
     import jrnn.native as native
+    import jrnn.rl as rl
     import jrnn.testing as testing
     import jrnn.training as training
+    from jrnn.files import export, load, save
     from jrnn.training import optimizer
 
 __version__ = "0.1.0"
@@ -43,6 +46,7 @@ _LAZY = {
     "interop": "jrnn.interop",
     "losses": "jrnn.losses",
     "native": "jrnn.native",
+    "rl": "jrnn.rl",
     "testing": "jrnn.testing",
     "training": "jrnn.training",
 }
@@ -51,6 +55,7 @@ __all__ = [
     "AffineCell",
     "Cell",
     "ElmanState",
+    "Emitted",
     "GRUState",
     "HiddenState",
     "IndRNNState",
@@ -75,6 +80,8 @@ __all__ = [
     "dropout",
     "elman",
     "embed",
+    "emit_state",
+    "export",
     "gru",
     "highway",
     "indrnn",
@@ -85,6 +92,7 @@ __all__ = [
     "layer_norm_gru",
     "layer_norm_lstm",
     "learned_state",
+    "load",
     "losses",
     "lstm",
     "mgu",
@@ -94,6 +102,8 @@ __all__ = [
     "product",
     "projection_lstm",
     "residual",
+    "rl",
+    "save",
     "scan",
     "sequence",
     "stack",
@@ -112,6 +122,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(_LAZY[name])
+    if name in ("export", "load", "save"):
+        return getattr(importlib.import_module("jrnn.files"), name)
     if name == "optimizer":
         return importlib.import_module("jrnn.training").optimizer
     raise AttributeError(f"module 'jrnn' has no attribute {name!r}")
