@@ -280,7 +280,7 @@ def burn_in(
     _check_model(model)
     params, xs, state = lax.stop_gradient((as_tree(params), jax.tree.map(jnp.asarray, xs), state))
     last, _ = unroll(model, params, xs, state, lengths=lengths, mask=mask, resets=resets, key=key, start=start)
-    return lax.stop_gradient(last)
+    return last
 
 
 def replay(

@@ -175,7 +175,7 @@ def test_a_burn_in_has_no_gradients_and_what_follows_has_those_of_its_own_steps(
 
 
 def test_a_burn_in_draws_what_the_whole_run_draws():
-    model = jrnn.variational(jrnn.gru(3), inputs=0.3, recurrent=0.3)
+    model = jrnn.stack(jrnn.variational(jrnn.gru(3), inputs=0.3, recurrent=0.3), jrnn.dropout(0.5))
     params, xs, key = model.init(jax.random.key(0), 3), jnp.ones((8, 2, 3)), jax.random.key(2)
     mask = jnp.ones((8, 2), bool).at[3, 0].set(False).at[6, 1].set(False)
     _, ys = jrnn.unroll(model, params, xs, key=key, mask=mask, start=5)
