@@ -28,6 +28,7 @@ from jrnn.unroll import choose_backend, draw, unroll
 
 if TYPE_CHECKING:
     import jrnn.diagnose as diagnose
+    import jrnn.flax as flax
     import jrnn.interop as interop
     import jrnn.losses as losses
     import jrnn.native as native
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 # Imported where they are used: each needs a library that a plain forward pass does not.
 _LAZY = {
     "diagnose": "jrnn.diagnose",
+    "flax": "jrnn.flax",
     "interop": "jrnn.interop",
     "losses": "jrnn.losses",
     "native": "jrnn.native",
@@ -75,6 +77,7 @@ __all__ = [
     "dropout",
     "elman",
     "embed",
+    "flax",
     "gru",
     "highway",
     "indrnn",
