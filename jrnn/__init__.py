@@ -39,6 +39,7 @@ from jrnn.schedules.linear import linear_scan
 if TYPE_CHECKING:
     import jrnn.decoding as decoding
     import jrnn.diagnose as diagnose
+    import jrnn.flax as flax
     import jrnn.interop as interop
     import jrnn.losses as losses
     import jrnn.native as native
@@ -54,6 +55,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "decoding": "jrnn.decoding",
     "diagnose": "jrnn.diagnose",
+    "flax": "jrnn.flax",
     "interop": "jrnn.interop",
     "losses": "jrnn.losses",
     "native": "jrnn.native",
@@ -95,6 +97,7 @@ __all__ = [
     "embed",
     "emit_state",
     "export",
+    "flax",
     "gru",
     "highway",
     "indrnn",

@@ -11,7 +11,7 @@ import numpy as np
 
 from jrnn.cells.base import Cell, Emitted, Layer, check_state, emitted_fields, is_low, side_by_side
 from jrnn.cells.form import AffineForm
-from jrnn.compose.combine import Bidirectional, Combinator, Highway, Residual, Stack, require_layer
+from jrnn.compose.combine import Bidirectional, Combinator, Highway, Residual, Stack, check_part
 from jrnn.compose.regularise import Wrapper
 from jrnn.compose.timewise import Timewise
 
@@ -25,7 +25,7 @@ class EmitState(Combinator):
     layer: Layer
 
     def __post_init__(self) -> None:
-        require_layer(self.layer, "layer")
+        check_part(self.layer, "layer")
 
     @property
     def uses_key(self) -> Any:
