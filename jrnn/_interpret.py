@@ -232,6 +232,11 @@ def _split(params: Any, x: Any) -> Any:
     return [x[(*before, slice(end - size, end))] for size, end in zip(params["sizes"], ends, strict=True)]
 
 
+def _reshape(params: Any, x: Any) -> Any:
+    order = params["dimensions"]
+    return (x if order is None else np.transpose(x, order)).reshape(params["new_sizes"])
+
+
 def _slice(params: Any, x: Any) -> Any:
     strides = params["strides"] or (1,) * x.ndim
     return x[tuple(map(slice, params["start_indices"], params["limit_indices"], strides))]
@@ -298,7 +303,7 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "reduce_min": _reduced(np.min),
     "reduce_or": _reduced(np.any),
     "reduce_sum": _reduced(_sum),
-    "reshape": lambda params, x: x.reshape(params["new_sizes"]),
+    "reshape": _reshape,
     "rev": lambda params, x: np.flip(x, params["dimensions"]),
     "rsqrt": _elementwise(lambda x: 1 / np.sqrt(x)),
     "select_n": lambda params, which, *cases: (

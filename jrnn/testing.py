@@ -32,7 +32,7 @@ import numpy as np
 
 from jrnn._check import describe
 from jrnn._interpret import call
-from jrnn.cells.base import Layer
+from jrnn.cells.base import Layer, event_shape, features_of
 from jrnn.compose.combine import Bidirectional, Highway, Residual, Stack
 from jrnn.compose.combine import stepless as _stepless
 from jrnn.schedules import SCHEDULES
@@ -457,7 +457,7 @@ def fold(cell: Layer, trial: Trial, *, reverse: bool = False) -> dict[str, Any]:
     """
     xs = np.asarray(trial.xs)
     batch = xs.shape[1 : xs.ndim - cell.event_ndim]
-    in_features = xs.shape[-1] if cell.event_ndim else None
+    in_features = features_of(cell, xs.shape)
     valid, resets = trial.flags(batch)
     draw = _Draw(cell, batch, in_features)
     params = trial.params if trial.key is None else call(draw, trial.params, trial.key, None)
@@ -520,7 +520,7 @@ class _Bench:
     def inputs(self, shape: tuple[int, ...]) -> Any:
         if self.cell.event_ndim == 0:
             return self.rng.integers(0, _vocabulary(self.cell), shape, np.int32)
-        return self.normal((*shape, *(self.in_features,) * self.cell.event_ndim))
+        return self.normal((*shape, *event_shape(self.in_features)))
 
     def initial(self, batch: tuple[int, ...]) -> Any:
         return call(_Initial(self.cell, batch), self.params, None)
@@ -652,7 +652,7 @@ def check_step_equals_unroll(bench: _Bench) -> None:
     nothing = {"state": None, "lengths": None, "mask": None, "resets": None, "start": 0}
     trial = bench.trial(**nothing)
     bench.compare(bench.run(trial), bench.fold(trial), "nothing given")
-    if bench.cell.event_ndim == 1:
+    if bench.cell.event_ndim:
         trial = bench.trial(batch=(), state=None, lengths=None, mask=None)
         bench.compare(bench.run(trial), bench.fold(trial), "one sequence without batch axes, resets")
 
@@ -754,7 +754,7 @@ def check_zero_length(bench: _Bench) -> None:
         empty = bench.run(trial)
         if [leaf.shape for leaf in jax.tree.leaves(empty["state"])] != shapes or empty["ys"].shape[:2] != (_TIME, 0):
             raise AssertionError(f"{bench.law}: {bench.cell!r}: an empty batch gave {describe(empty)}")
-        if got["ys"].shape != (0, _BATCH, empty["ys"].shape[-1]):
+        if got["ys"].shape != (0, _BATCH, *empty["ys"].shape[2:]):
             raise AssertionError(f"{bench.law}: {bench.cell!r}: T = 0 gave outputs of shape {got['ys'].shape}")
 
 
@@ -1182,9 +1182,9 @@ def check_hashing(bench: _Bench) -> None:
             if leaf.shape[: len(batch)] != batch:
                 raise AssertionError(f"{name}: expected states of shape {batch} + (...), got {leaf.shape}")
     ys = bench.run(bench.trial())["ys"]
-    features = cell.out_features(bench.in_features)
-    if ys.shape[-1] != features:
-        raise AssertionError(f"{name}: expected {features} features, as out_features says, got {ys.shape[-1]}")
+    features = event_shape(cell.out_features(bench.in_features))
+    if ys.shape[ys.ndim - len(features) :] != features:
+        raise AssertionError(f"{name}: expected {features} features, as out_features says, got {ys.shape}")
 
 
 LAWS: tuple[Callable[..., None], ...] = (

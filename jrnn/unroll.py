@@ -15,7 +15,7 @@ from jax import lax
 from jrnn import sequence
 from jrnn._check import as_tree, describe, is_traced, readable, same_form
 from jrnn._device import batch_spec, one_step, placed, placed_as, varying_as
-from jrnn.cells.base import Layer
+from jrnn.cells.base import Layer, features_of
 from jrnn.run.step import Step, read_step
 from jrnn.schedules import SCHEDULES, choose
 from jrnn.schedules.steps import SEQUENCE, Steps, check_remat, check_step, select, zeroed
@@ -72,6 +72,7 @@ def unroll(
 
         - "reference", the plain scan of the cell's step
         - "hoisted", scans with all that does not need the state taken out of them
+        - "chunkwise", many steps at once, for cells that have a matrix for a state
         - "native", the loop as C++, which a compiler on this machine makes and keeps in ``~/.cache/jrnn``
         - "kernel", one kernel for the loop, through Pallas. Those that span a GPU must not run at the same time as
           each other: they may wait for each other for ever.
@@ -205,8 +206,7 @@ def _drawn(cell: Layer, params: Any, xs: Any, key: Any, batch_shape: tuple[int, 
     """Parameters with what is random once per sequence in them."""
     if key is None:
         return params
-    in_features = xs.shape[-1] if cell.event_ndim else None
-    return cell.draw(params, jax.random.fold_in(key, SEQUENCE), batch_shape, in_features)
+    return cell.draw(params, jax.random.fold_in(key, SEQUENCE), batch_shape, features_of(cell, xs.shape))
 
 
 def draw(layer: Layer, params: Any, key: jax.Array | None, x: Any) -> Any:
@@ -357,9 +357,13 @@ def _check_xs(cell: Layer, xs: Any, structs: bool = False) -> tuple[Any, tuple[i
             raise TypeError(f"xs: expected an array (T, *B, F), got {type(xs).__name__}; {remedy}") from error
     if xs.ndim < 1 + cell.event_ndim:
         shape = "(T, *B, F)" if cell.event_ndim else "(T, *B)"
+        remedy = "give a univariate series its axis of one feature with xs[..., None]"
+        if cell.event_ndim > 1:
+            shape = f"(T, *B, {', '.join('DHW'[4 - cell.event_ndim :])}, F)"
+            remedy = f"then the {cell.event_ndim - 1} axes of space, and features are the last"
         raise ValueError(
             f"xs: expected {shape} for {cell!r}, got shape {xs.shape}; time is the first axis and batch axes follow "
-            "it; give a univariate series its axis of one feature with xs[..., None]"
+            f"it; {remedy}"
         )
     return xs, xs.shape[1 : xs.ndim - cell.event_ndim]
 

@@ -158,6 +158,18 @@ def _real(dtype: Any) -> Any:
 # --- layers ------------------------------------------------------------------------------------------------------
 
 
+def features_of(layer: Any, shape: tuple[int, ...]) -> Any:
+    """The ``in_features`` of inputs of a shape: a tuple where a step has several axes, None where it has none."""
+    if layer.event_ndim < 2:
+        return shape[-1] if layer.event_ndim else None
+    return tuple(shape[len(shape) - layer.event_ndim :])
+
+
+def event_shape(features: Any) -> tuple[int, ...]:
+    """The axes of one step of one sequence, for ``in_features`` or `Layer.out_features`."""
+    return features if isinstance(features, tuple) else (features,)
+
+
 class Layer:
     """Anything that `jrnn.unroll` can run: cells, layers without recurrence, and combinators of them.
 
@@ -166,7 +178,8 @@ class Layer:
 
     Promises (class attributes, None means "don't know"):
       - ``uses_key``: whether a key changes what the layer does. False makes a key an error.
-      - ``event_ndim``: how many trailing axes of an input belong to one step of one sequence (features: 1).
+      - ``event_ndim``: how many trailing axes of an input belong to one step of one sequence (features: 1; an image
+        of features: 3, and ``in_features`` is the tuple of the three).
 
     >>> isinstance(jrnn.lstm(4), jrnn.Layer) and isinstance(jrnn.dense(4), jrnn.Layer)
     True
@@ -209,13 +222,14 @@ class Layer:
         """
         raise NotImplementedError(f"{type(self).__name__} must define step(params, state, x, key=None)")
 
-    def out_features(self, in_features: Any) -> int:
+    def out_features(self, in_features: Any) -> Any:
         """Features of ``y`` for inputs of ``in_features`` features; found by abstract evaluation unless given."""
         params = jax.eval_shape(lambda key: self.init(key, in_features), jax.random.key(0))
         state = jax.eval_shape(lambda p: self.initial_state(p, ()), params)
         floats = [leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        x = jax.ShapeDtypeStruct((in_features,), floats[0] if floats else jnp.result_type(float))
-        return jax.eval_shape(lambda p, s, x: self.step(p, s, x), params, state, x)[1].shape[-1]
+        x = jax.ShapeDtypeStruct(event_shape(in_features), floats[0] if floats else jnp.result_type(float))
+        y = jax.eval_shape(lambda p, s, x: self.step(p, s, x), params, state, x)[1]
+        return y.shape if isinstance(in_features, tuple) else y.shape[-1]
 
     def children(self) -> tuple[Layer, ...]:
         """The layers that this layer is made of: the layers among its dataclass fields, and in tuples there, in order.
@@ -386,6 +400,15 @@ class Cell(Layer):
         state, y = self.update(params, state, self.project(params, x), key)
         return state, emitted(y, x)
 
+    def chunk(self, params: Any, state: Any, p: Any, valid: Any, resets: Any) -> tuple[Any, jax.Array]:
+        """Many steps at once: ``(state, p (C, *B, ...)) -> (state, ys (C, *B, ...))``, for ``backend="chunkwise"``.
+
+        A cell that has a form for that, and whose initial state is zero, defines it. ``p`` is what `project` made of
+        the steps, ``valid`` and ``resets`` are ``(C, *B)`` booleans or None: an invalid step leaves the state as it
+        is (its output does not matter), and a reset sets it to zero before its step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how to run many steps at once")
+
     @property
     def hoistable(self) -> bool:
         """Whether the cell declares a projection that can be taken out of the loop over time."""
@@ -510,7 +533,7 @@ class AffineCell(Cell):
 
     def check(self, params: Any, x: Any) -> None:
         check_affine(self, params, (self.hidden, len(self.gate_names) * self.hidden))
-        check_named(self, params, _theta_shapes(self))
+        check_named(self, params, theta_shapes(self))
         check_features(x, params["w_ih"], "xs", self)
 
     def theta(self, params: Any) -> dict[str, jax.Array]:
@@ -519,12 +542,13 @@ class AffineCell(Cell):
 
     def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
         """``u = x W_ih + b``, one array a gate, for one step or for all T in one product."""
-        u = product(xs, params["w_ih"])
-        return self.split(u + vector(params["b"], u))
+        w, b = self._input_weights(params)
+        u = product(xs, w)
+        return self.split(u + vector(b, u))
 
     def recur(self, params: Any, h: jax.Array) -> tuple[jax.Array, ...]:
         """``v = h W_hh``, one array a gate."""
-        return self.split(product(h, params["w_hh"]))
+        return self.split(product(h, self.recurrent_weights(params)))
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         state = self.gates(self.theta(params), p, self.recur(params, state.h), state)
@@ -547,10 +571,13 @@ class AffineCell(Cell):
 
     def input_weights(self, params: Any) -> tuple[jax.Array, jax.Array] | None:
         """``(W_ih, b)`` of the projection of what is `entering`, None where the cell makes a projection of its own."""
-        return (params["w_ih"], params["b"]) if type(self).project is AffineCell.project else None
+        return self._input_weights(params) if type(self).project is AffineCell.project else None
+
+    def _input_weights(self, params: Any) -> tuple[jax.Array, jax.Array]:
+        return params["w_ih"], params["b"]
 
     def recurrent_weights(self, params: Any) -> jax.Array:
-        """``W_hh``, as the loop multiplies by it."""
+        """``W_hh (H, G*H)``, as the loop multiplies by it: a function of the parameters, made once for a sequence."""
         return params["w_hh"]
 
     def entering(self, params: Any, xs: jax.Array) -> jax.Array:
@@ -588,6 +615,17 @@ def check_emits(cell: Any, fields: tuple[str, ...]) -> None:
         )
 
 
+def check_projection(cell: Any, params: Any, width: int, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises where parameters are not ``w_ih (F, width)``, and the others of the given names and shapes."""
+    check_named(cell, params, shapes)
+    got = jnp.shape(params["w_ih"]) if "w_ih" in params else None
+    if got is None or len(got) != 2 or got[1] != width:
+        raise ValueError(
+            f"params: expected w_ih (F, {width}) for {cell!r}, got {'none' if got is None else got}; "
+            f"make them with {cell!r}.init(key, in_features)"
+        )
+
+
 def check_named(cell: Any, params: Any, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises where parameters are no mapping, lack one of the given names, or have it in another shape."""
     got = (
@@ -603,7 +641,7 @@ def check_named(cell: Any, params: Any, shapes: dict[str, tuple[int, ...]]) -> N
 
 
 @functools.lru_cache(maxsize=256)
-def _theta_shapes(cell: Any) -> dict[str, tuple[int, ...]]:
+def theta_shapes(cell: Any) -> dict[str, tuple[int, ...]]:
     return {name: value.shape for name, value in jax.eval_shape(cell.init_theta, jax.random.key(0)).items()}
 
 

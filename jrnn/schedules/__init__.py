@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jrnn.schedules import cudnn, hoisted, kernels, measured, native, reference
+from jrnn.schedules import chunkwise, cudnn, hoisted, kernels, measured, native, reference
 from jrnn.schedules.steps import Steps
 
 __all__ = ["SCHEDULES", "Schedule", "Steps", "choose"]
@@ -35,6 +35,7 @@ class Schedule(NamedTuple):
 SCHEDULES: dict[str, Schedule] = {
     "kernel": Schedule(kernels.serves, kernels.run, automatic=False),
     "native": Schedule(native.serves, native.run, pays=native.pays),
+    "chunkwise": Schedule(chunkwise.serves, chunkwise.run, pays=chunkwise.pays),
     "hoisted": Schedule(hoisted.serves, hoisted.run),
     "cudnn": Schedule(cudnn.serves, cudnn.run, automatic=False),
     "reference": Schedule(reference.serves, reference.run),
@@ -59,7 +60,7 @@ def choose(cell: Any, params: Any, xs: Any, steps: Steps, backend: str | None = 
     for name, schedule in SCHEDULES.items():
         pays, reason = (True, "") if schedule.pays is None else schedule.pays(cell, params, xs, steps)
         if not pays:
-            passed_over.append(f"not {name}: {reason}")
+            passed_over += [f"not {name}: {reason}"] if reason else []
             continue
         served, reason = schedule.serves(cell, params, xs, steps)
         if schedule.automatic:
