@@ -105,11 +105,26 @@ class GatedDeltaNet(Cell):
         #   u_t = beta_t (v_t - exp(L_t) S_0^T k_t - sum_{s < t} exp(L_t - L_s) (k_t . k_s) u_s)
         chunk = matrix.chunk_of(matrix.neutral(valid, p["l"]), resets)
         q, k, v, beta = (matrix.heads_first(a) for a in (p["q"], p["k"], p["v"], matrix.neutral(valid, p["beta"])))
+        strict = jnp.tril(jnp.ones((k.shape[-2],) * 2, k.dtype), -1)
         earlier = beta * matrix.matmul(k, jnp.swapaxes(k, -1, -2)) * chunk.decays()
         given = beta * (v - chunk.from_start()[..., None] * matrix.matmul(k, state.s))
-        u = lax.linalg.triangular_solve(earlier, given, left_side=True, lower=True, unit_diagonal=True)
+        u = _solve(earlier * lax.broadcast_to_rank(strict, earlier.ndim), given)
         s, y = matrix.run_chunk(chunk, state.s, q, k, u)
         return DeltaNetState(s), matrix.joined(matrix.steps_first(y))
+
+
+@jax.custom_jvp
+def _solve(below: jax.Array, given: jax.Array) -> jax.Array:
+    """The ``u`` for which ``u + below u = given``, where ``below`` is zero on the diagonal and above it."""
+    return lax.linalg.triangular_solve(below, given, left_side=True, lower=True, unit_diagonal=True)
+
+
+@_solve.defjvp
+def _solve_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # du + below du = dgiven - dbelow u. JAX's own rule masks dbelow by a select that Explicit axes of a mesh refuse.
+    (below, given), (dbelow, dgiven) = primals, tangents
+    u = _solve(below, given)
+    return u, _solve(below, dgiven - matrix.matmul(dbelow, u))
 
 
 def _unit(x: jax.Array) -> jax.Array:
