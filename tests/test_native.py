@@ -33,7 +33,7 @@ SERVED = {
 }  # fmt: skip
 WITH_A_KEY = {
     "dropconnect", "variational", "variational_gru", "residual_of_wrapped", "highway_of_random", "dropout",
-    "residual_of_bidirectional", "stack_nested", "variational_twice",
+    "residual_of_bidirectional", "stack_nested", "variational_twice", "skip",
 }  # fmt: skip
 OPTIONS = [
     {"reverse": False, "remat": None, "batch": (2, 2)},
