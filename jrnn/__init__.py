@@ -15,22 +15,33 @@ from typing import TYPE_CHECKING, Any
 from jrnn import activations, initializers, sequence
 from jrnn.cells.affine import AffineCell
 from jrnn.cells.base import Cell, Emitted, HiddenState, Layer, product
+from jrnn.cells.blocks import block_gru
+from jrnn.cells.clockwork import ClockworkState, clockwork
+from jrnn.cells.conv import conv_gru, conv_lstm
+from jrnn.cells.delta import DeltaNetState, gated_delta_net
 from jrnn.cells.elman import elman, indrnn, jordan
 from jrnn.cells.gru import gru, layer_norm_gru, mgu, ugrnn
 from jrnn.cells.linear import LinearCell
 from jrnn.cells.lru import lru, s5
 from jrnn.cells.lstm import LSTM, LSTMState, coupled_lstm, layer_norm_lstm, lstm, peephole_lstm, projection_lstm
 from jrnn.cells.minimal import min_gru, min_lstm
+from jrnn.cells.narx import NARXState, narx
+from jrnn.cells.orthogonal import antisymmetric, orthogonal_rnn
+from jrnn.cells.oscillator import CoRNNState, LEMState, cornn, lem
 from jrnn.cells.qrnn import QRNNState, qrnn
+from jrnn.cells.reservoir import echo_state
 from jrnn.cells.rg_lru import rg_lru
 from jrnn.cells.sru import SRUState, sru
+from jrnn.cells.ssd import SSDState, ssd
 from jrnn.cells.tdnn import TDNNState, tdnn
+from jrnn.cells.xlstm import MLSTMState, SLSTMState, mlstm, slstm
 from jrnn.compose.attention import AttentionState, Memory, attend, attention, remember
-from jrnn.compose.combine import bidirectional, highway, residual, stack
+from jrnn.compose.combine import bidirectional, highway, residual, skip, stack
 from jrnn.compose.describing import summary
 from jrnn.compose.emit import emit_state
 from jrnn.compose.regularise import Wrapper, dropconnect, learned_state, variational, zoneout
 from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
+from jrnn.readout import ridge
 from jrnn.run.scanning import choose_scan_backend, scan
 from jrnn.run.streaming import stepper
 from jrnn.run.unrolling import choose_backend, draw, unroll
@@ -69,23 +80,37 @@ __all__ = [
     "AffineCell",
     "AttentionState",
     "Cell",
+    "ClockworkState",
+    "CoRNNState",
+    "DeltaNetState",
     "Emitted",
     "HiddenState",
+    "LEMState",
     "LSTMState",
     "Layer",
     "LinearCell",
+    "MLSTMState",
     "Memory",
+    "NARXState",
     "QRNNState",
+    "SLSTMState",
     "SRUState",
+    "SSDState",
     "TDNNState",
     "Wrapper",
     "activation",
     "activations",
+    "antisymmetric",
     "attend",
     "attention",
     "bidirectional",
+    "block_gru",
     "choose_backend",
     "choose_scan_backend",
+    "clockwork",
+    "conv_gru",
+    "conv_lstm",
+    "cornn",
     "coupled_lstm",
     "decoding",
     "dense",
@@ -93,11 +118,13 @@ __all__ = [
     "draw",
     "dropconnect",
     "dropout",
+    "echo_state",
     "elman",
     "embed",
     "emit_state",
     "export",
     "flax",
+    "gated_delta_net",
     "gru",
     "highway",
     "indrnn",
@@ -108,6 +135,7 @@ __all__ = [
     "layer_norm_gru",
     "layer_norm_lstm",
     "learned_state",
+    "lem",
     "linear_scan",
     "load",
     "losses",
@@ -116,8 +144,11 @@ __all__ = [
     "mgu",
     "min_gru",
     "min_lstm",
+    "mlstm",
+    "narx",
     "native",
     "optimizer",
+    "orthogonal_rnn",
     "peephole_lstm",
     "product",
     "projection_lstm",
@@ -125,12 +156,16 @@ __all__ = [
     "remember",
     "residual",
     "rg_lru",
+    "ridge",
     "rl",
     "s5",
     "save",
     "scan",
     "sequence",
+    "skip",
+    "slstm",
     "sru",
+    "ssd",
     "stack",
     "stepper",
     "summary",

@@ -15,9 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrnn._core.checks import module_level
+from jrnn._core.checks import finite, module_level
 
-__all__ = ["constant", "draw", "glorot_uniform", "identity", "normal", "orthogonal", "resolve", "uniform", "zeros"]
+__all__ = [
+    "constant", "draw", "glorot_uniform", "identity", "normal", "orthogonal", "reservoir", "resolve", "rotations",
+    "uniform", "zeros",
+]  # fmt: skip
 
 Initializer = str | Callable[..., jax.Array]
 
@@ -75,6 +78,80 @@ class identity:
         if len(shape) != 2:
             raise ValueError(f"identity: expected the shape of a matrix, got {shape}")
         return self.scale * jnp.eye(*shape, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class rotations:
+    """A matrix S for which ``exp(S - S^T)`` turns each of H/2 planes by a random angle (Henaff, Szlam and LeCun 2016).
+
+    Angles are uniform in [-pi, pi). For the recurrent weights of `jrnn.orthogonal_rnn`.
+
+    >>> rotations()(jax.random.key(0), (4, 4)).shape
+    (4, 4)
+    """
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        _square(shape, "rotations")
+        angles = jax.random.uniform(key, (shape[0],), dtype, -jnp.pi, jnp.pi)
+        first = jnp.arange(shape[0]) % 2 == 0  # of the two units of a plane
+        return jnp.diag(jnp.where(first, angles, jnp.zeros((), dtype))[:-1], 1)
+
+
+@dataclass(frozen=True)
+class reservoir:
+    """A sparse random matrix of a given spectral radius, for the recurrent weights of `jrnn.echo_state` (Jaeger 2001).
+
+    Each unit is fed by ``max(1, round(density * H))`` units, with weights uniform in [-1, 1), and the whole is scaled
+    so that the largest absolute value of an eigenvalue is ``radius``.
+
+    Args:
+      radius: positive.
+      density: the share of weights that are not zero, in (0, 1].
+
+    >>> w = reservoir(0.9, density=0.2)(jax.random.key(0), (20, 20))
+    >>> int((w != 0).sum()), round(float(abs(np.linalg.eigvals(w)).max()), 4)
+    (80, 0.9)
+    """
+
+    radius: float = 0.9
+    density: float = 0.1
+
+    def __post_init__(self) -> None:
+        finite(self.radius, "spectral_radius", above=0.0)
+        finite(self.density, "density", above=0.0)
+        if self.density > 1:
+            raise ValueError(f"density: expected a share of the weights in (0, 1], got {self.density}")
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        _square(shape, "reservoir")
+        k_places, k_values = jax.random.split(key)
+        fed = max(1, round(self.density * shape[0]))
+        # With as many weights into each unit there is always a cycle, without which every eigenvalue would be zero.
+        ranks = jnp.argsort(jnp.argsort(jax.random.uniform(k_places, shape), 0), 0)
+        w = jnp.where(ranks < fed, jax.random.uniform(k_values, shape, dtype, -1.0, 1.0), jnp.zeros((), dtype))
+        return w * (self.radius / spectral_radius(w))
+
+
+def spectral_radius(w: jax.Array) -> jax.Array:
+    """The largest absolute value of an eigenvalue, ``lim |w^n|^(1/n)`` (Gelfand), by squaring; on every device.
+
+    >>> round(float(spectral_radius(jnp.array([[0.0, 2.0], [-2.0, 0.0]]))), 4)
+    2.0
+    """
+
+    def squared(i: Any, carry: Any) -> Any:
+        matrix, logarithm, weight = carry
+        matrix = jnp.matmul(matrix, matrix, precision="highest")
+        norm = jnp.linalg.norm(matrix)
+        return matrix / norm, logarithm + weight * jnp.log(norm), weight / 2
+
+    norm = jnp.linalg.norm(w)
+    return jnp.exp(jax.lax.fori_loop(0, 20, squared, (w / norm, jnp.log(norm), jnp.full((), 0.5, w.dtype)))[1])
+
+
+def _square(shape: tuple[int, ...], name: str) -> None:
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise ValueError(f"{name}: expected the shape of a square matrix, got {shape}")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jrnn
 
@@ -212,6 +213,15 @@ class Clipped(jrnn.Wrapper):
         return super().project(params, jnp.clip(xs, -1, 1))
 
 
+def inputs(case, xs):
+    """Inputs for a row: ids, or the first features of ``xs (T, B, F)``, or maps of them."""
+    if case.layer.event_ndim == 0:
+        return np.zeros(xs.shape[:2], np.int32)
+    if case.layer.event_ndim == 1:
+        return xs[..., : case.in_features]
+    return np.resize(np.asarray(xs), (*xs.shape[:2], *case.in_features))
+
+
 CASES = (
     # Cells.
     Case("elman", jrnn.elman(4), full=True),
@@ -258,6 +268,21 @@ CASES = (
     Case("wrapper_with_an_update", Doubled(jrnn.lstm(4))),
     Case("wrapper_with_a_projection", Clipped(jrnn.lstm(4))),
     Case("rotating", Rotating(4), full=True),
+    Case("conv_lstm", jrnn.conv_lstm(2, (2,)), (3, 2), full=True),
+    Case("conv_gru", jrnn.conv_gru(2, (3, 2)), (2, 3, 1)),
+    Case("cornn", jrnn.cornn(4, dt=0.5)),
+    Case("lem", jrnn.lem(4)),
+    Case("antisymmetric", jrnn.antisymmetric(4)),
+    Case("antisymmetric_gated", jrnn.antisymmetric(4, gated=True)),
+    Case("orthogonal_rnn", jrnn.orthogonal_rnn(4, map="cayley")),
+    Case("clockwork", jrnn.clockwork(4, periods=(1, 3))),
+    Case("narx", jrnn.narx(4, 3, delays=(1, 3), window=2)),
+    Case("echo_state", jrnn.echo_state(4, leak=0.5, density=0.5, bias_scale=0.5, trainable=True)),
+    Case("slstm", jrnn.slstm(4, heads=2)),
+    Case("mlstm", jrnn.mlstm(4, heads=2)),
+    Case("ssd", jrnn.ssd(4, heads=2, state=3)),
+    Case("gated_delta_net", jrnn.gated_delta_net(4, heads=2, key_features=3)),
+    Case("block_gru", jrnn.block_gru(4, blocks=2)),
     # Layers without recurrence.
     Case("dense", jrnn.dense(4), full=True),
     Case("embed", jrnn.embed(5, 4), None, full=True),
@@ -288,6 +313,15 @@ CASES = (
     # Combinators.
     Case("residual", jrnn.residual(jrnn.gru(3)), full=True),
     Case("residual_of_wrapped", jrnn.residual(jrnn.variational(jrnn.gru(3), inputs=0.3))),
+    Case("skip", jrnn.skip(jrnn.variational(jrnn.elman(2), inputs=0.3), jrnn.gru(2))),
+    Case(
+        "conv_mixture",
+        jrnn.stack(
+            jrnn.variational(jrnn.conv_gru(2, 2, "before"), inputs=0.3),
+            jrnn.residual(jrnn.conv_lstm(2, 1)),
+        ),
+        (2, 2, 1),
+    ),
     Case("highway", jrnn.highway(jrnn.elman(3))),
     Case("highway_of_random", jrnn.highway(jrnn.stack(jrnn.dropout(0.3), jrnn.elman(3)))),
     Case("stack", jrnn.stack(jrnn.lstm(4), jrnn.gru(3), jrnn.dense(2)), full=True),

@@ -307,7 +307,7 @@ def test_repr_is_an_expression(case):
     [
         "lstm(4)",
         "lstm(4, recurrent_init=initializers.orthogonal(scale=0.5), forget_bias=0.0)",
-        "gru(4, reset='before', activation='relu', bias_init=initializers.zeros)",
+        "gru(4, reset='before', bias_init=initializers.zeros, activation='relu')",
         "elman(4, activation=activations.linear)",
         "stack(gru(4), residual(dense(4)), dropout(0.1))",
         "bidirectional(lstm(4), gru(3), merge='sum')",

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jrnn
 from jrnn import losses, sequence
-from tests.cases import CASES
+from tests.cases import CASES, inputs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -54,7 +54,7 @@ ROWS = [pytest.param(case, id=case.name, marks=() if case.full else pytest.mark.
 def test_every_layer_is_traced_with_every_option(mesh, case):
     layer = case.layer
     params = jax.eval_shape(lambda: layer.init(jax.random.key(0), case.in_features))
-    xs = over(np.zeros((6, 4), np.int32) if layer.event_ndim == 0 else XS[..., : case.in_features], 1)
+    xs = over(inputs(case, XS), 1)
     key = None if layer.uses_key is False else jax.random.key(0)
     whole = {"lengths": LENGTHS, "mask": MASK, "resets": MASK}
     spread = {"lengths": over(LENGTHS, 0), "resets": over(MASK, 1)}
@@ -71,7 +71,7 @@ def test_every_layer_is_traced_with_every_option(mesh, case):
         gradients, state = jax.eval_shape(gradient, params, None)
         assert jax.tree.structure(gradients) == jax.tree.structure(params)
         jax.eval_shape(gradient, params, state)  # the next chunk
-    assert jrnn.choose_backend(layer, params, xs)[0] in ("hoisted", "reference", "hoisted+reference")
+    assert jrnn.choose_backend(layer, params, xs)[0] in ("chunkwise", "hoisted", "reference", "hoisted+reference")
 
 
 def test_inputs_that_lie_whole_follow_what_is_spread(mesh):

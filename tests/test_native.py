@@ -28,11 +28,12 @@ SERVED = {
     "zoneout_of_learned", "residual_of_wrapped", "highway_of_random", "stack_random", "bidirectional_random",
     "bidirectional_nested", "dense", "embed", "layer_norm", "activation", "dropout", "bidirectional_embed",
     "bidirectional_different", "residual_of_bidirectional", "variational_twice", "no_inputs",
-    "emits_all", "emits_memory", "emits_all_wrapped",
+    "emits_all", "emits_memory", "emits_all_wrapped", "antisymmetric", "antisymmetric_gated", "orthogonal_rnn",
+    "echo_state", "slstm", "skip",
 }  # fmt: skip
 WITH_A_KEY = {
     "dropconnect", "variational", "variational_gru", "residual_of_wrapped", "highway_of_random", "dropout",
-    "residual_of_bidirectional", "stack_nested", "variational_twice",
+    "residual_of_bidirectional", "stack_nested", "variational_twice", "skip",
 }  # fmt: skip
 OPTIONS = [
     {"reverse": False, "remat": None, "batch": (2, 2)},

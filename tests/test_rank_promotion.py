@@ -7,7 +7,7 @@ import pytest
 
 import jrnn
 from jrnn import losses, sequence, testing
-from tests.cases import CASES
+from tests.cases import CASES, inputs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "strict_ranks")
 
@@ -44,7 +44,8 @@ def test_every_way_to_run_is_traced(case):
     """Options that the law above leaves out, with gradients; ranks are checked where a program is traced."""
     layer = case.layer
     params = jax.eval_shape(lambda: layer.init(jax.random.key(0), case.in_features))
-    xs = np.zeros((6, 2), np.int32) if layer.event_ndim == 0 else jnp.asarray(XS[..., : case.in_features], jnp.bfloat16)
+    xs = inputs(case, XS)
+    xs = xs if layer.event_ndim == 0 else jnp.asarray(xs, jnp.bfloat16)
     flags = {"lengths": LENGTHS, "mask": MASK, "resets": ~MASK}
     key = None if layer.uses_key is False else jax.random.key(0)
     runs = [{"remat": 2}, {"reverse": True, "key": key}, {"backend": "reference", **flags}, {"remat": "sqrt", **flags}]

@@ -10,7 +10,7 @@ import pytest
 
 import jrnn
 from jrnn.run.tuning import tune
-from tests.cases import CASES
+from tests.cases import CASES, inputs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -48,7 +48,7 @@ def mapped(tree, kind):
 def test_any_mapping_serves_and_its_gradients_have_its_structure(case, kind):
     layer = case.layer
     params = kind(jax.eval_shape(lambda: layer.init(jax.random.key(0), case.in_features)))
-    xs = np.zeros((6, 2), np.int32) if layer.event_ndim == 0 else XS[..., : case.in_features]
+    xs = inputs(case, XS)
 
     def loss(params):
         _, ys = jrnn.unroll(layer, params, xs, lengths=np.array([6, 3]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -87,6 +88,25 @@ def rate(value: Any, argument: str) -> None:
         raise TypeError(f"{argument}: expected a float in [0, 1), got {value!r}")
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{argument}: expected a rate in [0, 1), got {value}")
+
+
+def finite(value: Any, argument: str, *, above: float | None = None, least: float | None = None) -> None:
+    """A finite number, above or at least a bound where one is given."""
+    bound = "" if above is None and least is None else f" above {above}" if least is None else f" of at least {least}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{argument}: expected a finite float{bound}, got {value!r}")
+    inside = (above is None or value > above) and (least is None or value >= least)
+    if not (math.isfinite(value) and inside):
+        raise ValueError(f"{argument}: expected a finite float{bound}, got {value}")
+
+
+def divides(count: Any, whole: int, argument: str, of: str) -> None:
+    """A positive int that divides the size of ``of``."""
+    positive_int(count, argument)
+    if whole % count:
+        raise ValueError(
+            f"{argument}: expected a number that divides {of}={whole}, got {count}; each gets {of} / {argument} units"
+        )
 
 
 def epsilon(value: Any) -> None:

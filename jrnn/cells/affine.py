@@ -27,7 +27,7 @@ from jrnn.cells.base import (
 )
 from jrnn.cells.form import AffineForm, Gates, gate_tuple
 
-__all__ = ["AffineCell", "WeightedCell", "check_affine"]
+__all__ = ["AffineCell", "WeightedCell", "check_affine", "theta_shapes"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,8 +59,17 @@ class WeightedCell(Cell):
 
     def project(self, params: Any, xs: jax.Array) -> Any:
         """``u = x W_ih + b``, for one step or for all T in one product."""
-        u = product(xs, params["w_ih"])
-        return u + vector(params["b"], u)
+        w, b = self.input_weights(params)
+        u = product(xs, w)
+        return u + vector(b, u)
+
+    def input_weights(self, params: Any) -> tuple[jax.Array, jax.Array]:
+        """``W_ih (F, G*H)`` and ``b (G*H,)``, a function of the parameters that is evaluated once per sequence."""
+        return params["w_ih"], params["b"]
+
+    def recurrent_weights(self, params: Any) -> jax.Array:
+        """``W_hh (H, G*H)``, a function of the parameters that is evaluated once per sequence."""
+        return params["w_hh"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -145,7 +154,7 @@ class AffineCell(WeightedCell):
 
     def check(self, params: Any, x: Any) -> None:
         check_affine(self, params, (self.hidden, len(self.gate_names) * self.hidden))
-        check_named(self, params, _theta_shapes(self))
+        check_named(self, params, theta_shapes(self))
         check_features(x, params["w_ih"], "xs", self)
 
     def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
@@ -154,7 +163,7 @@ class AffineCell(WeightedCell):
 
     def recur(self, params: Any, h: jax.Array) -> tuple[jax.Array, ...]:
         """``v = h W_hh``, one array a gate."""
-        return self.split(product(h, params["w_hh"]))
+        return self.split(product(h, self.recurrent_weights(params)))
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         state = self.combine(_theta(params), p, self.recur(params, state.h), state, key)
@@ -175,8 +184,8 @@ class AffineCell(WeightedCell):
         return AffineForm(
             Gates(_Method(self, "combine"), sums, self.elementwise, self.additive),
             emitted_fields(self),
-            params if projects else (params["w_ih"], params["b"]),
-            params["w_hh"],
+            params if projects else self.input_weights(params),
+            self.recurrent_weights(params),
             _theta(params),
             projection=_Method(self, "project") if projects else None,
         )
@@ -213,7 +222,7 @@ def _theta(params: Any) -> dict[str, jax.Array]:
 
 
 @functools.lru_cache(maxsize=256)
-def _theta_shapes(cell: Any) -> dict[str, tuple[int, ...]]:
+def theta_shapes(cell: Any) -> dict[str, tuple[int, ...]]:
     return {name: value.shape for name, value in jax.eval_shape(cell.init_theta, jax.random.key(0)).items()}
 
 

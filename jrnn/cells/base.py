@@ -167,6 +167,18 @@ def _real(dtype: Any) -> Any:
 # --- layers ------------------------------------------------------------------------------------------------------
 
 
+def features_of(layer: Any, shape: tuple[int, ...]) -> Any:
+    """The ``in_features`` of inputs of a shape: a tuple where a step has several axes, None where it has none."""
+    if layer.event_ndim < 2:
+        return shape[-1] if layer.event_ndim else None
+    return tuple(shape[len(shape) - layer.event_ndim :])
+
+
+def event_shape(features: Any) -> tuple[int, ...]:
+    """The axes of one step of one sequence, for ``in_features`` or `Layer.out_features`."""
+    return features if isinstance(features, tuple) else (features,)
+
+
 class Layer:
     """Anything that `jrnn.unroll` can run: cells, layers without recurrence, and combinators of them.
 
@@ -175,7 +187,8 @@ class Layer:
 
     Promises (class attributes, None means "don't know"):
       - ``uses_key``: whether a key changes what the layer does. False makes a key an error.
-      - ``event_ndim``: how many trailing axes of an input belong to one step of one sequence (features: 1).
+      - ``event_ndim``: how many trailing axes of an input belong to one step of one sequence (features: 1; an image
+        of features: 3, and ``in_features`` is the tuple of the three).
 
     >>> isinstance(jrnn.lstm(4), jrnn.Layer) and isinstance(jrnn.dense(4), jrnn.Layer)
     True
@@ -230,22 +243,23 @@ class Layer:
         """What is known of the step with these parameters (see `jrnn.cells.form`); None for nothing."""
         return None
 
-    def out_features(self, in_features: Any) -> int:
+    def out_features(self, in_features: Any) -> Any:
         """Features of ``y`` for inputs of ``in_features`` features; found by abstract evaluation unless given."""
         params = jax.eval_shape(lambda key: self.init(key, in_features), jax.random.key(0))
         if self.event_ndim == 0:
             x = jax.ShapeDtypeStruct((), jnp.int32)
         else:
             floats = [leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-            shape = tuple(in_features) if isinstance(in_features, tuple | list) else (in_features,)
-            x = jax.ShapeDtypeStruct(shape, floats[0] if floats else jnp.result_type(float))
+            x = jax.ShapeDtypeStruct(event_shape(in_features), floats[0] if floats else jnp.result_type(float))
         if type(self).walk is not Layer.walk:  # a combinator, which may have no step: run over one step
             from jrnn.run.unrolling import unroll
 
             xs = jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
-            return jax.eval_shape(lambda p, xs: unroll(self, p, xs), params, xs)[1].shape[-1]
+            ys = jax.eval_shape(lambda p, xs: unroll(self, p, xs), params, xs)[1]
+            return ys.shape[1:] if isinstance(in_features, tuple) else ys.shape[-1]
         state = jax.eval_shape(lambda p: self.initial_state(p, ()), params)
-        return jax.eval_shape(lambda p, s, x: self.step(p, s, x), params, state, x)[1].shape[-1]
+        y = jax.eval_shape(lambda p, s, x: self.step(p, s, x), params, state, x)[1]
+        return y.shape if isinstance(in_features, tuple) else y.shape[-1]
 
     def children(self) -> tuple[Layer, ...]:
         """The layers that this layer is made of: the layers among its dataclass fields, and in tuples there, in order.
@@ -468,6 +482,15 @@ class Cell(Layer):
         state, y = self.update(params, state, self.project(params, x), key)
         return state, emitted(y, x)
 
+    def chunk(self, params: Any, state: Any, p: Any, valid: Any, resets: Any) -> tuple[Any, jax.Array]:
+        """Many steps at once: ``(state, p (C, *B, ...)) -> (state, ys (C, *B, ...))``, for ``backend="chunkwise"``.
+
+        A cell that has a form for that, and whose initial state is zero, defines it. ``p`` is what `project` made of
+        the steps, ``valid`` and ``resets`` are ``(C, *B)`` booleans or None: an invalid step leaves the state as it
+        is (its output does not matter), and a reset sets it to zero before its step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how to run many steps at once")
+
     @property
     def hoistable(self) -> bool:
         """Whether the cell declares a projection that can be taken out of the loop over time."""
@@ -504,6 +527,17 @@ def check_emits(cell: Any, fields: tuple[str, ...]) -> None:
     if not names or len(set(names)) < len(names) or not set(names) <= set(fields):
         raise ValueError(
             f"emits: expected one of the fields {fields} of the state, or a tuple of different ones, got {cell.emits!r}"
+        )
+
+
+def check_projection(cell: Any, params: Any, width: int, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises where parameters are not ``w_ih (F, width)``, and the others of the given names and shapes."""
+    check_named(cell, params, shapes)
+    got = jnp.shape(params["w_ih"]) if "w_ih" in params else None
+    if got is None or len(got) != 2 or got[1] != width:
+        raise ValueError(
+            f"params: expected w_ih (F, {width}) for {cell!r}, got {'none' if got is None else got}; "
+            f"make them with {cell!r}.init(key, in_features)"
         )
 
 

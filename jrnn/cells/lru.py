@@ -75,6 +75,8 @@ class LRU(_ComplexCell):
     r_max: float = field(default=1.0, kw_only=True)
     max_phase: float = field(default=2 * math.pi, kw_only=True)
 
+    _constructor = "lru"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("r_min", "r_max", "max_phase"):
@@ -123,6 +125,8 @@ class S5(_ComplexCell):
     spectrum: Spectrum = field(default="legs", kw_only=True)
     step_min: float = field(default=0.001, kw_only=True)
     step_max: float = field(default=0.1, kw_only=True)
+
+    _constructor = "s5"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,6 +26,8 @@ class MinGRU(GatedLinearCell):
     gate_names: ClassVar[tuple[str, ...]] = ("z", "n")
     emits = "h"
 
+    _constructor = "min_gru"
+
     def coefficients(self, params: Any, xs: jax.Array) -> tuple[jax.Array, jax.Array]:
         z, n = self.gate_inputs(params, xs)
         return jax.nn.sigmoid(-z), jax.nn.sigmoid(z) * positive(n)
@@ -37,6 +39,8 @@ class MinLSTM(GatedLinearCell):
 
     gate_names: ClassVar[tuple[str, ...]] = ("i", "f", "n")
     emits = "h"
+
+    _constructor = "min_lstm"
 
     def coefficients(self, params: Any, xs: jax.Array) -> tuple[jax.Array, jax.Array]:
         i, f, n = self.gate_inputs(params, xs)

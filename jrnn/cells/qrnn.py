@@ -37,6 +37,8 @@ class QRNN(GatedLinearCell):
     window: int = 2
     pooling: Pooling = "fo"
 
+    _constructor = "qrnn"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         positive_int(self.window, "window")

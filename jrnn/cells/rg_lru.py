@@ -24,6 +24,8 @@ class RGLRU(GatedLinearCell):
     gate_names: ClassVar[tuple[str, ...]] = ("r", "i")
     emits = "h"
 
+    _constructor = "rg_lru"
+
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         if in_features != self.hidden:
             raise ValueError(

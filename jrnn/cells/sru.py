@@ -35,6 +35,8 @@ class SRU(GatedLinearCell):
 
     gate_names: ClassVar[tuple[str, ...]] = ("c", "f", "r")
 
+    _constructor = "sru"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         activations.resolve(self.activation)

@@ -90,6 +90,8 @@ class Attention(Cell):
     features: int | None = None
     heads: int = 1
 
+    _constructor = "attention"
+
     def __post_init__(self) -> None:
         if not isinstance(self.cell, Layer) or stepless(self.cell) or self.cell.event_ndim != 1:
             raise TypeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from jrnn._core.checks import describe, module_level, positive_int, prng_key
-from jrnn.cells.base import Layer, check_state, compute_params, emitted, product, vector
+from jrnn.cells.base import Layer, check_state, compute_params, emitted, event_shape, product, vector
 
-__all__ = ["Bidirectional", "Highway", "Residual", "Stack", "bidirectional", "highway", "residual", "stack"]
+__all__ = [
+    "Bidirectional", "Highway", "Residual", "Skip", "Stack", "bidirectional", "highway", "residual", "skip", "stack",
+]  # fmt: skip
 
 
 def check_part(layer: Any, argument: str) -> None:
@@ -87,7 +90,7 @@ class Stack(Combinator):
         self._check_params(params)
         return tuple(layer.initial_state(p, batch_shape) for layer, p in zip(self.layers, params, strict=True))
 
-    def out_features(self, in_features: Any) -> int:
+    def out_features(self, in_features: Any) -> Any:
         for layer in self.layers:
             in_features = layer.out_features(in_features)
         return in_features
@@ -146,6 +149,117 @@ def stack(*layers: Layer) -> Stack:
     (5, 2, 1)
     """
     return Stack(layers)
+
+
+@dataclass(frozen=True, repr=False)
+class Skip(Combinator):
+    """See `skip`."""
+
+    layers: tuple[Layer, ...]
+
+    _constructor = "skip"
+
+    def _constructor_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self.layers, {}
+
+    def __post_init__(self) -> None:
+        Stack(self.layers)
+        for i, layer in enumerate(self.layers):
+            if not layer.event_ndim or layer.event_ndim != self.layers[0].event_ndim:
+                raise ValueError(
+                    f"layers[{i}]: expected a layer whose input has features, with as many axes of space as the first "
+                    f"one's, got {layer!r}; put jrnn.embed before, in a jrnn.stack"
+                )
+            if stepless(layer):
+                raise ValueError(
+                    f"layers[{i}]: expected a layer that has a step, got {layer!r}; put jrnn.bidirectional around "
+                    "the whole"
+                )
+
+    @property
+    def uses_key(self) -> Any:
+        return Stack(self.layers).uses_key
+
+    @property
+    def event_ndim(self) -> Any:
+        return self.layers[0].event_ndim
+
+    def _features(self, in_features: Any) -> list[tuple[Any, Any]]:
+        """Features of each layer's inputs and outputs."""
+        found: list[tuple[Any, Any]] = []
+        for layer in self.layers:
+            given = _side_by_side(in_features, found[-1][1]) if found else in_features
+            found.append((given, layer.out_features(given)))
+        return found
+
+    def init(self, key: jax.Array, in_features: Any) -> tuple[Any, ...]:
+        return tuple(
+            layer.init(jax.random.fold_in(key, i), given)
+            for i, (layer, (given, _)) in enumerate(zip(self.layers, self._features(in_features), strict=True))
+        )
+
+    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> tuple[Any, ...]:
+        return Stack(self.layers).initial_state(params, batch_shape)
+
+    def out_features(self, in_features: Any) -> Any:
+        return functools.reduce(_side_by_side, [out for _, out in self._features(in_features)])
+
+    def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> tuple[Any, ...]:
+        return tuple(
+            layer.draw(p, jax.random.fold_in(key, i), batch_shape, given)
+            for i, (layer, p, (given, _)) in enumerate(
+                zip(self.layers, params, self._features(in_features), strict=True)
+            )
+        )
+
+    def check(self, params: Any, x: Any) -> None:
+        Stack(self.layers).check(params, x)
+
+    def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        x = jnp.asarray(x)
+        Stack(self.layers)._check_params(params)
+        check_state(self, params, state, x)
+
+        def run(i: int, layer: Layer, p: Any, given: jax.Array, s: Any) -> Any:
+            return layer.step(p, s, given, None if layer.uses_key is False else fold(key, i))
+
+        return self._connected(run, params, x, state)
+
+    def walk(self, run: Any, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+        return self._connected(lambda i, *args: run.child(i)(*args), params, xs, state)
+
+    def _connected(self, run: Any, params: Any, x: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+        states: list[Any] = []
+        ys: list[jax.Array] = []
+        for i, (layer, p, s) in enumerate(zip(self.layers, params, state, strict=True)):
+            s, y = run(i, layer, p, _concat(x, ys[-1]) if ys else x, s)
+            states.append(s)
+            ys.append(y)
+        return tuple(states), functools.reduce(_concat, ys)
+
+
+def skip(*layers: Layer) -> Skip:
+    """Layers one above the other, the input connected to all of them and all of them to the output (Graves 2013).
+
+    The first layer is fed with the input, each other one with the input and the outputs of the one before, side by
+    side; the output is those of all layers, side by side.
+
+    Parameters and states are tuples with one entry a layer.
+
+    Args:
+      *layers: at least one layer; each has a step.
+
+    >>> model = jrnn.stack(jrnn.skip(jrnn.lstm(8), jrnn.gru(4)), jrnn.dense(1))
+    >>> params = model.init(jax.random.key(0), 3)
+    >>> params[0][1]["w_ih"].shape, params[1]["w"].shape
+    ((11, 12), (12, 1))
+    """
+    return Skip(layers)
+
+
+def _side_by_side(a: Any, b: Any) -> Any:
+    """Features of two outputs, side by side."""
+    return (*a[:-1], a[-1] + b[-1]) if isinstance(a, tuple) else a + b
 
 
 def _concat(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -215,14 +329,15 @@ class Bidirectional(Combinator):
         self._check_params(params)
         return {name: layer.initial_state(params[name], batch_shape) for _, name, layer in self._each()}
 
-    def out_features(self, in_features: Any) -> int:
-        shapes = [jax.ShapeDtypeStruct((layer.out_features(in_features),), jnp.float32) for _, _, layer in self._each()]
-        if self.merge != "concat" and isinstance(self.merge, str) and shapes[0] != shapes[1]:
+    def out_features(self, in_features: Any) -> Any:
+        features = [layer.out_features(in_features) for _, _, layer in self._each()]
+        if self.merge != "concat" and isinstance(self.merge, str) and features[0] != features[1]:
             raise ValueError(
                 f"merge: expected two layers with equally many features for {self.merge!r}, got "
-                f"{shapes[0].shape[0]} and {shapes[1].shape[0]}; make them equal or merge by concat"
+                f"{features[0]} and {features[1]}; make them equal or merge by concat"
             )
-        return jax.eval_shape(self.merged, *shapes).shape[-1]
+        merged = jax.eval_shape(self.merged, *(jax.ShapeDtypeStruct(event_shape(f), jnp.float32) for f in features))
+        return merged.shape if isinstance(features[0], tuple) else merged.shape[-1]
 
     def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> dict[str, Any]:
         return {
@@ -291,22 +406,27 @@ class Residual(Combinator):
 
     def __post_init__(self) -> None:
         check_part(self.layer, "layer")
-        if self.layer.event_ndim != 1:
+        if not self.layer.event_ndim:
             raise ValueError("layer: expected a layer whose input has features, which can be added to its output")
 
     @property
     def uses_key(self) -> Any:
         return self.layer.uses_key
 
+    @property
+    def event_ndim(self) -> Any:
+        return self.layer.event_ndim
+
     def init(self, key: jax.Array, in_features: Any) -> Any:
-        positive_int(in_features, "in_features")
+        for size in event_shape(in_features):
+            positive_int(size, "in_features")
         self.out_features(in_features)
         return self.layer.init(key, in_features)
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
         return self.layer.initial_state(params, batch_shape)
 
-    def out_features(self, in_features: Any) -> int:
+    def out_features(self, in_features: Any) -> Any:
         return same_features(self.layer, in_features)
 
     def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
@@ -326,12 +446,12 @@ class Residual(Combinator):
         return state, xs + ys
 
 
-def same_features(layer: Layer, in_features: Any) -> int:
+def same_features(layer: Layer, in_features: Any) -> Any:
     out = layer.out_features(in_features)
     if out != in_features:
         raise ValueError(
             f"layer: expected as many output as input features, to add them up, got {in_features} in and {out} out of "
-            f"{layer!r}; put a jrnn.dense({out}) before it"
+            f"{layer!r}; put a jrnn.dense({event_shape(out)[-1]}) before it"
         )
     return out
 
@@ -362,6 +482,8 @@ class Highway(Combinator):
 
     def __post_init__(self) -> None:
         Residual(self.layer)
+        if self.layer.event_ndim != 1:
+            raise ValueError("layer: expected a layer whose input is features alone, of which the gate is made")
 
     @property
     def uses_key(self) -> Any:

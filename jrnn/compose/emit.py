@@ -24,6 +24,8 @@ class EmitState(Combinator):
 
     layer: Layer
 
+    _constructor = "emit_state"
+
     def __post_init__(self) -> None:
         check_part(self.layer, "layer")
 

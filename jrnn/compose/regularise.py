@@ -21,6 +21,8 @@ from jrnn.cells.base import (
     draw_in_step,
     emitted,
     emitted_fields,
+    event_shape,
+    features_of,
     output,
     stable,
     vector,
@@ -167,7 +169,7 @@ class Wrapper(Cell):
         params = compute_params(params, x.dtype)
         if key is not None and self.draws_once and not isinstance(params, Drawn):
             batch_shape = x.shape[: x.ndim - self.event_ndim]
-            params = draw_in_step(self, params, key, batch_shape, x.shape[-1] if self.event_ndim else None)
+            params = draw_in_step(self, params, key, batch_shape, features_of(self, x.shape))
         state, y = self.update(params, state, self.project(params, x), key)
         return state, emitted(y, x)
 
@@ -306,9 +308,12 @@ class Variational(Wrapper):
         k_inputs, k_recurrent, k_cell = (jax.random.fold_in(key, i) for i in range(3))
         noise = {}
         if self.inputs:
-            noise["inputs"] = drop(k_inputs, self.inputs, jnp.ones((*batch_shape, in_features)))
+            *space, features = event_shape(in_features)  # a feature is dropped at all places of space, or at none
+            ones = jnp.ones((*batch_shape, *(1 for _ in space), features))
+            noise["inputs"] = drop(k_inputs, self.inputs, ones)
         if self.recurrent:
-            w_hh = params["w_hh"]
+            cell: Any = self.cell
+            w_hh = jax.eval_shape(cell.recurrent_weights, params)
             ones = jnp.ones((*batch_shape, w_hh.shape[0]), stable(w_hh.dtype))
             noise["recurrent"] = drop(k_recurrent, self.recurrent, ones)
         return Drawn(self.cell.draw(params, k_cell, batch_shape, in_features), noise)

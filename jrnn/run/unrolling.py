@@ -14,7 +14,7 @@ from jax import lax
 from jrnn import sequence
 from jrnn._core.checks import as_tree, describe, is_traced, prng_key, readable, same_form
 from jrnn._core.devices import batch_spec, one_step, placed, placed_as, varying_as
-from jrnn.cells.base import Layer, check_layer
+from jrnn.cells.base import Layer, check_layer, features_of
 from jrnn.run.step import read_step
 from jrnn.schedules import Plan, Refusal, Steps, Task, check_backend, choose
 from jrnn.schedules.steps import SEQUENCE, check_remat, check_step, restarts, select, zeroed
@@ -75,6 +75,7 @@ def unroll(
         - "reference", a plain scan of the cell's step
         - "hoisted", scans from which everything that does not need the state is taken out
         - "native", the loop in C++, compiled on this machine and kept in ``~/.cache/jrnn``
+        - "chunkwise", many steps at once, for cells whose state is a matrix
         - "associative", all steps at once, for cells that are linear in their state (see `jrnn.linear_scan`)
         - "newton", all steps at once by Newton's method, for any cell with real states; sequences on which it does not
           converge run by a scan
@@ -208,8 +209,7 @@ def _drawn(cell: Layer, params: Any, xs: Any, key: Any, batch_shape: tuple[int, 
     """Parameters with the masks in them that are drawn once per sequence."""
     if key is None:
         return params
-    in_features = xs.shape[-1] if cell.event_ndim else None
-    return cell.draw(params, jax.random.fold_in(key, SEQUENCE), batch_shape, in_features)
+    return cell.draw(params, jax.random.fold_in(key, SEQUENCE), batch_shape, features_of(cell, xs.shape))
 
 
 def draw(layer: Layer, params: Any, key: jax.Array | None, x: Any) -> Any:
@@ -351,9 +351,13 @@ def _check_xs(cell: Layer, xs: Any, structs: bool = False) -> tuple[Any, tuple[i
             raise TypeError(f"xs: expected an array (T, *B, F), got {type(xs).__name__}; {remedy}") from error
     if xs.ndim < 1 + cell.event_ndim:
         shape = "(T, *B, F)" if cell.event_ndim else "(T, *B)"
+        remedy = "give a univariate series its axis of one feature with xs[..., None]"
+        if cell.event_ndim > 1:
+            shape = f"(T, *B, {', '.join('DHW'[4 - cell.event_ndim :])}, F)"
+            remedy = f"then the {cell.event_ndim - 1} axes of space, and features are the last"
         raise ValueError(
             f"xs: expected {shape} for {cell!r}, got shape {xs.shape}; time is the first axis and batch axes follow "
-            "it; give a univariate series its axis of one feature with xs[..., None]"
+            f"it; {remedy}"
         )
     return xs, xs.shape[1 : xs.ndim - cell.event_ndim]
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from jrnn.schedules import associative, hoisted, native, newton, reference
+from jrnn.schedules import associative, chunkwise, hoisted, native, newton, reference
 from jrnn.schedules.plan import Plan, Refusal, Task
 from jrnn.schedules.steps import Steps
 
@@ -36,6 +36,7 @@ class Schedule(NamedTuple):
 SCHEDULES: dict[str, Schedule] = {
     "native": Schedule(native.plan, pays=native.pays),
     "associative": Schedule(associative.plan),
+    "chunkwise": Schedule(chunkwise.plan, pays=chunkwise.pays),
     "hoisted": Schedule(hoisted.plan),
     "newton": Schedule(newton.plan, automatic=False),
     "reference": Schedule(reference.plan),
@@ -71,7 +72,7 @@ def choose(task: Task, backend: str | None = None) -> tuple[str, Plan]:
         found = (schedule.pays and schedule.pays(task)) or schedule.plan(task)
         if isinstance(found, Refusal):
             if schedule.automatic:
-                passed_over.append(f"not {name}: {found.reason}")
+                passed_over += [f"not {name}: {found.reason}"] if found.reason else []
         elif schedule.automatic:
             return name, replace(found, reason="; ".join([found.reason, *passed_over]))
         else:

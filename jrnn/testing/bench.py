@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrnn._interpret import call
-from jrnn.cells.base import Layer
+from jrnn.cells.base import Layer, event_shape
 from jrnn.run.unrolling import unroll
 from jrnn.testing.comparison import compare
 from jrnn.testing.oracle import Init, Initial, fold
@@ -59,7 +59,7 @@ class Bench:
     def inputs(self, shape: tuple[int, ...]) -> Any:
         if self.cell.event_ndim == 0:
             return self.rng.integers(0, _vocabulary(self.cell), shape, np.int32)
-        return self.normal((*shape, *(self.in_features,) * self.cell.event_ndim))
+        return self.normal((*shape, *event_shape(self.in_features)))
 
     def initial(self, batch: tuple[int, ...]) -> Any:
         return call(Initial(self.cell, batch), self.params, None)

@@ -16,7 +16,7 @@ import numpy as np
 
 from jrnn._core.checks import describe
 from jrnn._interpret import call
-from jrnn.cells.base import Layer
+from jrnn.cells.base import Layer, event_shape
 from jrnn.run.unrolling import choose_backend
 from jrnn.schedules import SCHEDULES
 from jrnn.testing.bench import Bench
@@ -61,7 +61,7 @@ def check_step_equals_unroll(bench: Bench) -> None:
     nothing = {"state": None, "lengths": None, "mask": None, "resets": None, "start": 0}
     trial = bench.trial(**nothing)
     bench.compare(bench.run(trial), bench.fold(trial), "nothing given")
-    if bench.cell.event_ndim == 1:
+    if bench.cell.event_ndim:
         trial = bench.trial(batch=(), state=None, lengths=None, mask=None)
         bench.compare(bench.run(trial), bench.fold(trial), "one sequence without batch axes, resets")
 
@@ -163,7 +163,7 @@ def check_zero_length(bench: Bench) -> None:
         empty = bench.run(trial)
         if [leaf.shape for leaf in jax.tree.leaves(empty["state"])] != shapes or empty["ys"].shape[:2] != (TIME, 0):
             raise AssertionError(f"{bench.law}: {bench.cell!r}: an empty batch gave {describe(empty)}")
-        if got["ys"].shape != (0, BATCH, empty["ys"].shape[-1]):
+        if got["ys"].shape != (0, BATCH, *empty["ys"].shape[2:]):
             raise AssertionError(f"{bench.law}: {bench.cell!r}: T = 0 gave outputs of shape {got['ys'].shape}")
 
 
@@ -595,9 +595,9 @@ def check_hashing(bench: Bench) -> None:
             if leaf.shape[: len(batch)] != batch:
                 raise AssertionError(f"{name}: expected states of shape {batch} + (...), got {leaf.shape}")
     ys = bench.run(bench.trial())["ys"]
-    features = cell.out_features(bench.in_features)
-    if ys.shape[-1] != features:
-        raise AssertionError(f"{name}: expected {features} features, as out_features says, got {ys.shape[-1]}")
+    features = event_shape(cell.out_features(bench.in_features))
+    if ys.shape[ys.ndim - len(features) :] != features:
+        raise AssertionError(f"{name}: expected {features} features, as out_features says, got {ys.shape}")
 
 
 LAWS: tuple[Callable[..., None], ...] = (

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrnn._interpret import call
-from jrnn.cells.base import Layer
+from jrnn.cells.base import Layer, features_of
 from jrnn.compose.combine import Bidirectional, Highway, Residual, Stack, stepless
 from jrnn.testing.trials import Trial, has_gradient, inexact, only_inexact, results, with_gradients
 
@@ -351,7 +351,7 @@ def fold(cell: Layer, trial: Trial, *, reverse: bool = False) -> dict[str, Any]:
     """
     xs = np.asarray(trial.xs)
     batch = xs.shape[1 : xs.ndim - cell.event_ndim]
-    in_features = xs.shape[-1] if cell.event_ndim else None
+    in_features = features_of(cell, xs.shape)
     valid, resets = trial.flags(batch)
     draw = Draw(cell, batch, in_features)
     params = trial.params if trial.key is None else call(draw, trial.params, trial.key, None)

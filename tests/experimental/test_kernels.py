@@ -24,7 +24,7 @@ import jrnn
 from jrnn import _interpret, schedules
 from jrnn.cells.base import compute_params
 from jrnn.experimental import kernels
-from jrnn.experimental.kernels.plan import Chip, choose
+from jrnn.experimental.kernels.options import Chip, choose
 from jrnn.jaxprs.primitives import TABLE
 from jrnn.schedules import reference
 from tests.cases import StepOnly

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from jrnn._core.devices import default_device, is_placed
 from jrnn.experimental.kernels import body, rule
-from jrnn.experimental.kernels.plan import Chip, Settings
+from jrnn.experimental.kernels.options import Chip, Settings
 from jrnn.jaxprs.primitives import primitive
 from jrnn.schedules import Plan, Refusal, Task, promises
 

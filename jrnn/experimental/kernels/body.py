@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn.cells.base import product
-from jrnn.experimental.kernels.plan import Settings, Steps
+from jrnn.experimental.kernels.options import Settings, Steps
 from jrnn.jaxprs.flat import Op, bind, flatten, run
 from jrnn.jaxprs.primitives import primitive
 from jrnn.schedules.read import unpack

@@ -37,7 +37,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from jrnn.experimental.kernels import body
-from jrnn.experimental.kernels.plan import ROWS, Cut, Settings, Steps, choose
+from jrnn.experimental.kernels.options import ROWS, Cut, Settings, Steps, choose
 
 # What is kept of float32, and the values of jax_default_matmul_precision that ask for no more.
 KEPT = "about 16 bits"

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jrnn.cells.base import product
 from jrnn.experimental.kernels import body
-from jrnn.experimental.kernels.plan import Settings, Steps
+from jrnn.experimental.kernels.options import Settings, Steps
 from jrnn.schedules.read import pack
 
 

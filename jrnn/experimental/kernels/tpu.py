@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from jrnn.experimental.kernels import body
-from jrnn.experimental.kernels.plan import Settings, Steps
+from jrnn.experimental.kernels.options import Settings, Steps
 
 # What is kept of float32, and the values of jax_default_matmul_precision that ask for no more.
 KEPT, PRECISIONS = "8 bits", (None, "default", "bfloat16", "BF16_BF16_BF16", "BF16_BF16_F32")

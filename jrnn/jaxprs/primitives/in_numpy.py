@@ -85,7 +85,8 @@ def pad(params: Any, x: Any, value: Any) -> Any:
 
 
 def reshape(params: Any, x: Any) -> Any:
-    return x.reshape(params["new_sizes"])
+    order = params["dimensions"]
+    return (x if order is None else np.transpose(x, order)).reshape(params["new_sizes"])
 
 
 def rev(params: Any, x: Any) -> Any:
