@@ -374,8 +374,9 @@ class _Reader:
             and not is_reversed(self.unmerged[0])
         )
         if op == "Reshape":
-            self._attributes(node, allowzero=0)
-            if self.axes[-2:] != ["D", "F"] or not self._side_by_side(self._shape(node.input[1])):
+            shape = self._shape(node.input[1])
+            empty = self._attributes(node, allowzero=0)["allowzero"] and shape is not None and 0 in shape
+            if self.axes[-2:] != ["D", "F"] or empty or not self._side_by_side(shape):
                 raise TypeError(
                     f"{_place(node)}: expected a Reshape that puts directions and features side by side, and that "
                     "says so "
