@@ -43,6 +43,8 @@ def serves(cell: Any, params: Any, xs: Any, steps: Steps) -> tuple[bool, str]:
         return False, "it runs cells, which have a step"
     if steps.key is not None and cell.uses_key is not False:
         return False, "it knows nothing of what may be drawn at each step"
+    if not jax.sharding.get_abstract_mesh().empty:
+        return False, "a mesh is set, and it knows nothing of arrays that lie on one"
     if not isinstance(xs.shape[0], int):
         return False, "T is a symbol, and it iterates over all steps at once"
     batch = xs.shape[1 : xs.ndim - cell.event_ndim]
