@@ -119,3 +119,10 @@ def test_what_it_cannot_run(cell, key, message):
     params = cell.init(jax.random.key(0), F)
     with pytest.raises(ValueError, match=f"backend: 'newton' cannot run .*{message}"):
         jrnn.unroll(cell, params, jnp.ones((4, F)), key=key, backend="newton")
+
+
+def test_it_knows_nothing_of_a_mesh():
+    cell = jrnn.gru(3)
+    params = cell.init(jax.random.key(0), F)
+    with jax.set_mesh(jax.make_mesh((1,), ("batch",))), pytest.raises(ValueError, match="a mesh is set"):
+        jrnn.unroll(cell, params, jnp.ones((4, F)), backend="newton")
