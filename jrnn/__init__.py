@@ -17,7 +17,13 @@ from jrnn.cells.affine import AffineCell
 from jrnn.cells.base import Cell, HiddenState, Layer, product
 from jrnn.cells.elman import elman, indrnn, jordan
 from jrnn.cells.gru import gru, layer_norm_gru, mgu, ugrnn
+from jrnn.cells.linear import LinearCell
+from jrnn.cells.lru import lru, s5
 from jrnn.cells.lstm import LSTM, LSTMState, coupled_lstm, layer_norm_lstm, lstm, peephole_lstm, projection_lstm
+from jrnn.cells.minimal import min_gru, min_lstm
+from jrnn.cells.qrnn import QRNNState, qrnn
+from jrnn.cells.rg_lru import rg_lru
+from jrnn.cells.sru import SRUState, sru
 from jrnn.cells.tdnn import TDNNState, tdnn
 from jrnn.compose.attention import AttentionState, Memory, attend, attention, remember
 from jrnn.compose.combine import bidirectional, highway, residual, stack
@@ -27,6 +33,7 @@ from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
 from jrnn.run.scanning import choose_scan_backend, scan
 from jrnn.run.streaming import stepper
 from jrnn.run.unrolling import choose_backend, draw, unroll
+from jrnn.schedules.linear import linear_scan
 
 if TYPE_CHECKING:
     import jrnn.decoding as decoding
@@ -59,7 +66,10 @@ __all__ = [
     "HiddenState",
     "LSTMState",
     "Layer",
+    "LinearCell",
     "Memory",
+    "QRNNState",
+    "SRUState",
     "TDNNState",
     "Wrapper",
     "activation",
@@ -88,18 +98,26 @@ __all__ = [
     "layer_norm_gru",
     "layer_norm_lstm",
     "learned_state",
+    "linear_scan",
     "losses",
+    "lru",
     "lstm",
     "mgu",
+    "min_gru",
+    "min_lstm",
     "native",
     "optimizer",
     "peephole_lstm",
     "product",
     "projection_lstm",
+    "qrnn",
     "remember",
     "residual",
+    "rg_lru",
+    "s5",
     "scan",
     "sequence",
+    "sru",
     "stack",
     "stepper",
     "summary",

@@ -64,7 +64,11 @@ def test_laws_compiled():
 # the laws, which take the arguments in turn.
 PRODUCT = list(
     itertools.product(
-        *[(False, True)] * 6, (None, 1, 2, 3, "sqrt", 9), (None, "reference", "hoisted"), (1, 2, 9), ((4,), (), (2, 2))
+        *[(False, True)] * 6,
+        (None, 1, 2, 3, "sqrt", 9),
+        (None, "reference", "hoisted", "associative"),
+        (1, 2, 9),
+        ((4,), (), (2, 2)),
     )
 )
 COMBINATIONS = [(case, random.Random(f"{case.name}{i}").choice(PRODUCT)) for case in CASES for i in range(1)]

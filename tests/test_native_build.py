@@ -50,10 +50,15 @@ def fake_compiler(path, text):
 
 
 def test_the_digest_covers_every_file_and_every_include():
-    known = {*build.LOOP, *build.LOOP_HEADERS, *build.CELL, *build.CELL_HEADERS}
+    known = {*build.LOOP, *build.LOOP_HEADERS, *build.CELL, *build.CELL_HEADERS, *build.LINEAR, *build.LINEAR_HEADERS}
     folder = Path(build.__file__).parent
     assert known == {path.name for path in folder.iterdir() if path.suffix in (".cc", ".h")}
-    for sources, headers in ((build.LOOP, build.LOOP_HEADERS), (build.CELL, build.CELL_HEADERS)):
+    libraries = [
+        (build.LOOP, build.LOOP_HEADERS),
+        (build.CELL, build.CELL_HEADERS),
+        (build.LINEAR, build.LINEAR_HEADERS),
+    ]
+    for sources, headers in libraries:
         for name in (*sources, *headers):
             included = set(re.findall(r'#include "(\w+\.h)"', (folder / name).read_text())) - {"cell.h"}
             assert included <= set(headers), name

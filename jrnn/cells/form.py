@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jrnn.cells.base import product, side_by_side, vector
 
-__all__ = ["AffineForm", "Gates", "ReadGates", "gate_tuple"]
+__all__ = ["AffineForm", "Gates", "LinearForm", "ReadGates", "gate_tuple"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,15 @@ class AffineForm:
 
     def output(self, state: Any) -> jax.Array:
         return side_by_side(self.fields(state))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("cell",))
+@dataclass(frozen=True, eq=False)
+class LinearForm:
+    """A step ``h = a * h + b``, elementwise: what a `jrnn.LinearCell` makes of its parameters, cast for products."""
+
+    cell: Any
+    params: Any
 
 
 @functools.cache

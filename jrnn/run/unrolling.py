@@ -75,6 +75,9 @@ def unroll(
         - "reference", a plain scan of the cell's step
         - "hoisted", scans from which everything that does not need the state is taken out
         - "native", the loop in C++, compiled on this machine and kept in ``~/.cache/jrnn``
+        - "associative", all steps at once, for cells that are linear in their state (see `jrnn.linear_scan`)
+        - "newton", all steps at once by Newton's method, for any cell with real states; sequences on which it does not
+          converge run by a scan
         - "kernel" (one Pallas kernel for the loop) and "cudnn" (NVIDIA's LSTM), once `jrnn.experimental` is imported
 
       remat: a number of steps n: store only the state before every n-th step of a recurrent layer as a residual, and

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from jrnn.schedules import hoisted, native, reference
+from jrnn.schedules import associative, hoisted, native, newton, reference
 from jrnn.schedules.plan import Plan, Refusal, Task
 from jrnn.schedules.steps import Steps
 
@@ -35,7 +35,9 @@ class Schedule(NamedTuple):
 
 SCHEDULES: dict[str, Schedule] = {
     "native": Schedule(native.plan, pays=native.pays),
+    "associative": Schedule(associative.plan),
     "hoisted": Schedule(hoisted.plan),
+    "newton": Schedule(newton.plan, automatic=False),
     "reference": Schedule(reference.plan),
 }
 

@@ -16,13 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jaxlib
 
 from jrnn.schedules.native import cache
 
-__all__ = ["available", "load"]
+__all__ = ["available", "load", "load_linear"]
 
 # Not -ffast-math: a NaN must stay one.
 FLAGS = ("-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
@@ -31,8 +32,20 @@ FLAGS = ("-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math",
 # measurable difference, and takes three times as long to compile.
 LOOP: dict[str, tuple[str, ...]] = {"bind.cc": ("-O1",), "kernel.cc": ("-Og",), "products.cc": ("-O3",)}
 CELL: dict[str, tuple[str, ...]] = {"cell.cc": ("-O3",)}
-LOOP_HEADERS = ("backward.h", "chunks.h", "forward.h", "kernel.h", "products.h", "run.h", "threads.h", "vectors.h")
+LOOP_HEADERS = (
+    "backward.h",
+    "chunks.h",
+    "ffi.h",
+    "forward.h",
+    "kernel.h",
+    "products.h",
+    "run.h",
+    "threads.h",
+    "vectors.h",
+)
 CELL_HEADERS = ("kernel.h", "vectors.h")
+LINEAR: dict[str, tuple[str, ...]] = {"linear.cc": ("-O3",)}
+LINEAR_HEADERS = ("ffi.h", "kernel.h", "threads.h")
 
 
 def compiler() -> str | None:
@@ -74,7 +87,15 @@ class Kernel:
         self.forward, self.backward = (f"{name}_{self.unit_block}_{which}" for which in ("forward", "backward"))
 
 
+class Linear(NamedTuple):
+    """The names in XLA of the linear recurrence and its gradient (``linear.cc``)."""
+
+    forward: str
+    backward: str
+
+
 _lock = threading.Lock()
+_linear: list[Linear] = []  # one at most, once it is registered with XLA
 _kernels: dict[str, Kernel] = {}  # registered with XLA, by name, for the life of the process
 
 
@@ -102,6 +123,38 @@ def load(header: str) -> Kernel:
         jax.ffi.register_ffi_target(kernel.forward, jax.ffi.pycapsule(cell.jrnn_forward), platform="cpu")
         jax.ffi.register_ffi_target(kernel.backward, jax.ffi.pycapsule(cell.jrnn_backward), platform="cpu")
         return _kernels.setdefault(name, kernel)
+
+
+def load_linear() -> Linear:
+    """The linear recurrence, compiled unless it was before.
+
+    Raises:
+      RuntimeError: it cannot be compiled or loaded. The reason is found once, and is the same at every later call.
+    """
+    with _lock:
+        if _linear:
+            return _linear[0]
+        if reason := _missing():
+            raise RuntimeError(reason)
+        try:
+            found = _linear_library(str(compiler()), cache.directories())
+        except OSError as error:
+            raise RuntimeError(str(error)) from error
+        if isinstance(found, str):
+            raise RuntimeError(f"the linear recurrence cannot be compiled: {found}")
+        name = f"jrnn_{_digest(*_texts(*LINEAR, *LINEAR_HEADERS).values())}_0"
+        names = Linear(f"{name}_forward", f"{name}_backward")
+        jax.ffi.register_ffi_target(names.forward, jax.ffi.pycapsule(found.jrnn_linear_forward), platform="cpu")
+        jax.ffi.register_ffi_target(names.backward, jax.ffi.pycapsule(found.jrnn_linear_backward), platform="cpu")
+        _linear.append(names)
+        return names
+
+
+@functools.lru_cache(maxsize=8)
+def _linear_library(path: str, directories: tuple[Path, ...]) -> ctypes.CDLL | str:
+    flags = ("-pthread", f"-I{jax.ffi.include_dir()}")
+    files = _texts(*LINEAR, *LINEAR_HEADERS)
+    return _loaded(Library("linear", path, LINEAR, files, flags, jaxlib.__version__), directories)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,0 +1,112 @@
+"""All steps of a linear cell at once: its coefficients for all T, one `linear_scan`, its outputs for all T.
+
+A step that is not valid is one that keeps the state: ``a`` is 1 and ``b`` is 0 there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jrnn._core.devices import varying_as
+from jrnn.cells.form import LinearForm
+from jrnn.cells.linear import LinearCell
+from jrnn.schedules.linear import choose_linear, linear_scan
+from jrnn.schedules.plan import Plan, Refusal, Task
+from jrnn.schedules.steps import expand, select
+
+__all__ = ["plan"]
+
+
+def plan(task: Task) -> Plan | Refusal:
+    if not isinstance(task.form, LinearForm):
+        return Refusal("it runs linear cells (jrnn.LinearCell), whose step is h = a * h + b, with a and b of the input")
+    h = task.state[0]
+    name, reason = choose_linear((task.xs.shape[0], *h.shape), h.dtype, None, task.xs)
+    return Plan(run, f"the cell is linear in its state, and runs as jrnn.linear_scan ({name}: {reason})", of_form=True)
+
+
+def run(options: Any, task: Task) -> tuple[Any, jax.Array]:
+    if task.xs.shape[0] == 0:
+        one = lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype)
+        valid, resets = jax.tree.map(one, (task.steps.valid, task.steps.resets))
+        steps = replace(task.steps, valid=valid, resets=resets)
+        ys = jax.eval_shape(_run, replace(task, xs=one(task.xs), steps=steps))[1]
+        return task.state, jnp.zeros((0, *ys.shape[1:]), ys.dtype)
+    return _run(task)
+
+
+def _run(task: Task) -> tuple[Any, jax.Array]:
+    cell, params = task.form.cell, task.form.params
+    xs, state, restart = task.xs, task.state, task.restart
+    valid, resets, reverse = task.steps.valid, task.steps.resets, task.steps.reverse
+    inputs, rest = xs, state[1:]
+    if cell.window > 1:
+        before = Before(xs.shape[0], valid, resets, reverse)
+        taps, past = before.taps(xs.astype(state[1].dtype), state[1], None if resets is None else restart[1])
+        inputs, rest = jnp.concatenate([tap.astype(xs.dtype) for tap in (*taps, xs)], -1), (past,)
+    a, b = cell.coefficients_of(params, inputs)
+    if resets is not None and type(cell).initial_state is not LinearCell.initial_state:
+        reset = expand(resets, b)
+        b = b + jnp.where(reset, a * restart[0], jnp.zeros((), b.dtype))
+    if valid is not None:
+        held = expand(valid, b)
+        a = jnp.where(held, a, jnp.ones((), a.dtype))
+        b = jnp.where(held, b, jnp.zeros((), b.dtype))
+    hs = linear_scan(a, b, varying_as(state[0], a, b), resets=resets, reverse=reverse)
+    ys = cell.readout(params, hs, inputs)
+    last = type(state)(hs[0 if reverse else -1], *rest)
+    return last, ys
+
+
+class Before:
+    """For each step the valid one before it, in the order in which steps are run."""
+
+    def __init__(self, time: Any, valid: Any, resets: Any, reverse: bool) -> None:
+        self.resets, self.reverse, self.valid = resets, reverse, valid
+        if valid is not None:
+            times = expand(jnp.arange(time, dtype=jnp.int32), valid)
+            if reverse:
+                seen = lax.cummin(jnp.where(valid, times, time), axis=0, reverse=True)
+                self.last = seen[0]
+                self.step = jnp.concatenate([seen[1:], jnp.full_like(seen[:1], time)])
+            else:
+                seen = lax.cummax(jnp.where(valid, times, -1), axis=0)
+                self.last = seen[-1]
+                self.step = jnp.concatenate([jnp.full_like(seen[:1], -1), seen[:-1]])
+            self.time = time
+
+    def taps(self, xs: jax.Array, past: jax.Array, restart: Any) -> tuple[list[jax.Array], jax.Array]:
+        """The inputs of the steps before each, the oldest first, and those that a step after all of these would see.
+
+        ``past (*B, taps, F)`` are the inputs before the first step, and ``restart`` those that a reset leaves.
+        """
+        taps, tap, ends = [], xs, []
+        for k in range(1, past.shape[-2] + 1):
+            first = past[..., -k, :]
+            ends.append(self._at_end(tap, first))
+            tap = self._shifted(tap, first)
+            if self.resets is not None:
+                tap = select(self.resets, jnp.broadcast_to(restart[..., -k, :], tap.shape), tap)
+            taps.append(tap)
+        return taps[::-1], jnp.stack(ends[::-1], -2)
+
+    def _shifted(self, xs: jax.Array, first: jax.Array) -> jax.Array:
+        if self.valid is None:
+            return jnp.concatenate([xs[1:], first[None]] if self.reverse else [first[None], xs[:-1]])
+        return self._taken(xs, self.step, first)
+
+    def _at_end(self, xs: jax.Array, first: jax.Array) -> jax.Array:
+        if self.valid is None:
+            return xs[0 if self.reverse else -1]
+        return self._taken(xs, self.last[None], first)[0]
+
+    def _taken(self, xs: jax.Array, step: jax.Array, first: jax.Array) -> jax.Array:
+        """``xs`` of the given steps, ``first`` where there is none."""
+        inside = (step >= 0) & (step < self.time)
+        found = jnp.take_along_axis(xs, expand(jnp.clip(step, 0, self.time - 1), xs), axis=0)
+        return select(inside, found, jnp.broadcast_to(first, found.shape))
