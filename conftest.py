@@ -1,12 +1,16 @@
 """Names that every docstring's example may use without importing them."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
+# Modules whose library may not be installed: their examples are not collected then.
+collect_ignore = [] if importlib.util.find_spec("flax") else ["jrnn/flax"]
 
 
 @pytest.fixture(autouse=True)

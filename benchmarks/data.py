@@ -77,6 +77,14 @@ def make(point: Point) -> dict[str, Any]:
     return {"xs": xs, "weights": weights * valid, "lengths": lengths, "params": params}
 
 
+def resets(point: Point) -> np.ndarray | None:
+    """``(T, B)`` booleans, where a point has episodes: they begin anew at one step of twenty."""
+    if not point.resets:
+        return None
+    rng = np.random.default_rng(zlib.crc32(repr(("resets", point.shape)).encode()))
+    return rng.random((point.time, point.batch)) < 0.05
+
+
 def expected(point: Point, equations: str, data: dict[str, Any]) -> dict[str, Any]:
     """What jrnn's reference schedule answers, in float32: ``ys``, and for training also ``value`` and gradients."""
     import jax
@@ -95,7 +103,8 @@ def expected(point: Point, equations: str, data: dict[str, Any]) -> dict[str, An
     @jax.jit
     def run(params: Any, xs: Any) -> Any:
         params = tuple(tuple(fill(p) for p in layer) for layer in params)
-        return jrnn.unroll(model, model_params(point, params), xs, lengths=lengths, backend="reference")[1]
+        options = {"lengths": lengths, "resets": resets(point), "backend": "reference"}
+        return jrnn.unroll(model, model_params(point, params), xs, **options)[1]
 
     @jax.jit
     def gradients(params: Any, xs: Any) -> Any:

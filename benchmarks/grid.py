@@ -34,6 +34,12 @@ STEPPED = tuple(
     for scan in ("lax.scan", "jrnn.scan")
 )
 IN_STEPS = ("jrnn", "products", "jrnn own step", *STEPPED)
+DROP_IN = "flax drop-in"
+DROPPED_IN = tuple(
+    f"{cell} on {library}" for cell in ("linen", "linen LSTMCell", "nnx") for library in ("flax", "jrnn")
+)
+IN_PLACE = ("jrnn", "products", *DROPPED_IN)
+ROLLOUT = (64, 64, 256, 256)  # of reinforcement learning, with resets
 REMAT = (*ONLY_JRNN, "jrnn remat", "jrnn hoisted remat")
 
 
@@ -56,6 +62,7 @@ class Point:
     layers: int = 1
     bidirectional: bool = False
     ragged: bool = False
+    resets: bool = False
     dtype: str = "float32"
     peers: tuple[str, ...] | None = None
     precision: str | None = None  # of float32 products on a GPU: "tf32" or "exact"
@@ -110,7 +117,8 @@ class Point:
 
     def to_json(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
-        return fields if self.precision else {name: value for name, value in fields.items() if name != "precision"}
+        # Results are kept by these fields: what was added later is left out where it says nothing.
+        return {name: value for name, value in fields.items() if value or name not in ("precision", "resets")}
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> Point:
@@ -141,6 +149,10 @@ def full() -> tuple[Point, ...]:
     for cell in GATES:
         for shape in (*SHAPES[:4], SHAPES[6]):
             points += _both(STEPS, cell, shape, peers=IN_STEPS)
+    for cell in ("lstm", "gru"):
+        for shape in SHAPES:
+            points += _both(DROP_IN, cell, shape, peers=IN_PLACE)
+        points += _both(DROP_IN, cell, ROLLOUT, resets=True, peers=IN_PLACE)
     for shape in (SHAPES[2], SHAPES[3]):
         points += _both("bfloat16", "lstm", shape, dtype="bfloat16")
     for cell in GATES:
@@ -161,5 +173,6 @@ def quick() -> tuple[Point, ...]:
         Point("ragged", "lstm", "forward", *shape, ragged=True),
         Point("own cell", "lstm", "train", *shape, peers=OWN_CELL),
         Point(STEPS, "lstm", "train", *shape, peers=IN_STEPS),
+        Point(DROP_IN, "gru", "train", *shape, resets=True, peers=IN_PLACE),
         Point("one step", "lstm", "step", 1, 1, 64, 256),
     )

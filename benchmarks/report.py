@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plot, store
-from benchmarks.grid import GATES, STEPS, WORK, Point
+from benchmarks.grid import DROP_IN, GATES, STEPS, WORK, Point
 from benchmarks.peers import PEERS, is_jrnn
 from benchmarks.peers.base import PRODUCT
 
@@ -24,6 +24,9 @@ SECTIONS = {
     STEPS: "Unchanged steps of other libraries, and one written by hand, in `jax.lax.scan` and in `jrnn.scan`, beside "
     "the built-in cell. *over lax.scan* is how many times as long they take in `jax.lax.scan` as in `jrnn.scan`, and "
     "*over built-in* how many times as long in `jrnn.scan` as the built-in cell: geometric means over the libraries.",
+    DROP_IN: "Flax's own `RNN` (with resets, the class that wraps a cell in `nn.scan`) and jrnn's in its place, from "
+    "the same variables: `OptimizedLSTMCell`, `LSTMCell` and `GRUCell` of linen and nnx. *over jrnn.flax* is how many "
+    "times as long they take in Flax's as in jrnn's, the geometric mean over the cells, and *least* the least of them.",
     "bfloat16": "Inputs and products in bfloat16; the floor is still that of float32 products. CPUs that have no "
     "instructions for it emulate them, each library in its own way.",
     "one step": "One call for each time step, its state fed back. `empty` is a jitted function of the same arguments "
@@ -245,6 +248,7 @@ def _section(entries: list[dict[str, Any]], section: str) -> str:
     else:
         extra = {"grid": ["faster", "floor", "in rounds", "µs a step"], "own cell": ["own / built-in"]}
     extra |= {STEPS: ["over lax.scan", "over built-in"]}
+    extra |= {DROP_IN: ["over jrnn.flax", "least", "floor"]}
     extra |= {"long": ["µs a step"], "one step": ["faster"]}
     extra |= {"memory": ["remat / without", "temporaries with remat", "without"]}
     added = extra.get(section, ["faster", "floor"])
@@ -272,6 +276,8 @@ def _section(entries: list[dict[str, Any]], section: str) -> str:
             "remat / without": NOTHING if None in (ours, remat) else f"{remat / ours:.2f}",
             "over lax.scan": number(geometric_mean(_in_scans(entry, "lax.scan")), "x"),
             "over built-in": number(geometric_mean(_in_scans(entry, None)), "x"),
+            "over jrnn.flax": number(geometric_mean(_in_place(entry)), "x"),
+            "least": number(min(_in_place(entry), default=None), "x"),
             "own / built-in": NOTHING if own is None or ours is None else f"{own / ours:.2f}",
         }
         rows.append([label(entry), *values, *(what[name] for name in added)])
@@ -287,6 +293,13 @@ def _in_scans(entry: dict[str, Any], other: str | None) -> list[float]:
         if ours is not None and theirs is not None:
             found.append(theirs / ours if other else ours / theirs)
     return found
+
+
+def _in_place(entry: dict[str, Any]) -> list[float]:
+    """Of each cell, the time on Flax over that on jrnn."""
+    names = [name for name in entry["results"] if name.endswith(" on jrnn")]
+    pairs = [(median(entry, name.replace(" on jrnn", " on flax")), median(entry, name)) for name in names]
+    return [theirs / ours for theirs, ours in pairs if theirs is not None and ours is not None]
 
 
 def _notes(entries: list[dict[str, Any]]) -> str:

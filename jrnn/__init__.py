@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jrnn import activations, initializers, sequence
 from jrnn.cells.affine import AffineCell
-from jrnn.cells.base import Cell, HiddenState, Layer, product
+from jrnn.cells.base import Cell, Emitted, HiddenState, Layer, product
 from jrnn.cells.elman import elman, indrnn, jordan
 from jrnn.cells.gru import gru, layer_norm_gru, mgu, ugrnn
 from jrnn.cells.linear import LinearCell
@@ -28,6 +28,7 @@ from jrnn.cells.tdnn import TDNNState, tdnn
 from jrnn.compose.attention import AttentionState, Memory, attend, attention, remember
 from jrnn.compose.combine import bidirectional, highway, residual, stack
 from jrnn.compose.describing import summary
+from jrnn.compose.emit import emit_state
 from jrnn.compose.regularise import Wrapper, dropconnect, learned_state, variational, zoneout
 from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
 from jrnn.run.scanning import choose_scan_backend, scan
@@ -38,11 +39,14 @@ from jrnn.schedules.linear import linear_scan
 if TYPE_CHECKING:
     import jrnn.decoding as decoding
     import jrnn.diagnose as diagnose
+    import jrnn.flax as flax
     import jrnn.interop as interop
     import jrnn.losses as losses
     import jrnn.native as native
+    import jrnn.rl as rl
     import jrnn.testing as testing
     import jrnn.training as training
+    from jrnn.files import export, load, save
     from jrnn.training import optimizer
 
 __version__ = "0.1.0"
@@ -51,9 +55,11 @@ __version__ = "0.1.0"
 _LAZY = {
     "decoding": "jrnn.decoding",
     "diagnose": "jrnn.diagnose",
+    "flax": "jrnn.flax",
     "interop": "jrnn.interop",
     "losses": "jrnn.losses",
     "native": "jrnn.native",
+    "rl": "jrnn.rl",
     "testing": "jrnn.testing",
     "training": "jrnn.training",
 }
@@ -63,6 +69,7 @@ __all__ = [
     "AffineCell",
     "AttentionState",
     "Cell",
+    "Emitted",
     "HiddenState",
     "LSTMState",
     "Layer",
@@ -88,6 +95,9 @@ __all__ = [
     "dropout",
     "elman",
     "embed",
+    "emit_state",
+    "export",
+    "flax",
     "gru",
     "highway",
     "indrnn",
@@ -99,6 +109,7 @@ __all__ = [
     "layer_norm_lstm",
     "learned_state",
     "linear_scan",
+    "load",
     "losses",
     "lru",
     "lstm",
@@ -114,7 +125,9 @@ __all__ = [
     "remember",
     "residual",
     "rg_lru",
+    "rl",
     "s5",
+    "save",
     "scan",
     "sequence",
     "sru",
@@ -134,6 +147,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(_LAZY[name])
+    if name in ("export", "load", "save"):
+        return getattr(importlib.import_module("jrnn.files"), name)
     if name == "optimizer":
         return importlib.import_module("jrnn.training").optimizer
     raise AttributeError(f"module 'jrnn' has no attribute {name!r}")

@@ -153,6 +153,27 @@ def test_the_own_cell_agrees():
     np.testing.assert_allclose(ours, data.expected(TINY, "lstm", drawn)["ys"], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "cell", "resets"),
+    [
+        ("linen on flax", "gru", True),
+        ("linen on jrnn", "gru", True),
+        ("linen LSTMCell on jrnn", "lstm", False),
+        ("nnx on jrnn", "gru", False),
+    ],
+)
+def test_flax_and_what_takes_its_place_agree(name, cell, resets):
+    if not peers.available(name):
+        pytest.skip("Flax is not installed")
+    point = grid.Point(grid.DROP_IN, cell, "train", 2, 40, 3, 4, resets=resets)
+    assert (data.resets(point) is None) != resets
+    drawn, peer = data.make(point), peers.create(name)
+    equations = peer.equations_of(point)
+    assert peer.refuses(point) is None
+    answer = peer.prepare(point, drawn | {"params": data.reduced(equations, drawn["params"])}).answer()
+    assert data.agrees(point, data.errors(point, answer, data.expected(point, equations, drawn)))
+
+
 def test_inputs_are_the_same_every_time_and_padding_weighs_nothing():
     point = CASES["ragged"]
     first, second = data.make(point), data.make(point)
@@ -351,6 +372,7 @@ def test_every_line_of_the_source_counts(tmp_path):
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_a_run_from_end_to_end_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     points = (ELMAN, dataclasses.replace(ELMAN, work="forward"))
     monkeypatch.setattr(grid, "quick", lambda: points)

@@ -399,8 +399,11 @@ def test_the_suite_goes_from_correctness_to_timing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("body", "says"),
-    [("pass", "1 passed"), ("assert False", "1 failed"), ("__import__('time').sleep(600)", "did not end in 15 s")],
-    ids=["pass", "fail", "hang"],
+    [
+        pytest.param("pass", "1 passed", id="pass", marks=pytest.mark.nightly),
+        pytest.param("assert False", "1 failed", id="fail"),
+        pytest.param("__import__('time').sleep(600)", "did not end in 15 s", id="hang", marks=pytest.mark.nightly),
+    ],
 )
 def test_tests_that_hang_are_ended(body, says, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine, "ROOT", tmp_path)

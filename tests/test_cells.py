@@ -306,7 +306,7 @@ def test_repr_is_an_expression(case):
     "text",
     [
         "lstm(4)",
-        "lstm(4, forget_bias=0.0, recurrent_init=initializers.orthogonal(scale=0.5))",
+        "lstm(4, recurrent_init=initializers.orthogonal(scale=0.5), forget_bias=0.0)",
         "gru(4, reset='before', activation='relu', bias_init=initializers.zeros)",
         "elman(4, activation=activations.linear)",
         "stack(gru(4), residual(dense(4)), dropout(0.1))",

@@ -260,7 +260,7 @@ def test_it_learns_the_users_own_task(text, tmp_path, monkeypatch, capsys):
     assert "'a cold day': snow" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_it_runs_as_a_newcomer_runs_it(tmp_path):
     skip_without_plays()
     printed = run(tmp_path, "--quick")

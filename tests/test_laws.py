@@ -23,14 +23,11 @@ INTERPRET = tuple(law for law in testing.LAWS if law not in COMPILE)
 NARROW = (testing.check_state_dtype,)
 NARROW_FULL = (testing.check_step_equals_unroll, testing.check_padding, testing.check_state_dtype)
 # A second Python need not run these.
+SLOW = [pytest.param(case, id=case.name, marks=() if case.full else pytest.mark.slow) for case in CASES]
 SMOKE = ("lstm", "step_only", "zoneout", "stack", "bidirectional")
-SLOW = [
-    pytest.param(
-        case,
-        id=case.name,
-        marks=[pytest.mark.slow] * (not case.full) + [pytest.mark.smoke] * (case.name in SMOKE),
-    )
-    for case in CASES
+NARROW_ROWS = [
+    pytest.param(*row.values, id=row.id, marks=[*row.marks, pytest.mark.smoke] if row.id in SMOKE else row.marks)
+    for row in SLOW
 ]
 FULL = [pytest.param(case, id=case.name) for case in CASES if case.full]
 # Interpreted: XLA compiles single operations.
@@ -44,7 +41,7 @@ def test_laws_float64(case):
 
 
 @interpreted
-@pytest.mark.parametrize("case", SLOW)
+@pytest.mark.parametrize("case", NARROW_ROWS)
 def test_laws_float32(case):
     testing.check_cell(case.layer, case.in_features, laws=NARROW_FULL if case.full else NARROW)
 

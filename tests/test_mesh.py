@@ -47,7 +47,7 @@ def specs(tree):
 
 
 # A second Python need not run these on every row.
-ROWS = [pytest.param(case, id=case.name, marks=() if case.full else pytest.mark.slow) for case in CASES]
+ROWS = [pytest.param(case, id=case.name, marks=() if case.full else pytest.mark.nightly) for case in CASES]
 
 
 @pytest.mark.parametrize("case", ROWS)

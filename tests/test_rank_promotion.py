@@ -13,9 +13,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation", "strict_ranks")
 
 # Users' own steps, in which a vector meets a batch.
 OWN = {"step_only", "counting", "variational_step_only", "rotating", "drawing_decoder"}
-# A second Python need not run these on every row.
 ROWS = [
-    pytest.param(case, id=case.name, marks=() if case.full else pytest.mark.slow)
+    pytest.param(case, id=case.name, marks=() if case.full else pytest.mark.nightly)
     for case in CASES
     if case.name not in OWN
 ]

@@ -65,6 +65,15 @@ def test_the_state_is_donated():
     assert before.c.is_deleted()
 
 
+def test_a_state_that_was_donated_is_refused_by_name():
+    cell = jrnn.gru(5)
+    params = cell.init(jax.random.key(0), 3)
+    step, before = jrnn.stepper(cell), cell.initial_state(params, (2,))
+    step(params, before, jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"state: expected one that no earlier call was given.*copy what you keep"):
+        step(params, before, jnp.ones((2, 3)))
+
+
 def test_equal_layers_share_what_is_compiled():
     params = jrnn.gru(5).init(jax.random.key(0), 3)
     x = jnp.ones((2, 3))

@@ -109,6 +109,14 @@ def test_bad_arguments():
         tune("lstm", params, xs)
 
 
+def test_equal_cells_have_one_reason():
+    model = jrnn.stack(jrnn.bidirectional(jrnn.gru(4)), jrnn.dense(2))
+    structs = jax.eval_shape(lambda: (model.init(jax.random.key(0), 3), jnp.ones((5, 2, 3))))
+    name, reason = jrnn.choose_backend(model, *structs)
+    assert name == "hoisted"
+    assert "\n" not in reason
+
+
 def test_shapes_are_enough_to_choose_by():
     model = jrnn.stack(jrnn.embed(5, 3), jrnn.dropout(0.1), jrnn.bidirectional(jrnn.gru(8)))
     arrays = (model.init(jax.random.key(0), None), jnp.zeros((6, 2), jnp.int32))

@@ -51,6 +51,12 @@ PEERS: dict[str, Entry] = {
     "haiku in jrnn.scan": Entry("scans", "HaikuInJrnn", "haiku", "dm-haiku"),
     "equinox in lax.scan": Entry("scans", "EquinoxInLax", "equinox", "equinox"),
     "equinox in jrnn.scan": Entry("scans", "EquinoxInJrnn", "equinox", "equinox"),
+    "linen on flax": Entry("flax_in_place", "Linen", "flax", "flax"),
+    "linen on jrnn": Entry("flax_in_place", "LinenOnJrnn", "flax", "flax"),
+    "linen LSTMCell on flax": Entry("flax_in_place", "Plain", "flax", "flax"),
+    "linen LSTMCell on jrnn": Entry("flax_in_place", "PlainOnJrnn", "flax", "flax"),
+    "nnx on flax": Entry("flax_in_place", "NNX", "flax", "flax"),
+    "nnx on jrnn": Entry("flax_in_place", "NNXOnJrnn", "flax", "flax"),
     "empty": Entry("hand", "Empty", "jax", "jax"),
     "products": Entry("hand", "Products", "jax", "jax"),
 }

@@ -35,19 +35,23 @@ class Peer:
 
     ``form`` says in one line how it is used. ``equations`` names, for cells whose equations differ from jrnn's
     default, those it is held against (see `benchmarks.data.EQUATIONS`). ``lengths`` says whether ragged lengths mean
-    anything to it; where they do not, it runs the padded whole, and its results are marked.
+    anything to it; where they do not, it runs the padded whole, and its results are marked. ``resets`` says whether
+    it takes part where episodes begin anew (see `benchmarks.data.resets`).
     """
 
     form: ClassVar[str]
     cells: ClassVar[tuple[str, ...]] = ("lstm", "gru", "elman")
     equations: ClassVar[dict[str, str]] = {}
     lengths: ClassVar[bool] = False
+    resets: ClassVar[bool] = False
     checked: ClassVar[bool] = True
 
     def refuses(self, point: Point) -> str | None:
         """Why the peer takes no part in a point; None where it does."""
         if point.ragged and point.bidirectional and not self.lengths:
             return "knows no lengths, without which the backward direction would begin in padding"
+        if point.resets and not self.resets:
+            return "knows no resets"
         return None if point.cell in self.cells else f"has no {point.cell} cell"
 
     def note(self, point: Point) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ GATE_NAMES = {"lstm": "ifgo", "gru": "rzn"}
 class Linen(JaxPeer):
     form = "nn.RNN(time_major=True) of OptimizedLSTMCell (fused), GRUCell, SimpleCell; apply under jit"
     lengths = True
+    modules: ClassVar[Any] = nn  # where RNN and Bidirectional come from
 
     def cell(self, point: Point) -> Any:
         dtype = None if point.dtype == "float32" else jnp.dtype(point.dtype)
@@ -38,11 +39,8 @@ class Linen(JaxPeer):
         return own
 
     def apply(self, point: Point, own: Any, xs: Any, lengths: Any) -> Any:
-        layer: nn.Module = nn.RNN(self.cell(point), time_major=True)
-        if point.bidirectional:
-            layer = nn.Bidirectional(
-                nn.RNN(self.cell(point), time_major=True), nn.RNN(self.cell(point), time_major=True), time_major=True
-            )
+        rnn = lambda: self.modules.RNN(self.cell(point), time_major=True)
+        layer: nn.Module = self.modules.Bidirectional(rnn(), rnn(), time_major=True) if point.bidirectional else rnn()
         for directions in own:
             if point.bidirectional:
                 forward, backward = directions

@@ -19,6 +19,7 @@ class NNX(JaxPeer):
     )
     equations: ClassVar[dict[str, str]] = {"gru": "gru without b_hn"}
     lengths = True
+    modules: ClassVar[Any] = nnx  # where RNN comes from
 
     def cell(self, point: Point, features: int) -> Any:
         dtype = {"dtype": jnp.dtype(point.dtype)}
@@ -37,7 +38,7 @@ class NNX(JaxPeer):
     def layer(self, point: Point, features: int) -> Any:
         """A layer in one direction. Parameters are the same at all steps: broadcast, not carried, which is faster."""
         axes: Any = nnx.StateAxes(cast(Any, {...: None}))
-        return nnx.RNN(self.cell(point, features), time_major=True, state_axes=axes, rngs=False)
+        return self.modules.RNN(self.cell(point, features), time_major=True, state_axes=axes, rngs=False)
 
     def apply(self, point: Point, own: Any, xs: Any, lengths: Any) -> Any:
         for features, directions in zip(point.layer_features(), own, strict=True):

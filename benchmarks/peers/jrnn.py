@@ -21,6 +21,7 @@ class Jrnn(JaxPeer):
 
     form = "jrnn.unroll under jit, time-major, the schedule it chooses by itself; jrnn.stepper for single steps"
     lengths = True
+    resets = True
     backend: ClassVar[str | None] = None
     remat: ClassVar[str | None] = None
     steps_in_a_body: ClassVar[int] = 1
@@ -34,7 +35,7 @@ class Jrnn(JaxPeer):
     def apply(self, point: Point, own: Any, xs: Any, lengths: Any) -> Any:
         model = data.make_model(self.cell(point), point)
         options = {"backend": self.backend, "remat": self.remat, "unroll": self.steps_in_a_body}
-        return jrnn.unroll(model, own, xs, lengths=lengths, **options)[1]
+        return jrnn.unroll(model, own, xs, lengths=lengths, resets=data.resets(point), **options)[1]
 
     def initial(self, point: Point, own: Any) -> Any:
         return self.cell(point).initial_state(own, (point.batch,))

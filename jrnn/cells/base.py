@@ -21,7 +21,7 @@ from jrnn._core.checks import brief, describe, same_form
 from jrnn._core.products import weigh
 from jrnn._core.text import call, field_arguments
 
-__all__ = ["Cell", "Drawn", "HiddenState", "Layer"]
+__all__ = ["Cell", "Drawn", "Emitted", "HiddenState", "Layer"]
 
 _State = TypeVar("_State")
 
@@ -54,6 +54,17 @@ class Drawn(NamedTuple):
 
     params: Any
     noise: Any
+
+
+class Emitted(NamedTuple):
+    """What a layer of `jrnn.emit_state` puts out: its outputs, and its states.
+
+    >>> Emitted(y=1.0, state=2.0).y
+    1.0
+    """
+
+    y: Any
+    state: Any
 
 
 # --- numerics ----------------------------------------------------------------------------------------------------
@@ -482,6 +493,8 @@ def emitted(y: Any, x: jax.Array) -> Any:
     """Outputs leave in the dtype in which 16-bit inputs came, unless complex, so that the next layer computes in it."""
     if not is_low(x.dtype):
         return y
+    if isinstance(y, Emitted):  # states keep their dtype
+        return Emitted(emitted(y.y, x), y.state)
     return jax.tree.map(lambda a: a.astype(x.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, y)
 
 

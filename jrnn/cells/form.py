@@ -46,6 +46,15 @@ class ReadGates:
         return type(state)(*self.program(theta, u, v, tuple(state)))
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("cell",))
+@dataclass(frozen=True, eq=False)
+class LinearForm:
+    """A step ``h = a * h + b``, whose coefficients a `jrnn.LinearCell` makes of its parameters."""
+
+    cell: Any
+    params: Any
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("inputs", "w_hh", "theta", "input_mask", "mask"),
@@ -111,15 +120,6 @@ class AffineForm:
 
     def output(self, state: Any) -> jax.Array:
         return side_by_side(self.fields(state))
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("cell",))
-@dataclass(frozen=True, eq=False)
-class LinearForm:
-    """A step ``h = a * h + b``, elementwise: what a `jrnn.LinearCell` makes of its parameters, cast for products."""
-
-    cell: Any
-    params: Any
 
 
 @functools.cache

@@ -89,10 +89,10 @@ class LinearCell(Cell):
         return jax.tree.map(lambda leaf: jnp.zeros((*batch, *leaf.shape), leaf.dtype), self.state_form(params))
 
     def form(self, params: Any) -> LinearForm | None:
-        """What is known of the step; None where a subclass overrides more of it than its coefficients and readout."""
+        """The linear form; None where the step is overridden, and so may not be that of the coefficients."""
         own = type(self)
-        given = (own.step, own.update, own.project) == (LinearCell.step, LinearCell.update, LinearCell.project)
-        return LinearForm(self, params) if given else None
+        declared = (own.step, own.update, own.project) == (LinearCell.step, LinearCell.update, LinearCell.project)
+        return LinearForm(self, params) if declared else None
 
     @property
     def hoistable(self) -> bool:

@@ -126,7 +126,7 @@ class Wrapper(Cell):
         """The form of the wrapped cell, mapped; None where the step is overridden and `map_form` is not."""
         own = next(kind for kind in type(self).__mro__ if not _MAKES_STEP.isdisjoint(vars(kind)))
         form = self.cell.form(self.inner(params)) if "map_form" in vars(own) else None
-        if not isinstance(form, AffineForm):
+        if not isinstance(form, AffineForm):  # wrappers map no other form
             return None
         return self.map_form(form if self._emits_as_cell else replace(form, emits=emitted_fields(self)), params)
 

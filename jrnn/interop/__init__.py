@@ -1,5 +1,24 @@
 """Weights from and to other frameworks, as `(model, params)` pairs. A framework is imported only when it is used."""
 
-from jrnn.interop.torch import from_torch, to_torch
+from jrnn.interop.equinox import from_equinox, to_equinox
+from jrnn.interop.flax import from_flax, to_flax
+from jrnn.interop.haiku import from_haiku, to_haiku
+from jrnn.interop.keras import from_keras, to_keras
+from jrnn.interop.onnx import from_onnx, to_onnx
+from jrnn.interop.torch import from_torch, load_torch, to_torch
 
-__all__ = ["from_torch", "to_torch"]
+__all__ = [
+    "from_equinox",
+    "from_flax",
+    "from_haiku",
+    "from_keras",
+    "from_onnx",
+    "from_torch",
+    "load_torch",
+    "to_equinox",
+    "to_flax",
+    "to_haiku",
+    "to_keras",
+    "to_onnx",
+    "to_torch",
+]

@@ -5,7 +5,6 @@ A step that is not valid is one that keeps the state: ``a`` is 1 and ``b`` is 0 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from jrnn.schedules.linear import choose_linear, linear_scan
 from jrnn.schedules.plan import Plan, Refusal, Task
 from jrnn.schedules.steps import expand, select
 
-__all__ = ["plan"]
+__all__ = ["plan", "run"]
 
 
 def plan(task: Task) -> Plan | Refusal:
@@ -27,23 +26,30 @@ def plan(task: Task) -> Plan | Refusal:
         return Refusal("it runs linear cells (jrnn.LinearCell), whose step is h = a * h + b, with a and b of the input")
     h = task.state[0]
     name, reason = choose_linear((task.xs.shape[0], *h.shape), h.dtype, None, task.xs)
-    return Plan(run, f"the cell is linear in its state, and runs as jrnn.linear_scan ({name}: {reason})", of_form=True)
+    reason = f"the cell is linear in its state, and runs as jrnn.linear_scan ({name}: {reason})"
+    return Plan(run, reason, of_form=True)
 
 
-def run(options: Any, task: Task) -> tuple[Any, jax.Array]:
+def run(options: Any, task: Task) -> tuple[Any, Any]:
+    steps, state = task.steps, task.state
+
+    def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
+        return _segment(task.form.cell, task.form.params, state, task.restart, steps.reverse, *inputs)
+
+    inputs = (task.xs, steps.valid, steps.resets)
     if task.xs.shape[0] == 0:
-        one = lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype)
-        valid, resets = jax.tree.map(one, (task.steps.valid, task.steps.resets))
-        steps = replace(task.steps, valid=valid, resets=resets)
-        ys = jax.eval_shape(_run, replace(task, xs=one(task.xs), steps=steps))[1]
-        return task.state, jnp.zeros((0, *ys.shape[1:]), ys.dtype)
-    return _run(task)
+        ys = jax.eval_shape(segment, state, jax.tree.map(_one_step, inputs))[1]
+        return state, jnp.zeros((0, *ys.shape[1:]), ys.dtype)
+    return segment(state, inputs)
 
 
-def _run(task: Task) -> tuple[Any, jax.Array]:
-    cell, params = task.form.cell, task.form.params
-    xs, state, restart = task.xs, task.state, task.restart
-    valid, resets, reverse = task.steps.valid, task.steps.resets, task.steps.reverse
+def _one_step(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
+
+
+def _segment(
+    cell: Any, params: Any, state: Any, restart: Any, reverse: bool, xs: jax.Array, valid: Any, resets: Any
+) -> tuple[Any, jax.Array]:
     inputs, rest = xs, state[1:]
     if cell.window > 1:
         before = Before(xs.shape[0], valid, resets, reverse)

@@ -32,7 +32,7 @@ from jrnn.schedules.linear import linear_scan
 from jrnn.schedules.plan import Plan, Refusal, Task
 from jrnn.schedules.steps import expand, select
 
-__all__ = ["DENSE", "ITERATIONS", "Solution", "plan", "solve"]
+__all__ = ["DENSE", "ITERATIONS", "Solution", "plan", "run", "solve"]
 
 DENSE = 16  # numbers of a state whose Jacobians are taken whole
 ITERATIONS = 40
@@ -40,21 +40,19 @@ ROUNDING = 32  # units in the last place that a residual may have
 
 
 def plan(task: Task) -> Plan | Refusal:
-    cell = task.cell
+    cell, params, xs = task.cell, task.params, task.xs
     if not (isinstance(cell, Cell) or hasattr(cell, "step")):
         return Refusal("it runs cells, which have a step")
     if task.steps.key is not None and cell.uses_key is not False:
         return Refusal("it knows nothing of what may be drawn at each step")
-    if not isinstance(task.xs.shape[0], int):
+    if not isinstance(xs.shape[0], int):
         return Refusal("T is a symbol, and it iterates over all steps at once")
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(task.state)}
     if len(dtypes) != 1 or not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
         found = ", ".join(sorted(map(str, dtypes))) or "nothing"
         return Refusal(f"it solves for a state of real numbers of one dtype, and this one has {found}")
-    one = jax.eval_shape(lambda params: cell.initial_state(params, ()), task.params)
-    kind = (
-        "whole Jacobians" if sum(leaf.size for leaf in jax.tree.leaves(one)) <= DENSE else "the diagonals of Jacobians"
-    )
+    size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda p: cell.initial_state(p, ()), params)))
+    kind = "whole Jacobians" if size <= DENSE else "the diagonals of Jacobians"
     return Plan(run, f"Newton's method over all steps at once, with {kind}; a scan where it does not converge")
 
 
@@ -79,7 +77,7 @@ class Solution(NamedTuple):
     iterations: jax.Array
 
 
-def run(options: Any, task: Task) -> tuple[Any, jax.Array]:
+def run(options: Any, task: Task) -> tuple[Any, Any]:
     cell, params, xs, state, steps = task.cell, task.params, task.xs, task.state, task.steps
     if xs.shape[0] == 0:
         ys = jax.eval_shape(lambda x: cell.step(params, state, x), jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype))[1]

@@ -129,8 +129,12 @@ PAIRS = [("hopper", name) for name in CELLS] + [
     ("tpu", name) for name in ("lstm", "peephole_lstm", "coupled_lstm", "odd")
 ]
 
+QUICK = (("hopper", "lstm"), ("tpu", "lstm"))  # the interpreters take seconds for each
 
-@pytest.mark.parametrize(("device", "name"), PAIRS)
+
+@pytest.mark.parametrize(
+    ("device", "name"), [pytest.param(*pair, marks=[pytest.mark.nightly] * (pair not in QUICK)) for pair in PAIRS]
+)
 def test_equal_the_reference_in_values_and_gradients(device, name):
     args, options = trial(CELLS[name])
     options["reverse"] = list(CELLS).index(name) % 2 == 1
@@ -138,6 +142,7 @@ def test_equal_the_reference_in_values_and_gradients(device, name):
     assert_close(got, expected, TOLERANCE[device])
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("device", "hidden", "count"), [("hopper", 5, 17), ("tpu", 130, 3), ("tpu", 5, 17)])
 def test_several_tiles_of_sequences_and_of_units(device, hidden, count):
     cell = jrnn.elman(hidden)
@@ -166,6 +171,7 @@ def shared(name):
     assert all(jnp.abs(g).max() > 0.1 for g in jax.tree.leaves(expected[1][0]))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", SHARED)
 def test_warpgroups_and_blocks_that_share_the_weights_equal_the_reference(name):
     if name != "hopper" and not hasattr(plgpu, "InterpretGPUParams"):
@@ -223,6 +229,7 @@ def test_16_bit_inputs_keep_float32_sums_and_state(device, dtype):
 
 
 # What follows turns on what is around the kernels, the same for all devices: the faster interpreter will do.
+@pytest.mark.nightly
 @pytest.mark.parametrize("backend", ["tpu"])
 def test_vmap_over_inputs_or_weights_equals_a_loop(backend):
     cell = jrnn.elman(3)
@@ -250,6 +257,7 @@ def test_vmap_over_inputs_or_weights_equals_a_loop(backend):
         assert_close(got, jax.tree.map(lambda *parts: jnp.stack(parts), *loop), 1e-5)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("backend", ["tpu"])
 def test_derivatives_of_gradients_are_right_and_jvp_is_refused(backend):
     cell = jrnn.elman(3)
@@ -267,6 +275,7 @@ def test_derivatives_of_gradients_are_right_and_jvp_is_refused(backend):
         jax.jvp(lambda params: jrnn.unroll(cell, params, xs, backend=backend)[1], (params,), (params,))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("backend", ["tpu"])
 def test_chunks_that_are_made_again_and_nothing_to_run(backend):
     cell = jrnn.elman(3)
@@ -284,6 +293,7 @@ def test_chunks_that_are_made_again_and_nothing_to_run(backend):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # of sequences that are padding themselves
+@pytest.mark.nightly
 @pytest.mark.parametrize("device", TOLERANCE)
 def test_what_stands_in_the_padding_of_a_tile_reaches_nothing(device):
     class Root(jrnn.AffineCell):
@@ -390,6 +400,7 @@ LOWERED = {
 }  # fmt: skip
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", LOWERED)
 def test_lower_for_their_devices_without_one(name):
     device, cell, dtype = LOWERED[name]
@@ -399,6 +410,7 @@ def test_lower_for_their_devices_without_one(name):
     assert text.count("@mosaic_gpu" if device == "hopper" else "@tpu_custom_call") == 2
 
 
+@pytest.mark.nightly
 def test_every_operation_that_is_let_through_lowers_for_cuda():
     one = {
         "abs": jnp.abs, "cos": jnp.cos, "exp": jnp.exp, "exp2": jnp.exp2, "log": jnp.log,
@@ -457,6 +469,7 @@ def assert_as_exact_as_hoisted(cell, backend, dtype, time, count, features=64, *
     assert error(backend) <= allowed
 
 
+@pytest.mark.nightly
 def test_what_kernels_are_held_against_on_a_gpu_tells_right_from_wrong(monkeypatch):
     def run(options, task):
         params = {**task.params, "b": task.params["b"] + 0.1}

@@ -1,6 +1,7 @@
 """Parity with PyTorch: every output, state and gradient of its recurrent modules, and exact round trips of weights."""
 
 import itertools
+import pickle
 import subprocess
 import sys
 import warnings
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 import jrnn
-from jrnn.interop import from_torch, to_torch
+from jrnn.interop import from_torch, load_torch, to_torch
+from jrnn.interop._arrays import unpickle_arrays
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 nn = torch.nn
@@ -356,7 +358,7 @@ class Doubled(nn.LSTM):
 
 
 def test_from_torch_errors():
-    for other in (nn.Linear(2, 2), nn.Sequential(nn.LSTM(2, 2)), "lstm"):
+    for other in (nn.Conv1d(2, 2, 1), nn.ModuleList([nn.LSTM(2, 2)]), "lstm"):
         with pytest.raises(TypeError, match=r"module: expected torch\.nn\.RNN, LSTM, GRU"):
             from_torch(other)
     with pytest.raises(TypeError, match=r"module: .*Doubled, a subclass with a forward of its own"):
@@ -371,34 +373,27 @@ def test_from_torch_errors():
 
 
 @pytest.mark.parametrize(
-    "model",
+    ("model", "reason"),
     [
-        jrnn.gru(H, "before"),
-        jrnn.elman(H, "sigmoid"),
-        jrnn.peephole_lstm(H),
-        jrnn.layer_norm_gru(H),
-        jrnn.lstm(H, activation="relu"),
-        jrnn.gru(H, gate_activation="tanh"),
-        jrnn.projection_lstm(H, H),
-        jrnn.dense(H),
-        jrnn.residual(jrnn.gru(F)),
-        jrnn.stack(jrnn.lstm(H), jrnn.dense(2)),
-        jrnn.stack(jrnn.lstm(H), jrnn.gru(H)),
-        jrnn.stack(jrnn.lstm(H), jrnn.lstm(H + 1)),
-        jrnn.stack(jrnn.elman(H), jrnn.elman(H, "relu")),
-        jrnn.stack(jrnn.bidirectional(jrnn.lstm(H)), jrnn.lstm(H)),
-        jrnn.bidirectional(jrnn.lstm(H), jrnn.gru(H)),
-        jrnn.bidirectional(jrnn.lstm(H), merge="sum"),
-        jrnn.stack(jrnn.dropout(0.5), jrnn.lstm(H)),
-        jrnn.stack(jrnn.lstm(H), jrnn.dropout(0.5)),
-        jrnn.stack(jrnn.lstm(H), jrnn.dropout(0.5), jrnn.lstm(H), jrnn.lstm(H)),
-        jrnn.stack(jrnn.lstm(H), jrnn.dropout(0.5), jrnn.lstm(H), jrnn.dropout(0.2), jrnn.lstm(H)),
-        jrnn.dropout(0.5),
+        (jrnn.gru(H, "before"), "applies its reset gate after the product"),
+        (jrnn.elman(H, "sigmoid"), r"torch\.nn\.RNN has tanh and relu only"),
+        (jrnn.peephole_lstm(H), r"torch\.nn has no module with the equations of PeepholeLSTM"),
+        (jrnn.layer_norm_gru(H), "LayerNormGRU"),
+        (jrnn.lstm(H, activation="relu"), r"torch\.nn\.LSTM has tanh and sigmoid only"),
+        (jrnn.gru(H, gate_activation="tanh"), r"torch\.nn\.GRU has tanh and sigmoid only"),
+        (jrnn.projection_lstm(H, H), "a proj_size below its hidden_size"),
+        (jrnn.residual(jrnn.gru(F)), "Residual"),
+        (jrnn.bidirectional(jrnn.lstm(H), jrnn.gru(H)), "two directions that are alike"),
+        (jrnn.bidirectional(jrnn.lstm(H), merge="sum"), 'merged by "concat"'),
+        (jrnn.bidirectional(jrnn.stack(jrnn.lstm(H), jrnn.lstm(H))), "Stack"),
+        (jrnn.stack(jrnn.lstm(F), jrnn.residual(jrnn.gru(F))), r"model\.layers\[1\]: .*Residual"),
+        (jrnn.stack(jrnn.gru(H), jrnn.stack(jrnn.mgu(H))), r"model\.layers\[1\]\.layers\[0\]: .*MGU"),
+        (jrnn.activation(jnp.sin), "an activation that torch.nn has"),
     ],
     ids=repr,
 )
-def test_to_torch_refuses_what_pytorch_lacks(model):
-    with pytest.raises(TypeError, match="model: expected"):
+def test_to_torch_refuses_what_pytorch_lacks(model, reason):
+    with pytest.raises(TypeError, match=reason):
         to_torch(model, random_params(model))
 
 
@@ -410,15 +405,15 @@ def test_to_torch_takes_an_activation_by_name_or_as_a_function():
 def test_to_torch_checks_parameters():
     cell = jrnn.gru(H)
     params = random_params(cell)
-    with pytest.raises(ValueError, match="params: expected w_hh of shape"):
+    with pytest.raises(ValueError, match="params: expected b of shape"):
         to_torch(jrnn.gru(H + 1), {**params, "w_ih": np.zeros((F, 3 * H + 3), np.float32)})
     with pytest.raises(ValueError, match="params: expected a dict with 'b_hn'"):
         to_torch(cell, {name: value for name, value in params.items() if name != "b_hn"})
-    with pytest.raises(ValueError, match="params: expected a dict with 'w_ih'"):
+    with pytest.raises(ValueError, match="params: expected a dict with the parameters of GRU"):
         to_torch(cell, (params,))
     with pytest.raises(ValueError, match="params: expected a tuple with one entry for each of 2 layers"):
         to_torch(jrnn.stack(cell, cell), (params,))
-    with pytest.raises(ValueError, match="params: expected w_ih of shape"):
+    with pytest.raises(ValueError, match=r"params\[1\]: expected w_ih of shape"):
         to_torch(jrnn.stack(cell, cell), (params, params))
     with pytest.raises(ValueError, match='params: expected "forward" and "backward"'):
         to_torch(jrnn.bidirectional(cell), params)
@@ -440,3 +435,272 @@ for call in (lambda: jrnn.interop.from_torch(None), lambda: jrnn.interop.to_torc
         raise SystemExit("no error")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- modules that are not recurrent, and Sequential
+
+VOCAB = 9
+ACTIVATIONS = [nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.SiLU(), nn.ELU(), nn.Softplus(), nn.GELU(), nn.GELU("tanh")]
+ACTIVATIONS += [nn.Identity(), nn.LeakyReLU(), nn.ReLU6(), nn.SELU(), nn.Softsign(), nn.LogSigmoid(), nn.Hardsigmoid()]
+ACTIVATIONS += [nn.Hardswish(), nn.Hardtanh(), nn.Softmax(-1), nn.LogSoftmax(-1)]
+MODULES = {
+    "linear": nn.Linear(F, 2),
+    "linear without bias": nn.Linear(F, 2, bias=False),
+    "embedding": nn.Embedding(VOCAB, F, padding_idx=0),
+    "layer norm": nn.LayerNorm(F, eps=1e-3),
+    "layer norm without bias": nn.LayerNorm(F, bias=False),
+    "layer norm without both": nn.LayerNorm(F, elementwise_affine=False),
+    **{repr(module): nn.Sequential(nn.Linear(F, 4), module) for module in ACTIVATIONS},
+    "nested": nn.Sequential(nn.Embedding(VOCAB, F), nn.Sequential(nn.Dropout(0.25), nn.Linear(F, F)), nn.GRU(F, H)),
+}
+CHAINS = {
+    "tagger": jrnn.stack(
+        jrnn.embed(VOCAB, F),
+        jrnn.bidirectional(jrnn.lstm(H)),
+        jrnn.dropout(0.25),
+        jrnn.dense(2),
+        jrnn.activation("relu"),
+    ),
+    "loaded": jrnn.stack(
+        jrnn.stack(jrnn.lstm(H), jrnn.dropout(0.5), jrnn.lstm(H)),
+        jrnn.layer_norm(),
+        jrnn.gru(H),
+        jrnn.lstm(H),
+        jrnn.dense(2),
+    ),
+    "dropout at the ends": jrnn.stack(jrnn.dropout(0.5), jrnn.lstm(H), jrnn.dropout(0.25)),
+    "two rates": jrnn.stack(jrnn.lstm(H), jrnn.dropout(0.5), jrnn.lstm(H), jrnn.dropout(0.25), jrnn.lstm(H)),
+    "two widths": jrnn.stack(jrnn.lstm(H), jrnn.lstm(H + 1)),
+    "two directions": jrnn.stack(jrnn.bidirectional(jrnn.lstm(H)), jrnn.elman(H, "relu")),
+    "dense": jrnn.dense(2),
+    "dropout": jrnn.dropout(0.5),
+}
+
+
+def sequence(model):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, VOCAB, (T, B)) if model.event_ndim == 0 else draw(rng, (T, B, F), torch.float32)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_between(name):
+    module = MODULES[name].eval()
+    model, params = from_torch(module)
+    expected = module(torch.tensor(sequence(model)))
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    close(jrnn.unroll(model, params, sequence(model))[1], expected.detach(), torch.float32)
+    again, params_again = from_torch(to_torch(model, params))
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, params_again, params)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_stacks_there_and_back(name):
+    model = CHAINS[name]
+    params = random_params(model)
+    module = to_torch(model, params)
+    converted, back = from_torch(module)
+    assert converted == model
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+    xs = sequence(model)
+    close(jrnn.unroll(model, params, xs)[1], module.eval()(torch.tensor(xs)).detach(), torch.float32)
+    # Ragged: each sequence by itself, at its own length.
+    ys = jrnn.unroll(model, params, xs, lengths=LENGTHS)[1]
+    for b, length in enumerate(LENGTHS):
+        close(ys[:length, b], module(torch.tensor(xs[:length, b : b + 1])).detach()[:, 0], torch.float32)
+    loaded = pickle.loads(pickle.dumps(module))
+    assert type(loaded) is type(module)
+    jax.tree.map(np.testing.assert_array_equal, load_torch(model, module.state_dict()), params)
+
+
+def test_gradients_of_a_stack():
+    model = CHAINS["tagger"]
+    params = random_params(model)
+    module = to_torch(model, params).eval()
+    xs = sequence(model)
+    weights = draw(np.random.default_rng(1), (T, B, 2), torch.float32)
+    (torch.tensor(weights) * module(torch.tensor(xs))).sum().backward()
+    actual = jax.grad(lambda params: (weights * jrnn.unroll(model, params, xs)[1]).sum())(params)
+    close(actual[0]["w"], module[0].weight.grad, torch.float32)
+    close(actual[1]["backward"]["w_hh"], module[1].weight_hh_l0_reverse.grad.T, torch.float32)
+    close(actual[3]["w"], module[3].weight.grad.T, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Embedding(3, 2, max_norm=1.0), r"module: expected nn\.Embedding without max_norm, got 1\.0"),
+        (nn.Sequential(nn.ReLU(), nn.ELU(0.5)), r"module\[1\]: expected nn\.ELU with alpha=1\.0, got 0\.5"),
+        (nn.LayerNorm((2, 3)), r"over the last axis, got normalized_shape=\(2, 3\)"),
+        (nn.Sequential(), "expected modules in nn.Sequential, got none"),
+        (nn.Sequential(nn.LSTM(2, 2), nn.LSTM(2, 2, batch_first=True)), "expected batch_first alike"),
+        (nn.Sequential(nn.Softmax(0)), r"nn\.Softmax with dim=-1, got 0"),
+    ],
+    ids=str,
+)
+def test_from_torch_names_the_option_that_it_refuses(module, message):
+    with pytest.raises(TypeError, match=message):
+        from_torch(module)
+
+
+# --- state_dicts and files of them
+
+
+class Tagger(nn.Module):
+    """A model of somebody's own, whose modules are not in the order in which they run."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(2 * H, 2 * H), nn.ReLU(), nn.Linear(2 * H, 2 * H))
+        self.rnn = nn.LSTM(F, H, num_layers=2, bidirectional=True, dropout=0.5, batch_first=True)
+        self.embedding = nn.Embedding(VOCAB, F)
+
+    def forward(self, ids):
+        return self.head(self.rnn(self.embedding(ids))[0])
+
+
+TAGGER = jrnn.stack(
+    jrnn.embed(VOCAB, F),
+    jrnn.bidirectional(jrnn.lstm(H)),
+    jrnn.dropout(0.5),
+    jrnn.bidirectional(jrnn.lstm(H)),
+    jrnn.dense(2 * H),
+    jrnn.activation("relu"),
+    jrnn.dense(2 * H),
+)
+
+
+def as_file(kind, found, path):
+    arrays = {name: value.numpy() for name, value in found.items()}
+    if kind == "pt":
+        torch.save(found, path)
+    elif kind == "safetensors":
+        pytest.importorskip("safetensors.numpy").save_file(arrays, path)
+    elif kind == "npz":
+        np.savez(path, **arrays)
+    else:
+        path.write_bytes(pickle.dumps(arrays, protocol=3))
+
+
+@pytest.mark.parametrize("kind", ["mapping", "pt", "safetensors", "npz", "pkl"])
+def test_load_torch_by_the_models_structure(tmp_path, kind):
+    module = Tagger().eval()
+    source = module.state_dict()
+    if kind != "mapping":
+        path = tmp_path / f"weights.{kind}"
+        as_file(kind, source, path)
+        source = path
+    params = load_torch(TAGGER, source)
+    assert jax.tree.structure(params) == jax.tree.structure(random_params(TAGGER))
+    ids = sequence(TAGGER)
+    close(jrnn.unroll(TAGGER, params, ids)[1], module(torch.tensor(ids.T)).detach().transpose(0, 1), torch.float32)
+    named = load_torch(TAGGER, source, names=("embedding", "rnn", "head.0", "head.2"))
+    jax.tree.map(np.testing.assert_array_equal, named, params)
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_load_torch_cells(kind):
+    build, options = CELLS[kind]
+    module = build(F, H, **options)
+    cell, params = from_torch(module)
+    jax.tree.map(np.testing.assert_array_equal, load_torch(cell, module.state_dict()), params)
+
+
+def test_load_torch_bfloat16(tmp_path):
+    cell = jrnn.projection_lstm(H, P)
+    params = random_params(cell, "bfloat16")
+    found = to_torch(cell, params).state_dict()
+    torch.save(found, tmp_path / "weights.pt")
+    for source in (found, tmp_path / "weights.pt"):
+        jax.tree.map(np.testing.assert_array_equal, load_torch(cell, source), params)
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(found, tmp_path / "weights.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, load_torch(cell, tmp_path / "weights.safetensors"), params)
+
+
+def test_load_torch_names_what_does_not_fit():
+    found = Tagger().state_dict()
+    without = lambda *names: {name: value for name, value in found.items() if name not in names}
+    with pytest.raises(ValueError, match=r"rnn\.weight_hh_l1_reverse is missing"):
+        load_torch(TAGGER, without("rnn.weight_hh_l1_reverse"))
+    with pytest.raises(ValueError, match=r"head\.2\.bias is missing"):
+        load_torch(TAGGER, without("head.2.bias"))
+    params = load_torch(TAGGER, without("head.2.bias"), strict=False)
+    assert not params[-1]["b"].any()
+    with pytest.raises(ValueError, match=r"rnn\.weight_hh_l0 has shape \(3, 3\) instead of \(20, 5\)"):
+        load_torch(TAGGER, {**found, "rnn.weight_hh_l0": torch.zeros(3, 3)})
+    with pytest.raises(ValueError, match=r"'bn\.running_mean', 'bn\.weight' besides"):
+        load_torch(TAGGER, {**found, "bn.running_mean": torch.zeros(3), "bn.weight": torch.zeros(3)})
+    load_torch(TAGGER, {**found, "bn.running_mean": torch.zeros(3)}, strict=False)
+    with pytest.raises(ValueError, match=r"names: expected names of modules in the source, .*got 'lstm'"):
+        load_torch(TAGGER, found, names=("embedding", "lstm"))
+    with pytest.raises(ValueError, match=r"names: expected modules for 5 layers"):
+        load_torch(TAGGER, found, names=("embedding", "rnn"))
+    with pytest.raises(ValueError, match=r"head\.0 has shape|head\.0\.weight has shape"):
+        load_torch(
+            jrnn.stack(*TAGGER.layers[:4], jrnn.dense(3)), found, names=("embedding", "rnn", "head.0"), strict=False
+        )
+    with pytest.raises(TypeError, match="PeepholeLSTM"):
+        load_torch(jrnn.peephole_lstm(H), found)
+    with pytest.raises(TypeError, match="expected a path or a mapping"):
+        load_torch(TAGGER, 3)
+    with pytest.raises(TypeError, match="got a mapping under 'state_dict'; pass source"):
+        load_torch(TAGGER, {"state_dict": found})
+
+
+def test_load_torch_does_not_guess():
+    twins = nn.ModuleDict({"decoder": nn.GRU(H, H), "encoder": nn.GRU(H, H)})
+    model = jrnn.stack(jrnn.gru(H), jrnn.gru(H))
+    with pytest.raises(ValueError, match=r"one way, got \('decoder', 'encoder'\) or \('encoder', 'decoder'\)"):
+        load_torch(model, twins.state_dict())
+    first, second = load_torch(model, twins.state_dict(), names=("encoder", "decoder"))
+    np.testing.assert_array_equal(first["w_hh"], twins["encoder"].weight_hh_l0.detach().T)
+    np.testing.assert_array_equal(second["w_hh"], twins["decoder"].weight_hh_l0.detach().T)
+    with pytest.raises(ValueError, match=r"one way, got \('0',\) or \('1',\)"):
+        load_torch(jrnn.gru(H), nn.ModuleList([nn.GRU(H, H), nn.GRU(H, H)]).state_dict(), strict=False)
+
+
+def test_files_that_are_not_whole(tmp_path):
+    cell = jrnn.gru(H)
+    found = to_torch(cell, random_params(cell)).state_dict()
+    for kind in ("pt", "safetensors", "npz", "pkl"):
+        path = tmp_path / f"weights.{kind}"
+        as_file(kind, found, path)
+        path.write_bytes(path.read_bytes()[:-40])
+        with pytest.raises(ValueError, match=f"source: expected .*{kind}"):
+            load_torch(cell, path)
+    with pytest.raises(OSError):
+        load_torch(cell, tmp_path / "nowhere.npz")
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [Evil(), {"w": Evil()}, {"w": np.array([Evil()], dtype=object)}, {"w": 1.0}, [np.zeros(3)], {"w": "text"}],
+)
+def test_pickles_of_anything_but_arrays_are_refused_and_not_executed(tmp_path, capsys, content):
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps(content, protocol=3))
+    with pytest.raises(ValueError, match="source: expected"):
+        load_torch(jrnn.gru(H), path)
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_pickles_of_arrays(protocol):
+    arrays = {"c": np.arange(6.0).reshape(2, 3), "f": np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))}
+    arrays |= {
+        "empty": np.zeros((0, 2)),
+        "scalar": np.array(3.0),
+        "big": np.arange(3, dtype=">f4"),
+        "ids": np.arange(3),
+    }
+    found = unpickle_arrays(pickle.dumps(arrays, protocol))
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert found[name].shape == array.shape
+        assert found[name].dtype == array.dtype.newbyteorder("=")
