@@ -71,7 +71,13 @@ def test_every_layer_is_traced_with_every_option(mesh, case):
         gradients, state = jax.eval_shape(gradient, params, None)
         assert jax.tree.structure(gradients) == jax.tree.structure(params)
         jax.eval_shape(gradient, params, state)  # the next chunk
-    assert jrnn.choose_backend(layer, params, xs)[0] in ("chunkwise", "hoisted", "reference", "hoisted+reference")
+    assert jrnn.choose_backend(layer, params, xs)[0] in (
+        "associative",
+        "chunkwise",
+        "hoisted",
+        "reference",
+        "hoisted+reference",
+    )
 
 
 def test_inputs_that_lie_whole_follow_what_is_spread(mesh):

@@ -272,7 +272,7 @@ def test_refused_without_a_gpu(fresh):
         pytest.skip("there is a GPU")
     trial = trial_of(CELL)
     with pytest.raises(
-        ValueError, match=r"'cudnn' cannot run LSTM.*: cuDNN runs on NVIDIA GPUs.*is a cpu.*backend=None"
+        ValueError, match=r"'cudnn' cannot run lstm.*: cuDNN runs on NVIDIA GPUs.*is a cpu.*backend=None"
     ):
         jrnn.unroll(CELL, trial.params, trial.xs, backend="cudnn")
 

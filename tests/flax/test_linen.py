@@ -183,8 +183,9 @@ def test_bfloat16(name):
     cell = CELLS[name].clone(dtype=jnp.bfloat16) if name == "gru" else CELLS[name]
     xs = inputs_of(cell).astype(jnp.bfloat16 if name == "gru" else jnp.float32)
     ours, theirs = linen.RNN(cell), nn.RNN(cell)
-    variables = theirs.init(jax.random.key(0), xs)
-    a, b = ours.apply(variables, xs), theirs.apply(variables, xs)
+    with jax.numpy_dtype_promotion("standard"):  # Flax's GRU multiplies its float32 carry by bfloat16 gates
+        variables = theirs.init(jax.random.key(0), xs)
+        a, b = ours.apply(variables, xs), theirs.apply(variables, xs)
     assert a.dtype == b.dtype
     close(a.astype(jnp.float32), b.astype(jnp.float32), 0.02)
 
