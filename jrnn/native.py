@@ -36,7 +36,7 @@ def register(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 
     Args:
       function: the function that was compiled and stored, jitted or not.
-      *args, **kwargs: the arguments that it was compiled for, or `jax.ShapeDtypeStruct` in place of arrays.
+      args, kwargs: the arguments that it was compiled for, or `jax.ShapeDtypeStruct` in place of arrays.
 
     Raises:
       ValueError: the program calls no compiled function here; `jrnn.choose_backend` gives the reason for a model.

@@ -282,7 +282,7 @@ def test_saving_inside_jit_is_refused(tmp_path):
 
 def test_parameters_of_another_model_are_refused_by_name(tmp_path):
     path, params = tmp_path / "file", jrnn.gru(4).init(jax.random.key(0), 3)
-    with pytest.raises(ValueError, match=r"params: expected the parameters of LSTM.*b_hn \(4,\) is surplus; w_ih has"):
+    with pytest.raises(ValueError, match=r"params: expected the parameters of lstm.*b_hn \(4,\) is surplus; w_ih has"):
         jrnn.save(path, jrnn.lstm(4), params)
     with pytest.raises(ValueError, match=r"b_hn \(4,\) is missing"):
         jrnn.save(path, jrnn.gru(4), {name: value for name, value in params.items() if name != "b_hn"})
@@ -374,7 +374,7 @@ CHANGES = {
     "no model": (drop("__metadata__"), {}, "expected a file of jrnn.save"),
     "another writer": (lambda header: header.update(__metadata__={"format": "pt"}), {}, "expected a file of jrnn.save"),
     "no tree": (lambda header: header["__metadata__"].pop("params"), {}, "expected params in the file's metadata"),
-    "another model": (None, {"layers": '{"layer":"jrnn.GRU","fields":{"hidden":2}}'}, "parameters of GRU"),
+    "another model": (None, {"layers": '{"layer":"jrnn.GRU","fields":{"hidden":2}}'}, "parameters of gru"),
     "another rate": (retouch, {}, "digest differs"),
     "a wrong digest": (None, {"sha256": "0" * 64}, "digest differs"),
     "a tree of numbers": (None, {"params": "[1]"}, "params: expected a tree"),

@@ -21,4 +21,6 @@ def test_the_readme_has_examples():
 def test_readme_block_runs(number):
     if 'backend="native"' in BLOCKS[number] and not build.available()[0]:
         pytest.skip(build.available()[1])
+    for name in set(re.findall(r"^(?:import|from) (\w+)", BLOCKS[number], re.M)):
+        pytest.importorskip(name, reason=f"{name} is not installed")
     exec(compile(BLOCKS[number], f"README block {number}", "exec"), {})

@@ -26,7 +26,8 @@ def rollout(case: Case, time=T, batch=(B,)):
     if case.layer.event_ndim == 0:
         xs = jax.random.randint(keys[1], shape, 0, 5)
     else:
-        xs = jax.random.normal(keys[1], (*shape, case.in_features))
+        event = case.in_features if isinstance(case.in_features, tuple) else (case.in_features,)
+        xs = jax.random.normal(keys[1], (*shape, *event))
     done = jax.random.bernoulli(keys[2], 0.3, shape)
     return params, xs, done, jrnn.sequence.resets_from_done(done)[0]
 

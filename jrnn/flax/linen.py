@@ -47,7 +47,7 @@ class RNN(nn.RNN):
     zero at padded steps, a sequence of length 0 keeps its initial carry, any number of batch axes is right, and what
     stands in the padding, NaN included, changes nothing, not the gradients either.
 
-    Args (see ``flax.linen.RNN``):
+    Args:
       cell: a ``flax.linen.RNNCellBase``, or any module called ``(carry, x) -> (carry, y)`` with
         ``initialize_carry(key, input_shape)`` and ``num_feature_axes``.
       time_major: whether the inputs are ``(T, *B, *features)``, and not ``(*B, T, *features)``.
@@ -139,7 +139,7 @@ class Bidirectional(nn.Bidirectional):
     The same module as Flax's, of which this is a subclass. It runs the two RNNs that it is given: with `RNN` of this
     module it is faster, and right where the sequences are ragged.
 
-    Args (see ``flax.linen.Bidirectional``):
+    Args:
       forward_rnn, backward_rnn: two `RNN` modules.
       merge_fn: ``(forward, backward) -> merged`` of their outputs; by default these are concatenated.
       time_major, return_carry: as of `RNN`; the carry is a pair.

@@ -104,6 +104,11 @@ def _checked(model: Any, params: Any, features: Any, where: str) -> tuple[Any, A
     got = dict(_named(params))
     features = features if features is not None else in_features(params)
     if features is None and model.event_ndim and not isinstance(model, Activate | Dropout):
+        if type(model).walk is not Layer.walk and isinstance(params, Mapping):
+            raise TypeError(
+                f"model: expected jrnn.elman, lstm, gru or another layer that the other library has too, got {model!r}, "
+                "a combinator of one's own; convert its parts one by one"
+            )
         raise ValueError(
             f"{where}: expected a dict with the parameters of {model!r}, got {_kind(params)}; make them with "
             f"{model!r}.init(key, in_features)"

@@ -168,11 +168,11 @@ def fit(
         ``train/...`` and those of each validation as ``validation/...``.
 
     Returns:
-      A `FitResult`. Its ``history`` is ``{"train": {"step", "epoch", "loss", "grad_norm", ...}, "validation":
-      {"step", "epoch", "loss", ...}, "skipped": [...]}``: columns of equal length. A train record, made every
-      `log_every` steps, at validations and at checkpoints, holds means over the finite steps since the one before,
-      scalars in the aux dictionary included; "skipped" lists the steps that were not finite. Steps count from 1,
-      epochs from 0.
+      A `FitResult`. Its ``history`` has the entries "train" (columns "step", "epoch", "loss", "grad_norm" and more),
+      "validation" ("step", "epoch", "loss" and more) and "skipped"; columns are of equal length. A train record, made
+      every `log_every` steps, at validations and at checkpoints, holds means over the finite steps since the one
+      before, scalars in the aux dictionary included; "skipped" lists the steps that were not finite. Steps count from
+      1, epochs from 0.
 
     Raises:
       ValueError, TypeError: arguments that do not fit together, an empty data set, a one-shot iterator that ran out,

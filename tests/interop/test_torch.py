@@ -409,7 +409,7 @@ def test_to_torch_checks_parameters():
         to_torch(jrnn.gru(H + 1), {**params, "w_ih": np.zeros((F, 3 * H + 3), np.float32)})
     with pytest.raises(ValueError, match="params: expected a dict with 'b_hn'"):
         to_torch(cell, {name: value for name, value in params.items() if name != "b_hn"})
-    with pytest.raises(ValueError, match="params: expected a dict with the parameters of GRU"):
+    with pytest.raises(ValueError, match="params: expected a dict with the parameters of gru"):
         to_torch(cell, (params,))
     with pytest.raises(ValueError, match="params: expected a tuple with one entry for each of 2 layers"):
         to_torch(jrnn.stack(cell, cell), (params,))
