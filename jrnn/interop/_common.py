@@ -106,7 +106,7 @@ def _checked(model: Any, params: Any, features: Any, where: str) -> tuple[Any, A
     if features is None and model.event_ndim and not isinstance(model, Activate | Dropout):
         if type(model).walk is not Layer.walk and isinstance(params, Mapping):
             raise TypeError(
-                f"model: expected jrnn.elman, lstm, gru or another layer that the other library has too, got {model!r}, "
+                f"model: expected jrnn.elman, lstm, gru or another layer that the other library has, got {model!r}, "
                 "a combinator of one's own; convert its parts one by one"
             )
         raise ValueError(
