@@ -215,7 +215,9 @@ class MLSTM(Cell):
 
 def _output(p: Any, y: jax.Array, share: jax.Array, m: jax.Array) -> jax.Array:
     """``o (C^T q) / max(|n . q|, 1)``, of C and n over ``exp(m)``."""
-    normed = y / jnp.maximum(jnp.abs(share), jnp.exp(-m))[..., None]
+    # Bounded, since float32 ends at exp(88): there the output is nothing, and a derivative of infinity would be NaN.
+    floor = jnp.exp(jnp.minimum(-m, jnp.full((), 80.0, m.dtype)))
+    normed = y / jnp.maximum(jnp.abs(share), floor)[..., None]
     return p["o"] * matrix.joined(normed)
 
 
