@@ -102,7 +102,7 @@ WRONG = {
         r"expected w \(F, 2\) and b \(2,\).*got {'w': float32",
     ),
     "embed": (jrnn.embed(5, 3), None, r"expected w \(5, 3\).*got None"),
-    "layer_norm": (jrnn.layer_norm(), (), r"expected .* among the parameters of LayerNorm\(\), got \(\)"),
+    "layer_norm": (jrnn.layer_norm(), (), r"expected .* among the parameters of layer_norm\(\), got \(\)"),
     "highway": (jrnn.highway(jrnn.gru(3)), 1, 'expected a dict with "layer", "w" and "b".*got int'),
     "learned": (jrnn.learned_state(LSTM), None, 'expected a dict with "cell" and "initial".*got None'),
 }

@@ -15,10 +15,12 @@ class Interrupt:
 
     Does nothing outside of the main thread, where no signals arrive, or where the program has a handler of its own.
 
+    >>> before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a program of its own
     >>> with Interrupt() as interrupt:
     ...     signal.raise_signal(signal.SIGINT)
     ...     interrupt.asked
     True
+    >>> _ = signal.signal(signal.SIGINT, before)
     """
 
     def __init__(self) -> None:

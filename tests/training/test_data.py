@@ -111,6 +111,15 @@ def test_callbacks_see_each_record_and_may_end_the_run(tmp_path):
     assert float(training.load_params(tmp_path, jnp.array(0.0), "last")) == float(result.params)
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of ^C, which the processes of pytest-xdist do not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_first_interrupt_ends_the_run_whole_and_it_can_be_resumed(tmp_path):
     def interrupt(report):
         if report.step == 4:
