@@ -91,7 +91,7 @@ def to_equinox(model: Layer, params: Any) -> Any:
     >>> cell = jrnn.lstm(4)
     >>> module = jrnn.interop.to_equinox(cell, cell.init(jax.random.key(0), 3))
     >>> module.hidden_size, jrnn.interop.from_equinox(module)[0]
-    (4, LSTM(hidden=4))
+    (4, lstm(4))
     """
     equinox = _equinox()
     return _module(equinox, model, checked(model, params), "model")

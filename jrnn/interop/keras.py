@@ -114,7 +114,7 @@ def from_keras(layer: Any) -> tuple[Layer, Any]:
     >>> layer.build((None, None, 3))
     >>> model, params = jrnn.interop.from_keras(layer)
     >>> model, params["w_ih"].shape
-    (LSTM(hidden=4), (3, 16))
+    (lstm(4), (3, 16))
     """
     keras = _keras()
     flat = list(_flat(keras, layer))
@@ -159,7 +159,7 @@ def to_keras(model: Layer, params: Any) -> Any:
     >>> cell = jrnn.gru(4)
     >>> layer = jrnn.interop.to_keras(cell, cell.init(jax.random.key(0), 3))
     >>> layer.units, layer.reset_after, jrnn.interop.from_keras(layer)[0]
-    (4, True, GRU(hidden=4))
+    (4, True, gru(4))
     """
     keras = _keras()
     params = checked(model, params)

@@ -127,7 +127,7 @@ def from_onnx(source: Any) -> tuple[Layer, Any]:
     >>> model = jrnn.stack(jrnn.lstm(4), jrnn.dense(2))
     >>> proto = jrnn.interop.to_onnx(model, model.init(jax.random.key(0), 3))
     >>> jrnn.interop.from_onnx(proto)[0]
-    Stack(layers=(LSTM(hidden=4), Dense(features=2)))
+    stack(lstm(4), dense(2))
     """
     onnx = _onnx()
     if isinstance(source, str | os.PathLike):
