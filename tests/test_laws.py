@@ -301,8 +301,8 @@ class OwnMask(StepOnly):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (Decoder(jrnn.variational(jrnn.lstm(4), inputs=0.3)), "Decoder to define draw.*part Variational"),
-        (Decoder(DRAWS), "Decoder to define draw.*part Stack"),
+        (Decoder(jrnn.variational(jrnn.lstm(4), inputs=0.3)), "Decoder to define draw.*part variational"),
+        (Decoder(DRAWS), "Decoder to define draw.*part stack"),
         (Decoder(OwnMask(0.5)), "Decoder to define draw.*part OwnMask"),
         (Decoder(DrawingDecoder(DRAWS)), "Decoder to define draw.*part DrawingDecoder"),
         (jrnn.stack(jrnn.dense(4), Decoder(DRAWS)), "Decoder to define draw"),
@@ -311,7 +311,7 @@ class OwnMask(StepOnly):
             "Decoding to define draw",
         ),
         (HiddenPart(None), "expected the step of HiddenPart.* to draw nothing"),
-        (HiddenProjection(None), "expected what the draw of DropConnect"),
+        (HiddenProjection(None), "expected what the draw of dropconnect"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, jrnn.Layer) else "",
 )
@@ -354,7 +354,7 @@ def test_children_are_the_layers_among_the_fields():
     assert Decoder((one, ("name", (two,)))).children() == (one, two)
     assert one.children() == Decoder(None).children() == ()
     drawing = jrnn.dropconnect(one, 0.3)
-    with pytest.raises(TypeError, match="part DropConnect"):
+    with pytest.raises(TypeError, match="part dropconnect"):
         Decoder((two, (drawing,))).draw({}, jax.random.key(0), (), 3)
 
 
