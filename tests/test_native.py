@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jrnn
+from jrnn._interpret import call
 from jrnn.schedules import native, read
 from jrnn.schedules.native import build
 from jrnn.testing.bench import Bench
@@ -78,7 +79,8 @@ def test_equals_the_plain_scan_with_a_key(case, options):
 
 def data(cell, time, batch, features, seed=0):
     keys = jax.random.split(jax.random.key(seed), 6)
-    params = cell.init(keys[0], features)
+    # Interpreted, since other modules make their data while they are collected.
+    params = call(functools.partial(cell.init, in_features=features), keys[0])
     params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(keys[1], a.shape), params)
     xs = jax.random.normal(keys[2], (time, batch, features))
     state = jax.tree.map(lambda a: jax.random.normal(keys[3], a.shape), cell.initial_state(params, (batch,)))

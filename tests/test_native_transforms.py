@@ -23,7 +23,7 @@ PARAMS, XS, STATE, MARKS = data(CELL, 6, 3, 2)
 POINT = (PARAMS, XS, STATE)
 ALONG = jax.tree.map(lambda a: jax.random.normal(jax.random.key(a.size), a.shape), POINT)
 MEMBERS = jnp.stack([XS, 2 * XS[::-1]])
-MANY = jax.vmap(lambda key: CELL.init(key, 2))(jax.random.split(jax.random.key(3), 2))
+MANY = jax.tree.map(lambda *a: jnp.stack(a), PARAMS, data(CELL, 6, 3, 2, seed=1)[0])
 
 
 def last_h(params, *, of):
