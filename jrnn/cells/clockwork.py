@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from jax import lax
 
 from jrnn import activations, initializers
 from jrnn._core.checks import batch_axes, non_negative_int, positive_int
-from jrnn.cells.base import Cell, check_features, check_projection, exported, product, stable, vector
+from jrnn.cells.affine import WeightedCell
+from jrnn.cells.base import check_features, check_projection, exported, product, stable
 
 __all__ = ["ClockworkState", "clockwork"]
 
@@ -32,27 +33,18 @@ class ClockworkState(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Clockwork(Cell):
+class Clockwork(WeightedCell):
     """See `clockwork`."""
 
-    hidden: int
-    periods: tuple[int, ...]
+    periods: tuple[int, ...] = field(kw_only=True)
     activation: activations.Activation = "tanh"
-    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
-    recurrent_init: initializers.Initializer = field(default="orthogonal", kw_only=True)
-    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
 
-    emits = "h"
-    uses_key = False
+    state_type: ClassVar[Any] = ClockworkState
 
     _constructor = "clockwork"
 
-    def _constructor_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        arguments, options = super()._constructor_arguments()
-        return arguments[:1], {"periods": self.periods, **options}
-
     def __post_init__(self) -> None:
-        positive_int(self.hidden, "hidden")
+        super().__post_init__()
         if not isinstance(self.periods, tuple) or not self.periods:
             raise TypeError(f"periods: expected a tuple with the period of each group of units, got {self.periods!r}")
         for period in self.periods:
@@ -68,8 +60,6 @@ class Clockwork(Cell):
                 f"again, got {self.periods}"
             )
         activations.resolve(self.activation)
-        for name in ("input_init", "recurrent_init", "bias_init"):
-            initializers.resolve(getattr(self, name), name)
 
     @property
     def _periods(self) -> np.ndarray[Any, Any]:
@@ -96,16 +86,9 @@ class Clockwork(Cell):
         h = jnp.zeros((*batch, self.hidden), stable(params["w_hh"].dtype))
         return ClockworkState(h, jnp.zeros(batch, jnp.int32))
 
-    def out_features(self, in_features: Any) -> int:
-        return self.hidden
-
     def check(self, params: Any, x: Any) -> None:
         check_projection(self, params, self.hidden, {"w_hh": (self.hidden, self.hidden), "b": (self.hidden,)})
         check_features(x, params["w_ih"], "xs", self)
-
-    def project(self, params: Any, xs: jax.Array) -> jax.Array:
-        u = product(xs, params["w_ih"])
-        return u + vector(params["b"], u)
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         w_hh = jnp.where(self._mask, params["w_hh"], jnp.zeros((), params["w_hh"].dtype))
@@ -152,8 +135,8 @@ def clockwork(
         periods = tuple(periods)
     return Clockwork(
         hidden,
-        periods,
-        activation,
+        periods=periods,
+        activation=activation,
         input_init=input_init,
         recurrent_init=recurrent_init,
         bias_init=bias_init,

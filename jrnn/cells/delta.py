@@ -34,17 +34,13 @@ class GatedDeltaNet(Cell):
     """See `gated_delta_net`."""
 
     hidden: int
-    heads: int
+    heads: int = field(default=1, kw_only=True)
     key_features: int | None = None
     input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
 
     uses_key = False
 
     _constructor = "gated_delta_net"
-
-    def _constructor_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        arguments, options = super()._constructor_arguments()
-        return arguments[:1], {"heads": self.heads, **options}
 
     def __post_init__(self) -> None:
         positive_int(self.hidden, "hidden")
@@ -173,4 +169,4 @@ def gated_delta_net(
     >>> jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))[1].shape
     (5, 2, 8)
     """
-    return GatedDeltaNet(hidden, heads, key_features, input_init=input_init)
+    return GatedDeltaNet(hidden, heads=heads, key_features=key_features, input_init=input_init)

@@ -36,7 +36,7 @@ class NARX(Cell):
 
     hidden: int
     out: int
-    delays: tuple[int, ...]
+    delays: tuple[int, ...] = field(kw_only=True)
     window: int = 1
     activation: activations.Activation = "tanh"
     out_activation: activations.Activation = "linear"
@@ -47,10 +47,6 @@ class NARX(Cell):
     uses_key = False
 
     _constructor = "narx"
-
-    def _constructor_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        arguments, options = super()._constructor_arguments()
-        return arguments[:2], {"delays": self.delays, **options}
 
     def __post_init__(self) -> None:
         for name in ("hidden", "out", "window"):
@@ -164,10 +160,10 @@ def narx(
     return NARX(
         hidden,
         out,
-        tuple(delays) if isinstance(delays, list) else delays,
-        window,
-        activation,
-        out_activation,
+        delays=tuple(delays) if isinstance(delays, list) else delays,
+        window=window,
+        activation=activation,
+        out_activation=out_activation,
         input_init=input_init,
         recurrent_init=recurrent_init,
         bias_init=bias_init,

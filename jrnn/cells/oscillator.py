@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jrnn import activations, initializers
-from jrnn._core.checks import batch_axes, finite, non_negative_int, positive_int
-from jrnn.cells.base import Cell, check_features, check_projection, exported, product, stable, vector
+from jrnn._core.checks import finite, non_negative_int
+from jrnn.cells.affine import WeightedCell
+from jrnn.cells.base import check_features, check_projection, exported, product
 
 __all__ = ["CoRNNState", "LEMState", "cornn", "lem"]
 
@@ -40,31 +41,25 @@ class LEMState(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class CoRNN(Cell):
+class CoRNN(WeightedCell):
     """See `cornn`."""
 
-    hidden: int
     dt: float = 0.042
     gamma: float = 2.7
     epsilon: float = 4.7
     activation: activations.Activation = "tanh"
-    input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
     recurrent_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
-    bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
 
-    emits = "h"
-    uses_key = False
+    state_type: ClassVar[Any] = CoRNNState
 
     _constructor = "cornn"
 
     def __post_init__(self) -> None:
-        positive_int(self.hidden, "hidden")
+        super().__post_init__()
         finite(self.dt, "dt", above=0.0)
         finite(self.gamma, "gamma")
         finite(self.epsilon, "epsilon")
         activations.resolve(self.activation)
-        for name in ("input_init", "recurrent_init", "bias_init"):
-            initializers.resolve(getattr(self, name), name)
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         non_negative_int(in_features, "in_features")
@@ -75,21 +70,10 @@ class CoRNN(Cell):
             "b": initializers.draw(self.bias_init, k_b, (self.hidden,)),
         }
 
-    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> CoRNNState:
-        shape, dtype = (*batch_axes(batch_shape), self.hidden), stable(params["w_hh"].dtype)
-        return CoRNNState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-    def out_features(self, in_features: Any) -> int:
-        return self.hidden
-
     def check(self, params: Any, x: Any) -> None:
         shapes = {"w_hh": (2 * self.hidden, self.hidden), "b": (self.hidden,)}
         check_projection(self, params, self.hidden, shapes)
         check_features(x, params["w_ih"], "xs", self)
-
-    def project(self, params: Any, xs: jax.Array) -> jax.Array:
-        u = product(xs, params["w_ih"])
-        return u + vector(params["b"], u)
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         force = activations.resolve(self.activation)(
@@ -139,10 +123,10 @@ def cornn(
     """
     return CoRNN(
         hidden,
-        dt,
-        gamma,
-        epsilon,
-        activation,
+        dt=dt,
+        gamma=gamma,
+        epsilon=epsilon,
+        activation=activation,
         input_init=input_init,
         recurrent_init=recurrent_init,
         bias_init=bias_init,
@@ -150,27 +134,23 @@ def cornn(
 
 
 @dataclass(frozen=True, repr=False)
-class LEM(Cell):
+class LEM(WeightedCell):
     """See `lem`."""
 
-    hidden: int
     dt: float = 1.0
     activation: activations.Activation = "tanh"
     input_init: initializers.Initializer = field(default="uniform", kw_only=True)
     recurrent_init: initializers.Initializer = field(default="uniform", kw_only=True)
     bias_init: initializers.Initializer = field(default="uniform", kw_only=True)
 
-    emits = "h"
-    uses_key = False
+    state_type: ClassVar[Any] = LEMState
 
     _constructor = "lem"
 
     def __post_init__(self) -> None:
-        positive_int(self.hidden, "hidden")
+        super().__post_init__()
         finite(self.dt, "dt", above=0.0)
         activations.resolve(self.activation)
-        for name in ("input_init", "recurrent_init", "bias_init"):
-            initializers.resolve(getattr(self, name), name)
 
     def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
         non_negative_int(in_features, "in_features")
@@ -187,13 +167,6 @@ class LEM(Cell):
             "b": gates(self.bias_init, k_b, (size,), 4),
         }
 
-    def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> LEMState:
-        shape, dtype = (*batch_axes(batch_shape), self.hidden), stable(params["w_hh"].dtype)
-        return LEMState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-    def out_features(self, in_features: Any) -> int:
-        return self.hidden
-
     def check(self, params: Any, x: Any) -> None:
         size = self.hidden
         shapes = {"w_hh": (size, 3 * size), "w_zh": (size, size), "b": (4 * size,)}
@@ -201,8 +174,7 @@ class LEM(Cell):
         check_features(x, params["w_ih"], "xs", self)
 
     def project(self, params: Any, xs: jax.Array) -> tuple[jax.Array, ...]:
-        u = product(xs, params["w_ih"])
-        return tuple(jnp.split(u + vector(params["b"], u), 4, -1))
+        return tuple(jnp.split(super().project(params, xs), 4, -1))
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         function = activations.resolve(self.activation)
@@ -246,8 +218,8 @@ def lem(
     """
     return LEM(
         hidden,
-        dt,
-        activation,
+        dt=dt,
+        activation=activation,
         input_init=input_init,
         recurrent_init=recurrent_init,
         bias_init=bias_init,

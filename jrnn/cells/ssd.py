@@ -33,17 +33,13 @@ class SSD(Cell):
     """See `ssd`."""
 
     hidden: int
-    heads: int
+    heads: int = field(default=1, kw_only=True)
     state: int = 16
     input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
 
     uses_key = False
 
     _constructor = "ssd"
-
-    def _constructor_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        arguments, options = super()._constructor_arguments()
-        return arguments[:1], {"heads": self.heads, **options}
 
     def __post_init__(self) -> None:
         positive_int(self.hidden, "hidden")
@@ -135,4 +131,4 @@ def ssd(
     >>> jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))[1].shape
     (5, 2, 8)
     """
-    return SSD(hidden, heads, state, input_init=input_init)
+    return SSD(hidden, heads=heads, state=state, input_init=input_init)

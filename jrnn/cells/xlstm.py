@@ -123,17 +123,13 @@ class MLSTM(Cell):
     """See `mlstm`."""
 
     hidden: int
-    heads: int
+    heads: int = field(default=1, kw_only=True)
     input_init: initializers.Initializer = field(default="glorot_uniform", kw_only=True)
     bias_init: initializers.Initializer = field(default="zeros", kw_only=True)
 
     uses_key = False
 
     _constructor = "mlstm"
-
-    def _constructor_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        arguments, options = super()._constructor_arguments()
-        return arguments[:1], {"heads": self.heads, **options}
 
     def __post_init__(self) -> None:
         positive_int(self.hidden, "hidden")
@@ -253,4 +249,4 @@ def mlstm(
     >>> jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))[1].shape
     (5, 2, 8)
     """
-    return MLSTM(hidden, heads, input_init=input_init, bias_init=bias_init)
+    return MLSTM(hidden, heads=heads, input_init=input_init, bias_init=bias_init)
