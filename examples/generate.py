@@ -7,7 +7,12 @@
 
 The text is one long sequence, cut into parallel streams. Truncated backpropagation through time trains on pieces of
 them, and the state is carried from piece to piece. Bits per character on text that was not trained on are printed
-beside those of gzip, bz2 and xz, which compress the same text.
+beside those of gzip, bz2 and xz, which compress the test text alone.
+
+What it printed by default, after 84 seconds on two hyperthreads of one core:
+
+    bits per character on the test text: 2.397 at the end; 2.397 at best
+    beside it: gzip 3.04, bz2 2.36, xz 2.70
 """
 
 import bz2
@@ -169,7 +174,7 @@ def main(arguments=None):
     )  # fmt: skip
     print(f"\n{options.prompt}{alphabet.decode(new)}\n")
     draw(options.out, result.history, beside)
-    print(f"drawn to {options.out}")
+    print(f"picture: {options.out}")
     return bits
 
 

@@ -258,7 +258,7 @@ def _for_batch(a: jax.Array, batch: tuple[int, ...], own: int) -> jax.Array:
 def attention(
     cell: Layer, memory_features: int, *, score: str = "additive", features: int | None = None, heads: int = 1
 ) -> Attention:
-    r"""A cell that attends to a memory at each step, and is fed with what it found (Bahdanau 2015, Luong 2015).
+    r"""A cell that attends to a memory, and takes the context with its next input (Bahdanau 2015, Luong 2015).
 
     ``h_t = cell([x_t, c_{t-1}])``, ``a_t = softmax over s of score(h_t, m_s)``, ``c_t = sum over s of a_{t,s} m_s``,
     ``y_t = [h_t, c_t]``. The scores are

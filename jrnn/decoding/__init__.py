@@ -1,4 +1,4 @@
-"""From what a model says to sequences: greedy, sampled and beam search over any step, CTC decoding, and error rates.
+"""Sequences from the logits of a model: greedy, sampled and beam search over any step, CTC decoding, and error rates.
 
 T time, B batch axes (any number, or none), V classes of the vocabulary, W width of a beam.
 """

@@ -1,4 +1,4 @@
-"""Decoding what a model trained with CTC says (Graves et al. 2006)."""
+"""Label sequences from the logits of a model that was trained with CTC (Graves et al. 2006)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrnn._core.checks import non_negative_int, positive_int
+from jrnn.sequence import valid_steps
 
 __all__ = ["ctc_beam", "ctc_greedy"]
 
@@ -64,7 +65,7 @@ def ctc_beam(
       ValueError: where shapes do not fit, ``blank`` is no class, or the width is not positive.
 
     >>> logits = jnp.log(jnp.array([[0.4, 0.35, 0.25], [0.4, 0.35, 0.25]]))
-    >>> labels, log_prob = ctc_beam(logits)[0]     # greedy says nothing: 0.16; label 1 has three alignments
+    >>> labels, log_prob = ctc_beam(logits)[0]     # greedy decoding gives none, 0.16; label 1 has three alignments
     >>> labels, round(float(np.exp(log_prob)), 4)
     ([1], 0.4025)
     """
@@ -121,5 +122,5 @@ def _checked(logits: Any, lengths: Any, blank: int) -> tuple[jax.Array, jax.Arra
             f"lengths: expected integers of shape {shape[1:]}, the batch axes of the logits, got {lengths.dtype} of "
             f"shape {lengths.shape}"
         )
-    times = jnp.arange(shape[0]).reshape(shape[0], *(1,) * lengths.ndim)
-    return logits, jnp.broadcast_to(times, shape) < jnp.broadcast_to(lengths[None], shape)
+    valid: Any = valid_steps(lengths, None, shape[0], shape[1:])
+    return logits, valid

@@ -1,4 +1,4 @@
-"""Decoding one token after another: the most probable, one that is drawn, or a beam."""
+"""Decoding token by token: greedy, sampled, and by beam search."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def sample(
     top_p: float | None = None,
     end: int | None = None,
 ) -> Decoded:
-    """Draws each token from what the model says, as `draw_token` does.
+    """Draws each token from the model's distribution, as `draw_token` does.
 
     Args:
       step, state, token, length, end: as for `greedy`.
@@ -179,7 +179,7 @@ def beam(
         batch axis before all others: tokens ``(W, *B)``. A step of a jrnn model takes any number of batch axes.
       state: the state before the first step; each leaf has the batch axes ``(*B, ...)`` first, and is repeated W times.
       width: W, how many hypotheses to keep, at most V.
-      length_penalty: above 0, longer sequences are preferred to what their probability says.
+      length_penalty: above 0, longer sequences score higher than their log probability alone.
 
     Returns:
       A `Beams`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -124,21 +125,24 @@ def evaluate(
     >>> evaluate(step, 1.0, [np.array([1.0, 1.0]), np.array([3.0])], weight=len)["loss"]
     1.3333333333333333
     """
+    return weighted_means(step, params, data, weight, "data")
+
+
+def weighted_means(step: Step, params: Any, data: Iterable[Any], weight: Any, argument: str) -> dict[str, float]:
+    """See `evaluate`; ``argument`` is the name of ``data`` in messages."""
     carry, rows, weights = None, [], []
     for batch in data:
         carry, metrics = step.evaluate(params, batch, carry)
         rows.append({name: x for name, x in metrics.items() if jnp.shape(x) == ()})
         weights.append(1.0 if weight is None else weight(batch))
     if not rows:
-        raise ValueError("data: expected at least one batch, got none")
-    rows, numbers = jax.device_get(rows), np.asarray(jax.device_get(weights), np.float64)
-    total = numbers.sum()
+        raise ValueError(f"{argument}: expected at least one batch, got none")
+    rows, numbers = jax.device_get(rows), [float(w) for w in jax.device_get(weights)]
+    total = math.fsum(numbers)
     if not total > 0:
         raise ValueError(f"weight: expected weights with a positive sum, got {total:g}")
-    return {
-        name: float(sum(w * float(row[name]) for w, row in zip(numbers, rows, strict=True)) / total)
-        for name in rows[-1]
-    }
+    mean = lambda name: math.fsum(w * float(row[name]) for w, row in zip(numbers, rows, strict=True)) / total
+    return {name: mean(name) for name in rows[-1]}
 
 
 def predict(function: Callable[[Any, Any], Any], params: Any, data: Iterable[Any], *, axis: int = 0) -> Any:

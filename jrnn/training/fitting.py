@@ -18,6 +18,7 @@ import numpy as np
 
 from jrnn._core.checks import positive_int
 from jrnn.training.checkpoint import Checkpointer, compare_leaves, describe_leaves
+from jrnn.training.data import weighted_means
 from jrnn.training.interrupt import Interrupt
 from jrnn.training.logs import Logger
 from jrnn.training.step import Metrics, Step, TrainState
@@ -498,14 +499,7 @@ class _Lines(_Display):
 
 
 def _validate(step: Step, params: Any, batches: Any, monitor: str, run: _Run, epoch: int) -> float:
-    carry, rows = None, []
-    for batch in batches:
-        carry, metrics = step.evaluate(params, batch, carry)
-        rows.append({name: x for name, x in metrics.items() if jnp.shape(x) == ()})
-    if not rows:
-        raise ValueError("validation: expected at least one batch, got none")
-    rows = jax.device_get(rows)
-    means = {name: _mean([row[name] for row in rows]) for name in rows[-1]}
+    means = weighted_means(step, params, batches, None, "validation")
     if monitor not in means:
         raise ValueError(f"monitor: expected one of {sorted(means)}, got {monitor!r}")
     _append(run.history["validation"], {"step": run.step, "epoch": epoch, **means})
