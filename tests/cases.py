@@ -94,6 +94,25 @@ class StepLSTM(jrnn.Cell):
 
 
 @dataclasses.dataclass(frozen=True)
+class Attending(jrnn.Cell):
+    """A user's cell around an attention cell, with the memory, which all sequences share, among its parameters."""
+
+    attention: jrnn.Layer
+    uses_key: ClassVar[Any] = False
+
+    def init(self, key, in_features):
+        k_attention, k_memory = jax.random.split(key)
+        memory = jax.random.normal(k_memory, (3, self.attention.memory_features), jnp.float32)
+        return {"attention": self.attention.init(k_attention, in_features), "memory": memory}
+
+    def initial_state(self, params, batch_shape):
+        return self.attention.initial_state(params["attention"], batch_shape)
+
+    def step(self, params, state, x, key=None):
+        return self.attention.step(jrnn.remember(self.attention, params["attention"], params["memory"]), state, x)
+
+
+@dataclasses.dataclass(frozen=True)
 class ProjectAndUpdate(jrnn.Cell):
     """A user's cell that declares its projection."""
 
@@ -313,6 +332,8 @@ CASES = (
     # Combinators.
     Case("residual", jrnn.residual(jrnn.gru(3)), full=True),
     Case("residual_of_wrapped", jrnn.residual(jrnn.variational(jrnn.gru(3), inputs=0.3))),
+    Case("attention", Attending(jrnn.attention(jrnn.lstm(4), 4))),
+    Case("attention_heads", Attending(jrnn.attention(jrnn.gru(4), 4, score="multihead", heads=2))),
     Case("skip", jrnn.skip(jrnn.variational(jrnn.elman(2), inputs=0.3), jrnn.gru(2))),
     Case(
         "conv_mixture",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +10,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jrnn import initializers
 from jrnn._core.checks import batch_axes, positive_int
-from jrnn.cells.base import Cell, Layer, check_features, check_state, compute_params, emitted, exported, product, vector
+from jrnn.cells.base import (
+    Cell,
+    Layer,
+    check_features,
+    check_state,
+    compute_params,
+    emitted,
+    exported,
+    product,
+    stable,
+    vector,
+)
 from jrnn.compose.combine import Residual, Stack, stepless
 from jrnn.sequence import valid_steps
 
@@ -170,9 +183,8 @@ class Attention(Cell):
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> AttentionState:
         batch_axes(batch_shape)
         cell = self.cell.initial_state(params["cell"], batch_shape)
-        leaves = [leaf for leaf in jax.tree.leaves(params["cell"]) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        dtype = jnp.result_type(*leaves) if leaves else jnp.dtype(jnp.float32)
-        dtype = jnp.promote_types(dtype, jnp.float32)
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves(params["cell"]) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+        dtype = functools.reduce(np.promote_types, {stable(dtype) for dtype in dtypes}, np.dtype(np.float32))
         return AttentionState(cell, jnp.zeros((*batch_shape, self.memory_features), dtype))
 
     def out_features(self, in_features: Any) -> int:

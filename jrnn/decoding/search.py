@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from jrnn._core.checks import non_negative_int, positive_int
+from jrnn.cells.base import stable
 
 __all__ = ["Beams", "Decoded", "beam", "draw_token", "greedy", "sample"]
 
@@ -143,7 +144,7 @@ def draw_token(
     _check_choice(temperature, top_k, top_p)
     if temperature == 0:
         return jnp.argmax(logits, -1).astype(jnp.int32)
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(stable(logits.dtype))
     logits = logits / jnp.asarray(temperature, logits.dtype)
     if top_k is not None and top_k < logits.shape[-1]:
         # By rank and not by value, so that of equal logits no more than k are left.
