@@ -199,7 +199,6 @@ def square(state, ys):
     return jnp.sum(ys[-1] ** 2)
 
 
-@pytest.mark.smoke
 def test_diagnosis_looks_through():
     """Through a combinator of one layer: the gradient is the inner layer's, times the derivative of the scale."""
     inner = jrnn.gru(4)

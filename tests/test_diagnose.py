@@ -146,7 +146,6 @@ def test_gradient_norms_equal_a_gradient_for_each_step(name):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.smoke
 def test_gradient_norms_equal_finite_differences():
     cell = jrnn.lstm(H)
     params, xs = setup(cell)
