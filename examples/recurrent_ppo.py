@@ -3,8 +3,8 @@
     pip install -e ".[examples]" && python examples/recurrent_ppo.py
 
 An agent stands at the foot of a T. There, and only there, a sign says whether the reward lies up or down. It walks
-along a corridor in which every step looks the same, and at the junction has to turn. Whoever remembers the sign can be
-right always; whoever does not, half of the time.
+along a corridor in which every step looks the same, and at the junction has to turn. An agent that remembers
+the sign can always be right; one that does not is right half of the time.
 
 All is one program: environments, rollouts, advantages and updates are a `jax.lax.scan` inside one `jax.jit`. jrnn's
 part is a policy that acts by `jrnn.rl.step` and learns by `jrnn.unroll`, both with the same resets, so that no memory

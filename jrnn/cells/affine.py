@@ -175,7 +175,7 @@ class AffineCell(WeightedCell):
         return self.gates(theta, named(*u), named(*v), state)
 
     def form(self, params: Any) -> AffineForm | None:
-        """What is known of the step; None where a subclass overrides more of it than ``project`` and ``gates``."""
+        """The form of the step; None where a subclass overrides more of the step than ``project`` and ``gates``."""
         if not self.is_affine:
             return None
         named = self.additive if isinstance(self.additive, tuple) else self.gate_names if self.additive else ()

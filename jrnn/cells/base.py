@@ -240,7 +240,7 @@ class Layer:
         raise NotImplementedError(f"{type(self).__name__} must define step(params, state, x, key=None)")
 
     def form(self, params: Any) -> Any:
-        """What is known of the step with these parameters (see `jrnn.cells.form`); None for nothing."""
+        """The form of the step with these parameters (see `jrnn.cells.form`); None where it is not declared."""
         return None
 
     def out_features(self, in_features: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Cells whose recurrent weights are blocks on the diagonal: what they share, and DreamerV3's GRU."""
+"""Cells with block-diagonal recurrent weights: their base class, and DreamerV3's GRU."""
 
 from __future__ import annotations
 

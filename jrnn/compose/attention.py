@@ -247,7 +247,7 @@ class Attention(Cell):
         """The context for outputs ``h (*B, H)`` of the cell, and the weights ``(S, *B, N)``."""
         weights, batch = compute_params(params, h.dtype), h.shape[:-1]
         query = h if self.score == "dot" else product(h, weights["w_query"])
-        # A memory without batch axes is everybody's.
+        # A memory without batch axes is shared by all sequences.
         memory = jax.tree.map(lambda a: _for_batch(a, batch, params["memory"].valid.ndim - 1), params["memory"])
         keys = memory.keys.astype(query.dtype)
         if self.score == "additive":

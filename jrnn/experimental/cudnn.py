@@ -39,7 +39,7 @@ def plan(task: Task) -> Plan | Refusal:
     if task.steps.resets is not None:
         return Refusal("cuDNN cannot restart inside a sequence, as resets ask")
     if any(map(is_placed, operands)):
-        return Refusal("the axes of a mesh are Explicit, and cuDNN knows nothing of arrays that lie over one")
+        return Refusal("the axes of a mesh are Explicit, and cuDNN does not support arrays that lie over one")
     missing = unavailable()
     if missing is not None:
         return Refusal(missing)

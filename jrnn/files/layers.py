@@ -40,7 +40,7 @@ _FIELDS = "None, a number, a string, a layer, a module-level function, a frozen 
 
 
 def path_of(value: Any) -> str:
-    """The name of a class or a function of somebody's own: its module and its qualified name."""
+    """The name of a user's class or function: its module and its qualified name."""
     return f"{value.__module__}.{value.__qualname__}"
 
 
@@ -157,7 +157,7 @@ def _function(value: Any, where: str, classes: dict[str, Any]) -> str:
 
 
 def named(layers: Any) -> dict[str, Any]:
-    """Classes and functions of somebody's own by the names that files have for them."""
+    """Users' classes and functions, by the names that files have for them."""
     if isinstance(layers, Mapping):
         found = dict(layers)
     elif isinstance(layers, Iterable) and not isinstance(layers, str):

@@ -106,8 +106,8 @@ def save(path: str | os.PathLike[str], model: Layer, params: Any, *, in_features
 def load(path: str | os.PathLike[str], *, layers: Any = ()) -> tuple[Layer, Any]:
     """The model and the parameters that `save` wrote: ``model, params = jrnn.load(path)``.
 
-    Nothing in the file is executed, and no module that it names is imported: a model with a layer, a function or an
-    initialiser of somebody's own loads where these are given.
+    Nothing in the file is executed, and no module that it names is imported: a model with a user's layer, function
+    or initialiser loads where these are given.
 
     Args:
       path: the file.

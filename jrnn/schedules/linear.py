@@ -125,7 +125,7 @@ def choose_linear(shape: Any, dtype: Any, backend: str | None = None, arrays: An
     if platform != "cpu":
         why = f"it runs on a CPU, and the default device is {platform}"
     elif any(knows_mesh(leaf) for leaf in jax.tree.leaves(arrays)) or not jax.sharding.get_abstract_mesh().empty:
-        why = "a mesh is set, and it knows nothing of arrays that lie on one"
+        why = "a mesh is set, and it does not support arrays that lie on one"
     elif not all(isinstance(size, int) for size in shape):
         why = "sizes are symbols"
     elif not operation.available():

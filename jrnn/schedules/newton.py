@@ -44,9 +44,9 @@ def plan(task: Task) -> Plan | Refusal:
     if not (isinstance(cell, Cell) or hasattr(cell, "step")):
         return Refusal("it runs cells, which have a step")
     if task.steps.key is not None and cell.uses_key is not False:
-        return Refusal("it knows nothing of what may be drawn at each step")
+        return Refusal("it does not support cells that may draw random numbers at each step")
     if not jax.sharding.get_abstract_mesh().empty:
-        return Refusal("a mesh is set, and it knows nothing of arrays that lie on one")
+        return Refusal("a mesh is set, and it does not support arrays that lie on one")
     if not isinstance(xs.shape[0], int):
         return Refusal("T is a symbol, and it iterates over all steps at once")
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(task.state)}

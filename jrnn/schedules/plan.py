@@ -1,4 +1,4 @@
-"""What a schedule is asked, and what it answers: a plan, or why there is none. What is common to all is done here."""
+"""The tasks that schedules are asked to plan, their plans and refusals, and the work that all plans have in common."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Plan:
 
     ``run`` is a function of a module and ``options`` are static: a plan compiles once for equal ones. With ``of_form``
     it runs the form of the task, and otherwise the cell's own step. A ``flat`` plan runs an affine form of one batch
-    axis and at least one step of one sequence. A plan that ``recomputes`` sees to ``steps.remat`` itself.
+    axis and at least one step of one sequence. A plan that ``recomputes`` implements ``steps.remat`` itself.
     """
 
     run: Callable[[Any, Task], tuple[Any, Any]]

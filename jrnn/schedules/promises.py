@@ -1,6 +1,6 @@
 """What may be assumed of a cell's gates: what the cell promises, and what can be read from the traced gates.
 
-Gates that were read from somebody's step are elementwise operations to begin with, and need not be traced again.
+Gates that were read from a user's step are elementwise operations to begin with, and need not be traced again.
 """
 
 from __future__ import annotations

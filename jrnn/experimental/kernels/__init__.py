@@ -54,7 +54,7 @@ def plan(task: Task, target: Target | None = None) -> Plan | Refusal:
     if form.emits != ("h",):
         return Refusal(f"a kernel puts out the field h of the state, and the cell emits {form.emits!r}")
     if any(map(is_placed, jax.tree.leaves((form, task.xs)))):
-        return Refusal("the axes of a mesh are Explicit, and a kernel knows nothing of arrays that lie over one")
+        return Refusal("the axes of a mesh are Explicit, and a kernel does not support arrays that lie over one")
     if task.steps.key is not None or form.mask is not None:
         return Refusal("a kernel has no randomness: pass key=None")
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves((form.theta, state))} - {"float32"}

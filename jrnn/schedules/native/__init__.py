@@ -59,7 +59,7 @@ def plan(task: Task) -> Plan | Refusal:
     if form is None:
         return Refusal("it runs affine cells (jrnn.AffineCell), whose step is two products and a function of gates")
     if not jax.sharding.get_abstract_mesh().empty:
-        return Refusal("a mesh is set, and it knows nothing of arrays that lie on one")
+        return Refusal("a mesh is set, and it does not support arrays that lie on one")
     if task.steps.key is not None and form.gates.draws:
         return Refusal("what is drawn at each step (zoneout) is not known to it")
     if form.projection is not None:
