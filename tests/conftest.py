@@ -6,6 +6,7 @@ the markers.
 """
 
 import contextlib
+import gc
 import importlib.util
 import os
 import pathlib
@@ -50,6 +51,26 @@ def pytest_collection_modifyitems(config, items):
         reason = None if found == "gpu" else f"needs an NVIDIA GPU and jax's CUDA plugin; JAX found a {found}"
     for item in marked if reason else ():
         item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Frees the programs compiled so far where they are many.
+
+    A program takes several memory mappings, of which Linux gives a process 65,530; a process at that bound dies inside
+    LLVM without a message.
+    """
+    del item
+    if nextitem is not None and _mappings() > 20_000:
+        jax.clear_caches()
+        gc.collect()
+
+
+def _mappings():
+    """The number of memory mappings of this process, or 0 where the system does not say."""
+    try:
+        return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 def leave_out_nightly(config, items):

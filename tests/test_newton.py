@@ -112,7 +112,7 @@ def test_float32(quick_compilation, cell):
     [
         (Counting(), None, "solves for a state of real numbers of one dtype, and this one has float32, int32"),
         (Rotating(3), None, "this one has complex64"),
-        (jrnn.zoneout(jrnn.gru(3), h=0.2), jax.random.key(0), "may be drawn at each step"),
+        (jrnn.zoneout(jrnn.gru(3), h=0.2), jax.random.key(0), "may draw random numbers at each step"),
     ],
 )
 def test_what_it_cannot_run(cell, key, message):
