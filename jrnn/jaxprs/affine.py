@@ -18,7 +18,6 @@ a mask where it is the last. Whatever else a step does is refused, with the reas
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,12 +37,13 @@ from jrnn.jaxprs.blocks import (
     Value,
     shared_ranges,
 )
+from jrnn.jaxprs.dependence import Dependence
 from jrnn.jaxprs.flat import Const, Op, Program, reading
 from jrnn.jaxprs.gates import Gates, Parts, assemble, recipe
 from jrnn.jaxprs.primitives import primitive
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE, Add, Atom, Flat, Negative, PerSequence, Recipe, Take
 
-__all__ = ["Affine", "Resets", "read"]
+__all__ = ["Affine", "Mask", "Resets", "read"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,14 @@ class Resets:
     flags: Recipe
     on: bool
     values: tuple[Recipe, ...]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where ``flags`` (a recipe of ``(*B)``) is ``on`` the step is taken, and elsewhere it keeps its carry."""
+
+    flags: Recipe
+    on: bool
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ class Affine:
     gates: Gates = field(compare=False)
     parts: Parts = field(compare=False)
     resets: Resets | None = field(compare=False)
+    mask: Mask | None = field(compare=False)
     after: dict[int, tuple[int, bool]] = field(compare=False)
 
     @property
@@ -104,16 +113,9 @@ def read(program: Program, consts: int, carry: int) -> Affine:
         raise Refusal("its gates are a chain of more operations than can be followed") from None
 
 
-class _Reader:
+class _Reader(Dependence):
     def __init__(self, program: Program, consts: int, carry: int) -> None:
-        self.program, self.consts, self.carry = program, consts, carry
-        # What no step changes is as good as a constant.
-        self.fixed = tuple(i for i in range(carry) if program.results[i] == consts + i)
-        self.leaves = tuple(i for i in range(carry) if i not in self.fixed)
-        if not self.leaves:
-            raise Refusal("no leaf of its carry changes")
-        self.kinds = self._kinds()
-        self.made_by = {out: op for op in program.ops for out in op.outs}
+        super().__init__(program, consts, carry)
         self.values: dict[int, Value] = {}
         self.resets: list[Reset] = []
         self.cuts: dict[Any, Any] = {}
@@ -121,7 +123,7 @@ class _Reader:
 
     def read(self) -> Affine:
         results = self.program.results
-        needed = self._needed(results[i] for i in self.leaves)
+        needed = self.needed(results[i] for i in self.leaves)
         for op in self.program.ops:
             kind = max(map(self.kind, op.ins), default=INVARIANT)
             if kind == STATE and id(op) in needed:
@@ -129,36 +131,19 @@ class _Reader:
             elif kind == INPUT:
                 self._try(op)
         new = [self._new_leaf(results[i], i) for i in self.leaves]
-        if any(isinstance(e, Held) for e in new):
-            raise Refusal("a part of its carry is held where a flag says so")
+        new, mask = self._unheld(new)
         resets = self._resets(new)
         gates, parts, hidden = assemble(new, self.leaves, self.units, self.dtype, self.kinds)
-        self._check_inputs()
-        after = self._after()
+        self.check_inputs()
+        after = self.after()
+        if mask is not None and not all(is_new for _, is_new in after.values()):
+            raise Refusal("a flag holds its carry, and its outputs are not of the carry that it leaves")
         return Affine(
             self.program, self.consts, self.carry, self.leaves, self.fixed, hidden, self.batch, self.units, self.dtype,
-            tuple(self.kinds), gates, parts, resets, after,
+            tuple(self.kinds), gates, parts, resets, mask, after,
         )  # fmt: skip
 
     # --- variables ---
-
-    def _kinds(self) -> list[int]:
-        program = self.program
-        kinds = [INVARIANT] * self.consts + [STATE] * self.carry
-        kinds += [INPUT] * (program.inputs - len(kinds)) + [INVARIANT] * (len(program.forms) - program.inputs)
-        for i in self.fixed:
-            kinds[self.consts + i] = INVARIANT
-        for op in program.ops:
-            kind = max((kinds[a] for a in op.ins if isinstance(a, int)), default=INVARIANT)
-            for out in op.outs:
-                kinds[out] = kind
-        return kinds
-
-    def kind(self, atom: int | Const) -> int:
-        return self.kinds[atom] if isinstance(atom, int) else INVARIANT
-
-    def shape(self, atom: int | Const) -> tuple[int, ...]:
-        return self.program.form(atom).shape
 
     def _begin(self) -> None:
         """Follows the leaves of the carry, which are all ``(*B, H)``, of one float dtype."""
@@ -176,16 +161,6 @@ class _Reader:
         for i in self.leaves:
             self.values[self.consts + i] = Value((State(i, self.units),), (*self.batch_axes, "f"))
 
-    def _needed(self, atoms: Iterable[int | Const]) -> set[int]:
-        """The operations, by identity, that atoms depend on."""
-        wanted = {a for a in atoms if isinstance(a, int)}
-        needed = set()
-        for op in reversed(self.program.ops):
-            if wanted.intersection(op.outs):
-                wanted.update(a for a in op.ins if isinstance(a, int))
-                needed.add(id(op))
-        return needed
-
     def _new_leaf(self, atom: int | Const, i: int) -> Any:
         if self.program.form(atom)[:2] != self.program.forms[self.consts + i][:2]:
             raise Refusal("a leaf of its new carry is of another shape or dtype")
@@ -199,7 +174,21 @@ class _Reader:
             raise Refusal("a leaf of its new carry is put together from parts of its units")
         return value.blocks[0]
 
-    # --- resets, and what comes before and after the loop ---
+    # --- masks and resets ---
+
+    def _unheld(self, new: list[Any]) -> tuple[list[Any], Mask | None]:
+        """The new leaves without the one mask that holds all of them."""
+        if not any(isinstance(e, Held) for e in new):
+            return new, None
+        first = next(e for e in new if isinstance(e, Held))
+        for i, e in zip(self.leaves, new, strict=True):
+            if not isinstance(e, Held) or (e.flags, e.on) != (first.flags, first.on):
+                raise Refusal("flags hold a part of its carry and not another part")
+            if not isinstance(e.old, State) or e.old.leaf != i:
+                raise Refusal("flags hold what is not a leaf of its carry as the step meets it")
+            if isinstance(e.new, Held):
+                raise Refusal("a part of its carry is held twice")
+        return [e.new for e in new], Mask(first.flags, first.on)
 
     def _resets(self, new: list[Any]) -> Resets | None:
         """The one reset of all leaves; an error where a leaf is used as it was before too."""
@@ -226,24 +215,6 @@ class _Reader:
         if raw or not same or set(values) != set(self.leaves):
             raise Refusal("flags replace a part of its carry and not another part, or with other values")
         return Resets(first.flags, first.on, tuple(values[i] for i in self.leaves))
-
-    def _after(self) -> dict[int, tuple[int, bool]]:
-        """The leaves of the carry, as they were or as they are, that the outputs are computed from."""
-        results = self.program.results
-        given: dict[Any, tuple[int, bool]] = {self.consts + i: (i, False) for i in self.leaves}
-        given |= {results[i]: (i, True) for i in self.leaves}
-        wanted = {a for a in results[self.carry :] if isinstance(a, int) and self.kinds[a] == STATE}
-        for op in reversed(self.program.ops):
-            if wanted.intersection(op.outs) - set(given):
-                if not op.mappable:
-                    raise Refusal(f"its output depends on {op.name!r} of its state")
-                wanted.update(a for a in op.ins if isinstance(a, int) and self.kinds[a] == STATE)
-        return {a: given[a] for a in sorted(wanted & set(given))}
-
-    def _check_inputs(self) -> None:
-        for op in self.program.ops:
-            if self.kinds[op.outs[0]] == INPUT and not op.mappable:
-                raise Refusal(f"it computes {op.name!r} of its input, which stays at its step")
 
     # --- arrays that need no state ---
 

@@ -19,8 +19,9 @@ from jrnn.jaxprs.blocks import Piece
 from jrnn.jaxprs.flat import Op, broadcast, evaluate, typed
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, Atom, Recipe, needed, side_by_side
 from jrnn.schedules import SCHEDULES, Plan, Refusal, Steps, Task, hoisted, native
+from jrnn.schedules.steps import expand, select
 
-__all__ = ["WORK", "Body"]
+__all__ = ["WORK", "Body", "before", "invariant", "outputs"]
 
 # The least floating-point operations in a step's matmul of the state for which "hoisted" is chosen by default.
 WORK = 2**18
@@ -94,9 +95,12 @@ class Body:
             made = [recipe.make(env) for recipe in side_by_side(recipes)]  # type: ignore[arg-type]
             return made[0] if len(made) == 1 else lax.concatenate(made, 0)
 
+        if form.mask is not None:
+            steps = replace(steps, valid=self.valid(env, xs))
         if form.resets is not None:
             (flags,) = self._at_all_steps(env, [form.resets.flags], xs)
-            steps = replace(steps, resets=over_batch(flags if form.resets.on else ~flags, form.batch))
+            resets = over_batch(flags if form.resets.on else ~flags, form.batch)
+            steps = replace(steps, resets=resets if steps.valid is None else resets & steps.valid)
             restart = state_type(*(broadcast(value.make(env), (*form.batch, units)) for value in form.resets.values))
         elif restart is not None:
             restart = state_type(*(restart[i] for i in form.leaves))
@@ -144,21 +148,26 @@ class Body:
 
         Resets are those of ``steps``, to the leaves ``restart`` of a carry, where the step has none of its own.
         """
-        env = self._invariant(consts, carry)
-        last, hs = plan(self.task(env, carry, xs, steps, restart))
+        env = invariant(self.form, consts, carry)
+        task = self.task(env, carry, xs, steps, restart)
+        last, hs = plan(task)
         leaves = list(carry)
         for leaf, value in zip(self.form.leaves, last, strict=True):
             leaves[leaf] = value
+        form = self.form
+        if form.mask is not None and form.after and task.steps.valid is not None:
+            emitted = lax.concatenate([carry[leaf] for leaf in self.emitted], len(form.batch))
+            hs = _held(hs, task.steps.valid, emitted, steps.reverse)
         ys = self._outputs(env, carry, hs, xs, steps.reverse)
         outs = typed(self.form.program, [*leaves, *ys])
         return outs[: len(leaves)], outs[len(leaves) :]
 
-    def _invariant(self, consts: Sequence[Any], carry: Sequence[Any]) -> dict[int, Any]:
-        """The variables that are the same at each step. What is not used costs nothing once it is compiled."""
-        form = self.form
-        env = dict(enumerate(consts)) | {form.consts + i: carry[i] for i in form.fixed}
-        evaluate((op for op in form.program.ops if form.kinds[op.outs[0]] == INVARIANT), env)
-        return env
+    def valid(self, env: dict[int, Any], xs: Any) -> jax.Array:
+        """The steps ``(T, *B)`` that a mask of the step's own takes."""
+        mask = self.form.mask
+        assert mask is not None
+        (flags,) = self._at_all_steps(env, [mask.flags], xs)
+        return over_batch(flags if mask.on else ~flags, self.form.batch)
 
     def _at_all_steps(self, env: dict[int, Any], recipes: Sequence[Recipe], xs: Any) -> list[Any]:
         """``(T, ...)`` of each recipe."""
@@ -182,17 +191,8 @@ class Body:
         states = dict(zip(self.emitted, jnp.split(hs, len(self.emitted), -1), strict=True))
         given: dict[Any, jax.Array] = {}
         for variable, (leaf, is_new) in form.after.items():
-            given[variable] = states[leaf] if is_new else _before(states[leaf], carry[leaf], reverse)
-        rest = [out for out in form.outputs if out not in given]
-        ops = _after(form, rest, given)
-
-        def at_one(given: Any, x: Any) -> list[Any]:
-            inside = env | given | dict(enumerate(jax.tree.leaves(x), form.consts + form.carry))
-            evaluate(ops, inside)
-            return [inside[out] if isinstance(out, int) else jnp.asarray(out.value) for out in rest]
-
-        made = iter(jax.vmap(at_one)(given, xs) if rest else ())
-        return [given[out] if out in given else next(made) for out in form.outputs]
+            given[variable] = states[leaf] if is_new else before(states[leaf], carry[leaf], reverse)
+        return outputs(form, env, given, xs)
 
 
 @dataclass(frozen=True)
@@ -211,10 +211,22 @@ def _state_type(fields: tuple[str, ...]) -> Any:
     return namedtuple("State", fields)
 
 
-def _before(states: jax.Array, first: jax.Array, reverse: bool) -> jax.Array:
+def before(states: jax.Array, first: jax.Array, reverse: bool) -> jax.Array:
     """The state that each step meets, from the state after each."""
     first = lax.expand_dims(first, (0,))
     return jnp.concatenate([states[1:], first] if reverse else [first, states[:-1]])
+
+
+def _held(states: jax.Array, valid: jax.Array, first: jax.Array, reverse: bool) -> jax.Array:
+    """The state after each step, where a step that is not valid keeps the one before."""
+    time = states.shape[0]
+    times = lax.broadcasted_iota(jnp.int32, valid.shape, 0)
+    if reverse:
+        step = lax.cummin(jnp.where(valid, times, time), axis=0, reverse=True)
+    else:
+        step = lax.cummax(jnp.where(valid, times, -1), axis=0)
+    found = jnp.take_along_axis(states, expand(jnp.clip(step, 0, time - 1), states), axis=0)
+    return select((step >= 0) & (step < time), found, broadcast(first, states.shape))
 
 
 def small(work: int) -> str:
@@ -245,7 +257,28 @@ def columns(gates: Sequence[Sequence[Piece]], env: dict[int, Any], shape: tuple[
     return jnp.concatenate([made(pieces) for pieces in parts], -1) if len(parts) > 1 else made(parts[0])
 
 
-def _after(form: Affine, wanted: Any, given: Any) -> tuple[Op, ...]:
+def invariant(form: Any, consts: Sequence[Any], carry: Sequence[Any]) -> dict[int, Any]:
+    """The variables that are the same at each step. What is not used costs nothing once it is compiled."""
+    env = dict(enumerate(consts)) | {form.consts + i: carry[i] for i in form.fixed}
+    evaluate((op for op in form.program.ops if form.kinds[op.outs[0]] == INVARIANT), env)
+    return env
+
+
+def outputs(form: Any, env: dict[int, Any], given: dict[Any, jax.Array], xs: Any) -> list[Any]:
+    """The outputs of all steps at once, from the variables of the loop that they need, of all steps."""
+    rest = [out for out in form.outputs if out not in given]
+    ops = _after(form, rest, given)
+
+    def at_one(given: Any, x: Any) -> list[Any]:
+        inside = env | given | dict(enumerate(jax.tree.leaves(x), form.consts + form.carry))
+        evaluate(ops, inside)
+        return [inside[out] if isinstance(out, int) else jnp.asarray(out.value) for out in rest]
+
+    made = iter(jax.vmap(at_one)(given, xs) if rest else ())
+    return [given[out] if out in given else next(made) for out in form.outputs]
+
+
+def _after(form: Any, wanted: Any, given: Any) -> tuple[Op, ...]:
     """The operations, in order, that outputs need and that are not the same at each step."""
     names = {out for out in wanted if isinstance(out, int)}
     ops = []

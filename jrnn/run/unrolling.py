@@ -308,7 +308,7 @@ class Run:
     def _reads(self, task: Task) -> bool:
         """Whether a cell's step is read: where it says nothing of its form, and a schedule could use that."""
         some = isinstance(task.xs.shape[0], int) and task.xs.shape[0] > 0
-        return some and self.backend in (None, "hoisted", "native") and task.form is None
+        return some and self.backend in (None, "associative", "hoisted", "native") and task.form is None
 
     def child(self, index: int) -> Run:
         """The run of a layer's part, with randomness of its own."""
