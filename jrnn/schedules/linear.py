@@ -32,7 +32,7 @@ from jrnn.schedules.native.operation import Operation
 
 __all__ = ["BACKENDS", "choose_linear", "linear_scan"]
 
-BACKENDS = ("sequential", "associative", "native")
+BACKENDS = ("sequential", "associative", "chunked", "native")
 # From how many numbers on the compiled recurrence is chosen by default, to be worth a compilation of two seconds.
 NUMBERS = 2**13
 
@@ -68,6 +68,8 @@ def linear_scan(
         - "sequential", a `jax.lax.scan`
         - "associative", a `jax.lax.associative_scan`: log2(T) rounds, each on all of what is left at once. Products of
           coefficients appear by themselves, so these must not overflow: it is meant for ``abs(a) <= 1``
+        - "chunked", sqrt(T) chunks side by side in one `jax.lax.scan`, a scan over what each chunk ends with, and a pass
+          that adds what came before each: 2 sqrt(T) steps, and products of coefficients here too
         - "native", compiled code for a CPU, which reads and writes each array once. A C++ compiler on this machine
           makes it (see `jrnn.native`)
 
@@ -117,9 +119,9 @@ def choose_linear(shape: Any, dtype: Any, backend: str | None = None, arrays: An
     """Which backend of `linear_scan` runs a recurrence of the given shape, and why, or why not the one asked for."""
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend: expected None or one of {list(BACKENDS)}, got {backend!r}")
-    if backend in ("sequential", "associative"):
-        if backend == "associative" and not isinstance(shape[0], int):
-            return "sequential", f"T is a symbol, {shape[0]}, and the rounds of an associative scan depend on it"
+    if backend in ("sequential", "associative", "chunked"):
+        if backend != "sequential" and not isinstance(shape[0], int):
+            return "sequential", f"T is a symbol, {shape[0]}, and how an {backend} scan is divided depends on it"
         return str(backend), "asked for by name"
     platform = default_device().platform
     if platform != "cpu":
@@ -221,6 +223,8 @@ def bind(kind: Any, operands: Any, name: str, reverse: bool, **static: Any) -> A
 def plain(name: str, reverse: bool, a: Any, b: Any, h0: Any, resets: Any) -> jax.Array:
     if name == "associative":
         return associative(reverse, a, b, h0, resets)
+    if name == "chunked":
+        return chunked(reverse, a, b, h0, resets)
     if name == "native" and isinstance(b.shape[0], int):  # exported, or for another platform
         return lax.platform_dependent(
             a, b, h0, resets,
@@ -260,6 +264,39 @@ def associative(reverse: bool, a: Any, b: Any, h0: Any, resets: Any) -> jax.Arra
         return jnp.where(reset, a2, a1 * a2), jnp.where(reset, b2, a2 * b1 + b2), one[2] | reset
 
     return lax.associative_scan(combine, (a, b, flags), reverse=reverse)[1]
+
+
+def chunked(reverse: bool, a: Any, b: Any, h0: Any, resets: Any) -> jax.Array:
+    """Each chunk from zero, side by side, with the product of its coefficients; then what came before each is added."""
+    time = b.shape[0]
+    size = math.isqrt(time - 1) + 1
+    count = -(-time // size)
+
+    def cut(array: Any) -> Any:
+        """``(T, ...)`` as ``(size, count, ...)``: the steps of all chunks side by side, padded where the run ends."""
+        padding = (count * size - time, 0) if reverse else (0, count * size - time)
+        array = jnp.pad(array, (padding, *((0, 0),) * (array.ndim - 1)))
+        return jnp.swapaxes(array.reshape(count, size, *array.shape[1:]), 0, 1)
+
+    def step(carry: Any, inputs: Any) -> Any:
+        product, h, seen = carry
+        a_t, b_t, reset = inputs
+        product, h = a_t * product, a_t * h + b_t
+        if reset is not None:
+            seen = seen | reset
+            h, product = (jnp.where(_expand(reset, h), other, x) for x, other in ((h, b_t), (product, zero)))
+        return (product, h, seen), (product, h, seen)
+
+    zero = jnp.zeros((), b.dtype)
+    steps = cut(jnp.broadcast_to(a, b.shape)), cut(b), None if resets is None else cut(resets)
+    zeros = jnp.zeros_like(steps[1][0])
+    start = zeros + 1, zeros, None if resets is None else jnp.zeros_like(steps[2][0])
+    ends, (products, hs, seen) = lax.scan(step, varying_as(start, *steps), steps, None, reverse)
+    begins = before(sequential(reverse, *ends[:2], h0, ends[2]), h0, None, reverse)
+    moved = products * begins
+    hs = hs + (moved if seen is None else jnp.where(_expand(seen, moved), zero, moved))
+    hs = jnp.swapaxes(hs, 0, 1).reshape(count * size, *b.shape[1:])
+    return hs[count * size - time :] if reverse else hs[:time]
 
 
 def _expand(flags: Any, like: Any) -> Any:
