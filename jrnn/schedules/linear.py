@@ -68,8 +68,8 @@ def linear_scan(
         - "sequential", a `jax.lax.scan`
         - "associative", a `jax.lax.associative_scan`: log2(T) rounds, each on all of what is left at once. Products of
           coefficients appear by themselves, so these must not overflow: it is meant for ``abs(a) <= 1``
-        - "chunked", sqrt(T) chunks side by side in one `jax.lax.scan`, a scan over what each chunk ends with, and a pass
-          that adds what came before each: 2 sqrt(T) steps, and products of coefficients here too
+        - "chunked", sqrt(T) chunks side by side in one `jax.lax.scan`, a scan over what each chunk ends with, and a
+          pass that adds what came before each: 2 sqrt(T) steps, and products of coefficients here too
         - "native", compiled code for a CPU, which reads and writes each array once. A C++ compiler on this machine
           makes it (see `jrnn.native`)
 
