@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jrnn
 
@@ -380,3 +381,9 @@ CASES = (
         "residual_of_bidirectional", jrnn.residual(jrnn.bidirectional(jrnn.dropconnect(jrnn.gru(3), 0.3), merge="sum"))
     ),
 )
+
+
+def rows(mark, leave_out=()):
+    """All rows but those left out, by name; ``mark`` is on those that are not full."""
+    kept = [case for case in CASES if case.name not in leave_out]
+    return [pytest.param(case, id=case.name, marks=() if case.full else mark) for case in kept]

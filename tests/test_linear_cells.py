@@ -148,6 +148,7 @@ def test_values_equal_the_equations_in_numpy(case, quick_compilation, backend):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 
+@pytest.mark.slow
 @every_cell
 @pytest.mark.parametrize("backend", ["reference", "associative"])
 def test_every_gradient_equals_that_of_the_equations(case, quick_compilation, backend):

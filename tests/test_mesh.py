@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jrnn
 from jrnn import losses, sequence
-from tests.cases import CASES, inputs
+from tests.cases import inputs, rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -47,7 +47,7 @@ def specs(tree):
 
 
 # A second Python need not run these on every row.
-ROWS = [pytest.param(case, id=case.name, marks=() if case.full else pytest.mark.nightly) for case in CASES]
+ROWS = rows(pytest.mark.nightly)
 
 
 @pytest.mark.parametrize("case", ROWS)

@@ -7,17 +7,13 @@ import pytest
 
 import jrnn
 from jrnn import losses, sequence, testing
-from tests.cases import CASES, inputs
+from tests.cases import inputs, rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "strict_ranks")
 
 # Users' own steps, in which a vector meets a batch.
 OWN = {"step_only", "counting", "variational_step_only", "rotating", "drawing_decoder"}
-ROWS = [
-    pytest.param(case, id=case.name, marks=() if case.full else pytest.mark.nightly)
-    for case in CASES
-    if case.name not in OWN
-]
+ROWS = rows(pytest.mark.nightly, OWN)
 RNG = np.random.default_rng(0)
 XS = np.asarray(RNG.normal(size=(6, 2, 3)), np.float32)
 LENGTHS, MASK = np.array([6, 3]), RNG.random((6, 2)) < 0.7
