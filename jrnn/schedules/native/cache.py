@@ -87,7 +87,7 @@ def directories() -> tuple[Path, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _absolute(named: str) -> Path:
-    """The directory, found once for each name: so that it stays where it is when the working directory changes."""
+    """The directory, resolved once for each name, so that it stays the same when the working directory changes."""
     try:
         return Path(named).expanduser().absolute()
     except RuntimeError as error:
@@ -103,7 +103,7 @@ def _trusted() -> tuple[int, int]:
 def check_private(directory: Path) -> None:
     """Makes a directory if it does not exist; raises OSError if it cannot be made or other users can write to it."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for found in (directory.lstat(), directory.stat()):  # of a link, its own owner too
+    for found in (directory.lstat(), directory.stat()):  # of a link, the owner of the link too
         if found.st_uid not in _trusted():
             raise PermissionError(f"{directory} belongs to another user, who could put libraries into it")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
