@@ -37,7 +37,7 @@ def scan(
     backend: str | None = None,
     remat: int | str | None = None,
 ) -> tuple[Any, Any]:
-    """`jax.lax.scan`, faster where the body is a recurrent step.
+    """`jax.lax.scan`, but faster if the body is a recurrent step.
 
     The body is traced and analysed. If it is a recurrent cell, in whatever form it is written, the loop runs as
     `jrnn.unroll` runs its own cells:
@@ -50,7 +50,7 @@ def scan(
     input, runs as a `linear_scan`. By default it does so only if `linear_scan` is compiled code, and if the
     coefficients do not take much more memory than the inputs and outputs.
 
-    Any other body is run by ``jax.lax.scan`` itself. `choose_scan_backend` returns which of the two happens, and why.
+    Any other body is run by ``jax.lax.scan`` itself. `choose_scan_backend` returns which of these happens, and why.
 
     A body is recognised as a cell if
 
@@ -71,9 +71,9 @@ def scan(
       f: ``(carry, x) -> (carry, y)``, as for ``jax.lax.scan``.
       init: the carry before the first step.
       xs: a pytree of arrays with a leading axis of T steps, or None.
-      length: T, needed where ``xs`` has no arrays.
+      length: T, needed if ``xs`` has no arrays.
       reverse: run from the last step to the first; outputs stay in the order of the inputs.
-      unroll: how many steps to compile into one body, where the loop is a scan.
+      unroll: the number of steps to compile into one body, if the loop is a scan.
       backend: None chooses. "reference" is ``jax.lax.scan``, "hoisted" a scan of the part that cannot leave the loop,
         "native" the loop as compiled code for a CPU, and "associative" a `linear_scan`. A backend that cannot
         serve raises an error with the reason.

@@ -1,4 +1,4 @@
-"""One step at a time, for inputs that arrive while the model runs."""
+"""Runs a model one step at a time, for inputs that arrive while it runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def stepper(layer: Layer) -> Any:
 
     A call costs the overhead of any jitted function plus the arithmetic of the step. Applied to the steps of a sequence
     one after another, it returns the outputs and the state of `jrnn.unroll`, if every step is valid and none is reset.
-    With a key, pass it the parameters from `jrnn.draw`, and at step t the key ``jax.random.fold_in(key, t)``.
+    For a run with a key, pass the parameters from `jrnn.draw` and, at step t, the key ``jax.random.fold_in(key, t)``.
 
     B batch axes (any number, or none), F input features, H output features.
 

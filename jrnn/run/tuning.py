@@ -57,12 +57,12 @@ class Tuning:
 
     @property
     def forward(self) -> str | None:
-        """The schedule with the fastest forward pass, to be given as ``backend=``; None where none was timed."""
+        """The schedule with the fastest forward pass, to pass as ``backend=``; None if none was timed."""
         return self._fastest("forward_ms")
 
     @property
     def train(self) -> str | None:
-        """The schedule with the fastest forward and backward pass; None where none has gradients."""
+        """The schedule with the fastest forward and backward pass; None if none has gradients."""
         return self._fastest("train_ms")
 
     def _fastest(self, which: str) -> str | None:

@@ -69,8 +69,8 @@ def unroll(
       resets: ``(T, *B)`` booleans (see `jrnn.sequence.resets_from_done`).
       reverse: run from the last valid step to the first; outputs stay in input order.
       key: a PRNG key, which turns on dropout, zoneout and other randomness. None runs deterministically, without
-        dropout. A key is an error where the model is known to have no randomness.
-      backend: None chooses (see `choose_backend`). A schedule asked for by name raises where it cannot serve:
+        dropout. A key is an error if the model is known to have no randomness.
+      backend: None chooses (see `choose_backend`). A schedule that is named raises an error if it cannot serve:
 
         - "reference", a plain scan of the cell's step
         - "hoisted", scans from which everything that does not need the state is taken out

@@ -75,7 +75,7 @@ def linear_scan(
           (see `jrnn.native`)
 
     Returns:
-      ``h (T, *B, H)``, in the dtype of ``a`` and ``b``; complex where one of them is.
+      ``h (T, *B, H)``, in the dtype of ``a`` and ``b``; complex if one of them is.
 
     Raises:
       ValueError, TypeError: an argument does not fit (the message names it), or the backend cannot serve.

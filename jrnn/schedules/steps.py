@@ -26,7 +26,7 @@ SEQUENCE = 0xFFFFFFFF
 )
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """How to run steps: which are valid, where to restart, in which order, with which randomness and memory.
+    """The steps of a run: which are valid, where the state is reset, and their order, randomness and memory.
 
     ``valid`` and ``resets`` are ``(T, *B)`` booleans or None. ``key`` is the run's key, ``start`` the absolute time of
     the first step and ``path`` the position of the layer in the model: the key of a step is ``key`` with the time and
@@ -154,7 +154,7 @@ def scan(
 
 
 def times_in_a_body(unroll: int, count: Any) -> int:
-    """The number of steps in a loop body, of ``count`` steps, a symbol in a program that is exported for any length."""
+    """The number of steps in a loop body, at most ``count``, which is a symbol in a program exported for any length."""
     return max(1, min(unroll, count)) if unroll > 1 else 1
 
 

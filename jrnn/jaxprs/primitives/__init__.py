@@ -239,5 +239,5 @@ TABLE = {row.name: row for row in _ROWS}
 
 
 def primitive(name: str) -> Primitive:
-    """The row of a primitive, or a row without any known property if the table has none."""
+    """The row of a primitive, or a row without known properties if the table has none."""
     return TABLE.get(name) or Primitive(name)

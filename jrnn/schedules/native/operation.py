@@ -71,7 +71,7 @@ class Operation:
         raise NotImplementedError
 
     def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
-        """The results and their tangents; the tangent of an operand is None where it is zero."""
+        """The results and their tangents. The tangent of an operand is None if it is zero."""
         raise NotImplementedError
 
     def transpose(self, cotangents: Any, *operands: Any) -> Any:
