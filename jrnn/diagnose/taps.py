@@ -167,7 +167,7 @@ class Recorded(Tap):
 def _scan(run: Any, cell: Any, params: Any, xs: jax.Array, state: Any, extra: Any, step: Any) -> Any:
     """The library's loop, over ``step(params, state, p, extra_t, key) -> (state, anything)``."""
     params, project, _ = _parts(cell, params, xs)
-    # Validity is handled here and not in the loop, whose outputs must be arrays; here they may be trees.
+    # Validity is handled here and not in the loop, whose output is an array; ours may be a tree.
     steps = replace(run.steps, valid=None, remat=None, unroll=1)
 
     def held(params: Any, old: Any, inputs: Any, key: Any) -> tuple[Any, Any]:
