@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jrnn.jaxprs.linear import Coefficient, Linear, make
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, needed
 from jrnn.run.body import before, invariant, outputs
 from jrnn.schedules import Refusal, Steps
+from jrnn.schedules.associative import chunk_of
 from jrnn.schedules.linear import choose_linear, linear_scan
 from jrnn.schedules.steps import checkpointed, expand
 
@@ -32,18 +33,29 @@ class Recurrences:
 
     def serves(self, xs: Any, backend: str | None) -> str | Refusal:
         """The description of how the loop runs, as a part of a sentence; or a refusal to run it so."""
-        form, time = self.form, jax.tree.leaves(xs)[0].shape[0]
         if backend not in (None, "associative"):
             return Refusal(f"it is linear in its state, which {backend!r} does not use")
-        forms = [form.program.forms[form.consts + i] for i in form.leaves]
-        largest = max(forms, key=lambda f: math.prod(f.shape))
-        name, reason = choose_linear((time, *largest.shape), largest.dtype, None, xs)
+        name, reason = self._backend(xs)
         if backend is None and name != "native":
             # An associative scan multiplies coefficients by each other, which may overflow where a scan does not.
             return Refusal(f"it is linear in its state, and by default only compiled code runs such a step: {reason}")
         if backend is None and (refusal := self._memory(xs)) is not None:
             return refusal
         return f"it is linear in its state, and runs as jrnn.linear_scan ({name}: {reason})"
+
+    @property
+    def _largest(self) -> Any:
+        """The shape and dtype of the largest leaf."""
+        form = self.form
+        return max((form.program.forms[form.consts + i] for i in form.leaves), key=lambda f: math.prod(f.shape))
+
+    def _backend(self, xs: Any) -> tuple[str, str]:
+        """The backend of `linear_scan`, and the reason."""
+        largest = self._largest
+        return choose_linear((jax.tree.leaves(xs)[0].shape[0], *largest.shape), largest.dtype, None, xs)
+
+    def _chunk(self, xs: Any) -> int | None:
+        return chunk_of(jax.tree.leaves(xs)[0].shape[0], math.prod(self._largest.shape), self._backend(xs)[0])
 
     def _memory(self, xs: Any) -> Refusal | None:
         form = self.form
@@ -67,6 +79,8 @@ class Recurrences:
         form = self.form
         env = invariant(form, consts, carry)
         run = lambda xs, state, steps: self._segment(env, carry, xs, list(state), steps, restart)
+        if steps.remat is None:
+            steps = replace(steps, remat=self._chunk(xs))
         last, ys = checkpointed(run, xs, tuple(carry[i] for i in form.leaves), steps)
         leaves = list(carry)
         for leaf, value in zip(form.leaves, last, strict=True):

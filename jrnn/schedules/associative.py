@@ -1,10 +1,15 @@
 """Runs all steps of a linear cell at once: the coefficients for all T, one `linear_scan`, the outputs for all T.
 
+On a CPU a long sequence runs in chunks, whose coefficients stay in the cache between the matmul, the recurrence and the
+outputs. The backward pass recomputes the coefficients of each chunk: a second matmul takes less time than writing the
+coefficients of all steps to memory and reading them back.
+
 At an invalid step ``a`` is 1 and ``b`` is 0, so that the state is held.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -16,9 +21,11 @@ from jrnn.cells.form import LinearForm
 from jrnn.cells.linear import LinearCell
 from jrnn.schedules.linear import choose_linear, linear_scan
 from jrnn.schedules.plan import Plan, Refusal, Task
-from jrnn.schedules.steps import expand, select
+from jrnn.schedules.steps import chunked, expand, select
 
-__all__ = ["plan", "run"]
+__all__ = ["chunk_of", "plan", "run"]
+
+CHUNK = 2**17  # elements of one coefficient in a chunk: half a megabyte in float32
 
 
 def plan(task: Task) -> Plan | Refusal:
@@ -27,10 +34,18 @@ def plan(task: Task) -> Plan | Refusal:
     h = task.state[0]
     name, reason = choose_linear((task.xs.shape[0], *h.shape), h.dtype, None, task.xs)
     reason = f"the cell is linear in its state, and runs as jrnn.linear_scan ({name}: {reason})"
-    return Plan(run, reason, of_form=True)
+    return Plan(run, reason, chunk_of(task.xs.shape[0], math.prod(h.shape), name), of_form=True)
 
 
-def run(options: Any, task: Task) -> tuple[Any, Any]:
+def chunk_of(time: Any, numbers: int, name: str) -> int | None:
+    """The number of steps in a chunk, for ``numbers`` coefficients a step; None to run all steps at once."""
+    if name != "native" or not isinstance(time, int):
+        return None
+    chunk = max(1, CHUNK // max(1, numbers))
+    return chunk if time > 4 * chunk else None
+
+
+def run(chunk: int | None, task: Task) -> tuple[Any, Any]:
     steps, state = task.steps, task.state
 
     def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
@@ -40,7 +55,9 @@ def run(options: Any, task: Task) -> tuple[Any, Any]:
     if task.xs.shape[0] == 0:
         ys = jax.eval_shape(segment, state, jax.tree.map(_one_step, inputs))[1]
         return state, jnp.zeros((0, *ys.shape[1:]), ys.dtype)
-    return segment(state, inputs)
+    if chunk is None:
+        return segment(state, inputs)
+    return chunked(jax.checkpoint(segment, prevent_cse=False), state, inputs, task.xs.shape[0], chunk, steps.reverse)
 
 
 def _one_step(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -294,9 +294,10 @@ def chunked(reverse: bool, a: Any, b: Any, h0: Any, resets: Any) -> jax.Array:
     zero = jnp.zeros((), b.dtype)
     steps = cut(jnp.broadcast_to(a, b.shape)), cut(b), None if resets is None else cut(resets)
     zeros = jnp.zeros_like(steps[1][0])
-    start = zeros + 1, zeros, None if resets is None else jnp.zeros_like(steps[2][0])
-    ends, (products, hs, seen) = lax.scan(step, varying_as(start, *steps), steps, None, reverse)
-    begins = before(sequential(reverse, *ends[:2], h0, ends[2]), h0, None, reverse)
+    none = None if resets is None else jnp.zeros_like(cut(resets)[0])
+    start = varying_as((zeros + 1, zeros, none), *steps)
+    (product, h, reset), (products, hs, seen) = lax.scan(step, start, steps, None, reverse)
+    begins = before(sequential(reverse, product, h, h0, reset), h0, None, reverse)
     moved = products * begins
     hs = hs + (moved if seen is None else jnp.where(_expand(seen, moved), zero, moved))
     hs = jnp.swapaxes(hs, 0, 1).reshape(count * size, *b.shape[1:])
