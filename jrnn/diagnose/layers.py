@@ -1,4 +1,4 @@
-"""Finding a recurrent layer in a model, and the probe that puts a tap in its place."""
+"""Finds a recurrent layer in a model, and makes the probe that puts a tap in its place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jrnn.run.unrolling import unroll
 
 
 def _descend(model: Any, layer: Any) -> tuple[tuple[int, ...], Any]:
-    """The way from a model to one of its recurrent layers: indices into `Layer.children`, and the layer."""
+    """The path from a model to one of its recurrent layers, as indices into `Layer.children`, and the layer."""
     wanted = [] if layer is None else list(layer) if isinstance(layer, tuple) else [layer]
     path: list[int] = []
     while type(model).walk is not Layer.walk and (parts := model.children()):
@@ -37,7 +37,7 @@ def _descend(model: Any, layer: Any) -> tuple[tuple[int, ...], Any]:
                 raise ValueError(f"layer: expected an index into the {len(parts)} {what}, got {index!r}")
             index %= len(parts)
         else:
-            index = 0  # looked through
+            index = 0  # a combinator of one layer takes no place in the path of the user
         path.append(index)
         model = parts[index]
     if wanted:
@@ -55,7 +55,7 @@ def _only_recurrent(parts: tuple[Layer, ...], what: str) -> int:
 
 
 class Probe(NamedTuple):
-    """A model with one of its layers chosen."""
+    """A model and one of its layers, to be measured."""
 
     whole: Layer
     whole_params: Any

@@ -1,4 +1,4 @@
-"""Taps: a layer in its place in the model, run with something added to its state or recorded."""
+"""Taps: run a model with one of its layers replaced by a version that shifts or records the layer's state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jrnn.schedules.steps import restarts, scan, select
 
 
 class Tapped(NamedTuple):
-    """A model's parameters and something extra for the tap."""
+    """A model's parameters, and the extra argument of the tap."""
 
     params: Any
     extra: Any
@@ -33,10 +33,10 @@ class Shifts(NamedTuple):
 
 @dataclass(frozen=True)
 class _Following(Run):
-    """A run over time that gives the layer at the end of a path to ``reach``, and runs every other as usual.
+    """A run over time that calls ``reach`` for the layer at the end of a path, and runs every other layer as usual.
 
-    ``parts`` are the children of the layer that is being walked, and ``met`` the indices of those that it has run.
-    Equal children are told apart by the order in which they are run.
+    ``parts`` are the children of the layer that is being walked, and ``met`` the indices of those that have run. Equal
+    children are distinguished by the order in which they run.
     """
 
     path: tuple[int, ...] = ()
@@ -61,7 +61,7 @@ class _Following(Run):
 
 @dataclass(frozen=True)
 class Tap(Layer):
-    """A model in which the layer at the end of a path is run by `run_cell`; the parameters are `Tapped`."""
+    """A model in which `run_cell` runs the layer at the end of a path. Its parameters are of the type `Tapped`."""
 
     model: Any
     path: tuple[int, ...]
@@ -135,7 +135,7 @@ class Shifted(Tap):
             new, y = update(params, state, p, key)
             shifted = _add(new, shift)
             for before, after in zip(jax.tree.leaves(new), jax.tree.leaves(shifted), strict=True):
-                if y is before:  # the very array: reading it is reading the state
+                if y is before:  # y is a field of the state, so it is shifted too
                     return shifted, after
             if getattr(cell, "emits", None) is not None:
                 return shifted, output(cell, shifted).astype(y.dtype)
@@ -204,7 +204,7 @@ class Trace(NamedTuple):
     reverse: jax.Array
 
     def jacobian(self, cell: Any, step: int) -> jax.Array:
-        """``(*B, N, N)``: row i, column j is how number i of the new state depends on number j of the old one."""
+        """``(*B, N, N)``: row i, column j is the derivative of number i of the new state by number j of the old one."""
         state = jax.tree.map(lambda a: a[step], self.states)
         return _step_jacobian(cell, self.params, state, self.xs[step], None if self.keys is None else self.keys[step])
 
@@ -246,7 +246,7 @@ def _step_jacobian(cell: Any, params: Any, state: Any, x: jax.Array, key: jax.Ar
         return [leaf for leaf in jax.tree.leaves(new) if is_float(leaf)]
 
     def column(unit: jax.Array) -> jax.Array:
-        # Sequences do not depend on each other: one tangent moves the same number of all of them at once.
+        # Sequences are independent, so one tangent serves all of them: it moves the same number of each state.
         parts = jnp.split(unit, np.cumsum(sizes)[:-1])
         tangents = [
             jnp.broadcast_to(part.reshape(leaf.shape[len(batch) :]), leaf.shape).astype(leaf.dtype)

@@ -1,4 +1,4 @@
-"""What each variable of a step depends on: on constants alone, on the input of the step, or on the state."""
+"""Finds whether each variable of a step depends only on constants, on the input of the step, or on the state."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["Dependence"]
 class Dependence:
     """A step ``(consts, carry, x) -> (carry, y)``, and the kind of each of its variables.
 
-    ``leaves`` are the leaves of the carry that change. ``fixed`` are those that no step changes, which are as good as
-    constants. ``made_by`` has the operation of each variable that is not an input.
+    ``leaves`` are the leaves of the carry that change. ``fixed`` are the leaves that no step changes; they are treated
+    as constants. ``made_by`` maps each variable that is not an input to the operation that computes it.
     """
 
     def __init__(self, program: Program, consts: int, carry: int) -> None:
@@ -46,7 +46,7 @@ class Dependence:
         return self.program.form(atom).shape
 
     def needed(self, atoms: Iterable[int | Const]) -> set[int]:
-        """The operations, by identity, that atoms depend on."""
+        """The ids of the operations that the atoms depend on."""
         wanted = {a for a in atoms if isinstance(a, int)}
         needed = set()
         for op in reversed(self.program.ops):
@@ -58,7 +58,7 @@ class Dependence:
     def after(self) -> dict[int, tuple[int, bool]]:
         """The variables of the loop that the outputs are computed from.
 
-        Of each: the leaf of the carry that it is, and whether as the step leaves it (True) or as the step meets it.
+        Each maps to the leaf of the carry that it is, and whether it is the leaf after the step (True) or before it.
         """
         results = self.program.results
         given: dict[int, tuple[int, bool]] = {self.consts + i: (i, False) for i in self.leaves}
@@ -72,7 +72,7 @@ class Dependence:
         return {a: given[a] for a in sorted(wanted & set(given))}
 
     def check_inputs(self) -> None:
-        """Raises where an operation on the input is not the same for all steps at once."""
+        """Raises if an operation on the input cannot run for all steps at once."""
         for op in self.program.ops:
             if self.kinds[op.outs[0]] == INPUT and not op.mappable:
                 raise Refusal(f"it computes {op.name!r} of its input, which stays at its step")

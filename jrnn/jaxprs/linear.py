@@ -1,9 +1,9 @@
 """Reads the linear form of a recurrent step: every leaf of its carry becomes ``a * leaf + b``, element by element.
 
-``a`` and ``b`` depend on constants and on the input of the step, and not on the state. What the new carry needs of the
-state is followed through operations that are linear in it: sums, products and quotients with something that needs no
-state, and selections by flags that need none. A selection that replaces the state where a flag says so is a *reset*:
-there ``a`` is 0, and the state before it must not be multiplied at all, since it may be infinite or NaN.
+``a`` and ``b`` depend on constants and on the input of the step, and not on the state. The state is followed to the new
+carry through operations that are linear in it: sums, products and quotients with state-independent operands, and
+selections by state-independent flags. A selection that replaces the state is a *reset*: there ``a`` is 0, and the
+state before it must not be multiplied at all, since it may be infinite or NaN.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from jrnn.jaxprs.recipes import INVARIANT, STATE
 
 __all__ = ["Coefficient", "Linear", "Recurrence", "make", "read"]
 
-DEEPEST = 200  # how many coefficients may be made of each other in a chain
+DEEPEST = 200  # the largest depth of coefficients that are functions of other coefficients
 
 
 @dataclass(frozen=True, eq=False)
 class Coefficient:
-    """An array that needs no state: ``function`` of other coefficients, or of variables and literals of the program."""
+    """A state-independent array: ``function`` of other coefficients, or of variables and literals of the program."""
 
     function: Callable[..., Any]
     operands: tuple[Coefficient | int | Const, ...]
@@ -37,7 +37,7 @@ class Coefficient:
     depth: int = 0
 
     def variables(self) -> Iterator[int]:
-        """The variables of the program that it is made of."""
+        """The variables of the program that it depends on."""
         seen, todo = set(), [self]
         while todo:
             for operand in todo.pop().operands:
@@ -49,7 +49,7 @@ class Coefficient:
 
 
 def make(coefficient: Coefficient, env: dict[int, Any], made: dict[int, Any]) -> Any:
-    """The array, given the values of the program's variables; ``made`` has the coefficients that are there already."""
+    """The array, given the values of the program's variables. ``made`` holds the coefficients computed so far."""
     if id(coefficient) not in made:
         values = [
             make(operand, env, made)
@@ -64,10 +64,9 @@ def make(coefficient: Coefficient, env: dict[int, Any], made: dict[int, Any]) ->
 
 
 class Recurrence(NamedTuple):
-    """``leaf -> a * leaf + b``, and ``b`` alone where ``reset`` holds.
+    """``leaf -> a * leaf + b``, or only ``b`` where ``reset`` holds; ``a`` is 0 there.
 
-    ``a`` is None where it is 1, ``b`` where it is 0, and ``reset`` where it never holds. ``a`` is 0 where ``reset``
-    holds.
+    ``a`` is None if it is 1 everywhere, ``b`` is None if it is 0 everywhere, and ``reset`` is None if it never holds.
     """
 
     leaf: int
@@ -80,11 +79,11 @@ class Recurrence(NamedTuple):
 class Linear:
     """The linear form of a step.
 
-    ``leaves`` are the leaves of the carry that change, and ``recurrences`` has that of each. ``fixed`` are those that
-    no step changes. ``kinds`` says of each variable what it depends on. ``after`` are the variables of the loop that
-    the outputs are computed from (see `Dependence.after`).
+    ``leaves`` are the leaves of the carry that change, and ``recurrences`` has one entry for each. ``fixed`` are the
+    leaves that no step changes. ``kinds`` has the kind of each variable: invariant, or dependent on the input or on the
+    state. ``after`` are the variables of the loop that the outputs are computed from (see `Dependence.after`).
 
-    Forms are compared by their program, from which everything else follows.
+    Forms are compared by their program, from which all other fields follow.
     """
 
     program: Program
@@ -111,10 +110,10 @@ def read(program: Program, consts: int, carry: int) -> Linear:
 
     Args:
       program: the step.
-      consts, carry: how many of its inputs are constants, and after these, how many leaves the carry has.
+      consts, carry: the number of its inputs that are constants, and the number of leaves of the carry after these.
 
     Raises:
-      Refusal: with the reason, where the step has none.
+      Refusal: the step has no linear form, with the reason.
     """
     with reading():
         return _Reader(program, consts, carry).read()
@@ -171,7 +170,7 @@ class _Reader(Dependence):
         raise Refusal(f"what its next state needs has {op.name!r} of its state, which is not linear")
 
     def _scaled(self, op: Op, place: int, value: Recurrence) -> Recurrence:
-        """An operation that is linear in one operand."""
+        """An operation that is linear in one operand, applied to ``a * leaf + b``: it applies to ``a`` and to ``b``."""
 
         def of(coefficient: Coefficient) -> Coefficient:
             operands = (*op.ins[:place], coefficient, *op.ins[place + 1 :])
@@ -182,7 +181,7 @@ class _Reader(Dependence):
         return value._replace(a=of(one if value.a is None else value.a), b=b)
 
     def _sum(self, op: Op) -> Recurrence:
-        """A sum or a difference, of two values of the state or of one and something that needs none."""
+        """A sum or a difference of which one operand, or both, depend on the state."""
         terms: list[Any] = []
         for atom in op.ins:
             known = self._made(lambda v: v, atom) if self.kind(atom) != STATE else None
@@ -204,7 +203,7 @@ class _Reader(Dependence):
         return Recurrence(states[0].leaf, factor, self._combined(op, *(b for _, b in terms)), reset)
 
     def _combined(self, op: Op, left: Coefficient | None, right: Coefficient | None) -> Coefficient | None:
-        """The sum or difference of two coefficients, of which None is 0."""
+        """The sum or difference of two coefficients, where None stands for 0."""
         if right is None:
             return left
         if left is None:
@@ -212,7 +211,7 @@ class _Reader(Dependence):
         return self._made(lambda x, y: apply_elementwise(op, (x, y))[0], left, right)
 
     def _selected(self, op: Op) -> Recurrence:
-        """One of two cases by flags that need no state: a reset where one of them needs none either."""
+        """A selection by state-independent flags. It is a reset where it selects a state-independent case."""
         flags, *cases = op.ins
         if self.kind(flags) == STATE or self.program.form(flags).dtype != np.dtype(bool):
             raise Refusal("it selects by flags that depend on its state")
@@ -243,7 +242,7 @@ class _Reader(Dependence):
 
 
 def _where(flags: Any, on: Any, off: Any) -> Any:
-    """A selection whose operands broadcast, without promotion of dtypes or of ranks."""
+    """A selection whose operands are broadcast, without promotion of dtypes or ranks."""
     shape = np.broadcast_shapes(np.shape(flags), np.shape(on), np.shape(off))
     flags, on, off = (jnp.asarray(value) for value in (flags, on, off))
     spread = lambda value: lax.broadcast_in_dim(value, shape, tuple(range(len(shape) - value.ndim, len(shape))))

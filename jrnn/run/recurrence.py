@@ -1,4 +1,4 @@
-"""A step that was read as linear in its state: its coefficients for all T, one `linear_scan`, its outputs for all T."""
+"""Runs a step that was read as linear in its state: coefficients for all T, one `linear_scan`, outputs for all T."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from jrnn.schedules.steps import checkpointed, expand
 
 __all__ = ["Recurrences"]
 
-# How much larger the coefficients of a step may be than what it takes and gives, where nobody asked for them.
+# The largest ratio of a step's coefficients to its inputs and outputs, in elements, for which it runs so by default.
 MEMORY = 2
 
 
 @dataclass(frozen=True)
 class Recurrences:
-    """A step whose leaves of the carry are each a linear recurrence."""
+    """A step in which every leaf of the carry is a linear recurrence."""
 
     form: Linear
 
     def serves(self, xs: Any, backend: str | None) -> str | Refusal:
-        """What runs the loop, as a part of a sentence; a refusal where it is not to be run so."""
+        """The description of how the loop runs, as a part of a sentence; or a refusal to run it so."""
         if backend not in (None, "associative"):
             return Refusal(f"it is linear in its state, which {backend!r} does not use")
         name, reason = self._backend(xs)
@@ -74,7 +74,7 @@ class Recurrences:
     def run(self, consts: Any, carry: Any, xs: Any, steps: Steps, restart: Any = None) -> tuple[list[Any], list[Any]]:
         """The carry after the last step, and the outputs of all steps.
 
-        Resets are those of ``steps``, to the leaves ``restart`` of a carry, where the step has none of its own.
+        ``steps`` may have resets, to the leaves ``restart`` of a carry, if the step itself contains none.
         """
         form = self.form
         env = invariant(form, consts, carry)
@@ -122,7 +122,7 @@ class Recurrences:
         return tuple(after[leaf][end] for leaf in form.leaves), outputs(form, env, given, xs)
 
     def _coefficients(self, env: dict[int, Any], xs: Any) -> dict[int, Any]:
-        """The arrays of all coefficients, by their identity: of all steps where they differ from step to step."""
+        """The arrays of all coefficients, by id. A coefficient that depends on the input has a time axis."""
         form = self.form
         wanted = [c for r in form.recurrences for c in r[1:] if c is not None]
         same: dict[int, Any] = {}
@@ -143,7 +143,7 @@ class Recurrences:
 
 
 def _over(array: Any, ndim: int, coefficient: Coefficient | None) -> Any:
-    """A coefficient with every axis: that of time is in front, of size one where it is the same at all steps."""
+    """A coefficient with all axes. The first is time, of size one if the coefficient is the same at all steps."""
     array = jnp.asarray(array)
     steps = coefficient is not None and coefficient.kind == INPUT
     lead, rest = (array.shape[:1], array.shape[1:]) if steps else ((1,), array.shape)

@@ -37,7 +37,7 @@ def scan(
     backend: str | None = None,
     remat: int | str | None = None,
 ) -> tuple[Any, Any]:
-    """`jax.lax.scan`, faster where the body is a recurrent step.
+    """`jax.lax.scan`, but faster if the body is a recurrent step.
 
     The body is traced and analysed. If it is a recurrent cell, in whatever form it is written, the loop runs as
     `jrnn.unroll` runs its own cells:
@@ -46,11 +46,11 @@ def scan(
     - the matmuls of the state become one matmul a step, and
     - each weight gradient is one matmul after the loop.
 
-    A body that is linear in its state, ``a * state + b`` element by element with ``a`` and ``b`` of the input alone, is
-    run by `linear_scan`, where that is compiled code and its coefficients do not take much more memory than inputs and
-    outputs.
+    A body that is linear in its state, ``a * state + b`` element by element with ``a`` and ``b`` functions of only the
+    input, runs as a `linear_scan`. By default it does so only if `linear_scan` is compiled code, and if the
+    coefficients do not take much more memory than the inputs and outputs.
 
-    Any other body is run by ``jax.lax.scan`` itself. `choose_scan_backend` returns which of the two happens, and why.
+    Any other body is run by ``jax.lax.scan`` itself. `choose_scan_backend` returns which of these happens, and why.
 
     A body is recognised as a cell if
 
@@ -71,9 +71,9 @@ def scan(
       f: ``(carry, x) -> (carry, y)``, as for ``jax.lax.scan``.
       init: the carry before the first step.
       xs: a pytree of arrays with a leading axis of T steps, or None.
-      length: T, needed where ``xs`` has no arrays.
+      length: T, needed if ``xs`` has no arrays.
       reverse: run from the last step to the first; outputs stay in the order of the inputs.
-      unroll: how many steps to compile into one body, where the loop is a scan.
+      unroll: the number of steps to compile into one body, if the loop is a scan.
       backend: None chooses. "reference" is ``jax.lax.scan``, "hoisted" a scan of the part that cannot leave the loop,
         "native" the loop as compiled code for a CPU, and "associative" a `linear_scan`. A backend that cannot
         serve raises an error with the reason.
@@ -96,7 +96,7 @@ def scan(
     """
     init = _arrays(init)
     chosen = _choose(f, init, xs, length, reverse, backend, remat)
-    if chosen.body is None or unroll < 0:  # which is an error of jax.lax.scan
+    if chosen.body is None or unroll < 0:  # jax.lax.scan raises the error
         return _plain(f, init, xs, length, reverse, unroll, remat)
     carry, ys = _run(chosen.body, chosen.plan, bool(reverse), unroll, remat, chosen.consts, init, xs)
     return carry, jax.tree.unflatten(chosen.ys, ys)
@@ -137,9 +137,9 @@ def choose_scan_backend(
 
 @dataclass(frozen=True)
 class _Choice:
-    """The schedule of a body, and the body as a cell, with its constants and the tree of its outputs.
+    """The schedule of a body, and the body as it was read, with its constants and the tree of its outputs.
 
-    ``body`` is None where `jax.lax.scan` runs the function as it is.
+    ``body`` is None if `jax.lax.scan` runs the function unchanged.
     """
 
     name: str
@@ -197,7 +197,7 @@ def _choose(
 
 
 def _arrays(init: Any) -> Any:
-    """A carry whose Python numbers are arrays; what is no number is left to the errors of ``jax.lax.scan``."""
+    """The carry with Python numbers converted to arrays. ``jax.lax.scan`` raises its own errors for other leaves."""
     number = lambda leaf: isinstance(leaf, bool | int | float | complex)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf) if number(leaf) else leaf, init)
 

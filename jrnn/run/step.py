@@ -1,4 +1,4 @@
-"""A cell's own step, read: what `jrnn.unroll` runs where a cell says nothing about its step but the step itself."""
+"""Reads the step of a cell that declares no form, so that `jrnn.unroll` can run it on a faster schedule."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["ReadStep", "read", "read_step"]
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("consts",), meta_fields=("body", "ys"))
 @dataclass(frozen=True, eq=False)
 class ReadStep:
-    """The form of a step that was read: its body, its constants, the tree of its outputs."""
+    """The form of a step that was read: its body, the tree of its outputs, and its constants."""
 
     body: Body | Recurrences
     ys: Any
     consts: Any
 
     def plan(self, task: Task, backend: str | None) -> tuple[str, Plan] | Refusal:
-        """The schedule that runs it, and its plan."""
+        """The schedule that runs the step, and its plan."""
         if isinstance(self.body, Recurrences):
             reason = self.body.serves(task.xs, backend)
             if isinstance(reason, Refusal):
@@ -46,7 +46,7 @@ class ReadStep:
 
 
 def read_step(task: Task) -> ReadStep | Refusal:
-    """The form of a step that declares none; or why it is not that of an affine cell."""
+    """The form of the step of a cell that declares none, or the reason why it cannot be read."""
     steps, state = task.steps, task.state
     if steps.key is not None:
         return Refusal("it may draw at its steps")
@@ -65,10 +65,10 @@ def read_step(task: Task) -> ReadStep | Refusal:
 
 
 def read(program: Program, consts: int, carry: int) -> Body | Recurrences:
-    """What a step ``(consts, carry, x) -> (carry, y)`` is: an affine cell, or linear in its state.
+    """Reads a step ``(consts, carry, x) -> (carry, y)`` as that of an affine cell, or else as linear in its state.
 
     Raises:
-      blocks.Refusal: where it is neither, with the reason why it is no affine cell.
+      blocks.Refusal: it is neither, with the reasons.
     """
     try:
         return Body(affine.read(program, consts, carry))

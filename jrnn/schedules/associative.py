@@ -1,10 +1,10 @@
-"""All steps of a linear cell at once: its coefficients for all T, one `linear_scan`, its outputs for all T.
+"""Runs all steps of a linear cell at once: the coefficients for all T, one `linear_scan`, the outputs for all T.
 
 On a CPU a long sequence is run in chunks, whose coefficients stay in the cache between the matmul, the recurrence and
 the outputs. The backward pass recomputes the coefficients of each chunk. A second matmul takes less time there than
 memory does for the coefficients of all steps.
 
-A step that is not valid is one that keeps the state: ``a`` is 1 and ``b`` is 0 there.
+At an invalid step ``a`` is 1 and ``b`` is 0, so that the state is held.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _segment(
 
 
 class Before:
-    """For each step the valid one before it, in the order in which steps are run."""
+    """For each step, the last valid step before it in the order of the run."""
 
     def __init__(self, time: Any, valid: Any, resets: Any, reverse: bool) -> None:
         self.resets, self.reverse, self.valid = resets, reverse, valid
@@ -104,9 +104,9 @@ class Before:
             self.time = time
 
     def taps(self, xs: jax.Array, past: jax.Array, restart: Any) -> tuple[list[jax.Array], jax.Array]:
-        """The inputs of the steps before each, the oldest first, and those that a step after all of these would see.
+        """The past inputs of each step, the oldest first, and the past inputs of a step that would follow the last.
 
-        ``past (*B, taps, F)`` are the inputs before the first step, and ``restart`` those that a reset leaves.
+        ``past (*B, taps, F)`` are the inputs before the first step. A reset replaces past inputs by ``restart``.
         """
         taps, tap, ends = [], xs, []
         for k in range(1, past.shape[-2] + 1):
@@ -129,7 +129,7 @@ class Before:
         return self._taken(xs, self.last[None], first)[0]
 
     def _taken(self, xs: jax.Array, step: jax.Array, first: jax.Array) -> jax.Array:
-        """``xs`` of the given steps, ``first`` where there is none."""
+        """``xs`` at the given steps, and ``first`` where there is no such step."""
         inside = (step >= 0) & (step < self.time)
         found = jnp.take_along_axis(xs, expand(jnp.clip(step, 0, self.time - 1), xs), axis=0)
         return select(inside, found, jnp.broadcast_to(first, found.shape))
