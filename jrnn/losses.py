@@ -102,8 +102,8 @@ def pinball(
         mean(max(q * (targets - predictions), (q - 1) * (targets - predictions)))
 
     over valid elements and quantiles q. For q = 0.5 it is half the absolute error, whose best prediction is the median;
-    two quantiles, such as 0.1 and 0.9, bound an interval that holds 80% of the targets. As for `mae`, the slope is 0
-    where a prediction equals its target.
+    two quantiles, such as 0.1 and 0.9, bound an interval that holds 80% of the targets. Where a prediction equals its
+    target, the slope is the mean of those on both sides.
 
     Args:
       predictions: `(T, *B, ..., Q)` floats, one prediction for each quantile on the last axis.

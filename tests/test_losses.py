@@ -223,9 +223,10 @@ def test_the_best_constant_prediction_is_the_quantile():
         assert abs(best - np.quantile(targets, q)) < 0.11, q
 
 
-def test_an_exact_prediction_has_no_slope():
-    gradient = jax.grad(losses.pinball)(np.array([[1.0, 2.0]], np.float32), np.ones(1, np.float32), (0.1, 0.9))
-    np.testing.assert_allclose(gradient, [[0.0, 0.05]], rtol=1e-6)
+def test_the_slope_of_an_exact_quantile_is_the_mean_of_both_sides():
+    predictions = np.array([[1.0, 2.0, 0.5]], np.float32)
+    gradient = jax.grad(losses.pinball)(predictions, np.ones(1, np.float32), (0.1, 0.9, 0.9))
+    np.testing.assert_allclose(3 * gradient, [[(0.9 - 0.1) / 2, 0.1, -0.9]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("quantiles", [(), (0.0, 0.5), (1.0,), 0.5, (float("nan"),)])
