@@ -335,6 +335,7 @@ CASES = (
     Case("residual_of_wrapped", jrnn.residual(jrnn.variational(jrnn.gru(3), inputs=0.3))),
     Case("attention", Attending(jrnn.attention(jrnn.lstm(4), 4))),
     Case("attention_heads", Attending(jrnn.attention(jrnn.gru(4), 4, score="multihead", heads=2))),
+    Case("tied", jrnn.tied(jrnn.embed(5, 3), jrnn.stack(jrnn.zoneout(jrnn.gru(4), h=0.3), jrnn.dense(3))), None),
     Case("skip", jrnn.skip(jrnn.variational(jrnn.elman(2), inputs=0.3), jrnn.gru(2))),
     Case(
         "conv_mixture",

@@ -115,6 +115,7 @@ def test_steps(mesh):
 FUNCTIONS = {
     "mse": lambda x, like, labels, mask, n: losses.mse(x, like, mask),
     "mae": lambda x, like, labels, mask, n: losses.mae(x, like, mask),
+    "pinball": lambda x, like, labels, mask, n: losses.pinball(x, like[..., 0], (0.1, 0.5, 0.9), mask),
     "cross_entropy": lambda x, like, labels, mask, n: losses.cross_entropy(x, labels, mask, label_smoothing=0.1),
     "probabilities": lambda x, like, labels, mask, n: losses.cross_entropy(x, jax.nn.softmax(like), mask),
     "binary_cross_entropy": lambda x, like, labels, mask, n: losses.binary_cross_entropy(x, jax.nn.sigmoid(like), mask),

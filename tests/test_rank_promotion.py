@@ -72,6 +72,7 @@ def test_larger_sizes(layer, backend):
 LOSSES = {
     "mse": lambda x: losses.mse(x, jnp.zeros_like(x), MASK),
     "mae": lambda x: losses.mae(x, jnp.zeros_like(x), MASK),
+    "pinball": lambda x: losses.pinball(x, jnp.zeros_like(x[..., 0]), (0.1, 0.5, 0.9), MASK),
     "cross_entropy": lambda x: losses.cross_entropy(x, np.zeros((6, 2), int), MASK, label_smoothing=0.1),
     "cross_entropy_of_probabilities": lambda x: losses.cross_entropy(x, np.full((6, 2, 3), 1 / 3, np.float32), MASK),
     "binary_cross_entropy": lambda x: losses.binary_cross_entropy(x, np.ones((6, 2, 3), bool), MASK),

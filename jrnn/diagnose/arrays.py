@@ -17,6 +17,11 @@ def is_float(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
+def is_inexact(leaf: Any) -> bool:
+    """Whether numbers are real or complex, and so have a derivative."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
 def float_parts(state: Any, batch_ndim: int) -> tuple[list[Any], list[str], list[int]]:
     """The floating leaves of a state, their names, and how many numbers each has for one sequence."""
     found = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state) if is_float(leaf)]
