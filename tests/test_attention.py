@@ -55,6 +55,7 @@ def by_hand(cell, params, xs, memory, lengths):
     return jnp.stack(outputs, 1), jnp.stack(weights, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SCORES.values(), ids=SCORES)
 def test_it_is_its_equations_with_every_gradient(options):
     cell, params, xs, memory, lengths = built(options)

@@ -265,6 +265,7 @@ def test_initialisers_by_name():
         jrnn.lstm(H, recurrent_init="orthonormal")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cell",
     [

@@ -30,6 +30,7 @@ def test_the_switch_is_on():
         jnp.ones((2, 3)) + jnp.ones(3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ROWS)
 def test_laws(case):
     testing.check_step_equals_unroll(case.layer, case.in_features)
