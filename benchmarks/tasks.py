@@ -111,7 +111,7 @@ class Task(NamedTuple):
     test: Callable[[], tuple[jax.Array, jax.Array]]
     loss: Callable[[jax.Array, jax.Array], jax.Array]
     metrics: Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
-    trivial: dict[str, float]
+    trivial: dict[str, float | None]
     lower: bool
 
 
@@ -130,9 +130,13 @@ def adding(length: int, steps: int, batch: int = 32) -> Task:
         marks = ((times == first) | (times == second)).astype(values.dtype)
         return jnp.stack([values, marks], -1), jnp.sum(values * marks, 0)
 
+    def test() -> tuple[jax.Array, jax.Array]:
+        return sample(jax.random.key(TEST_KEY), 256)
+
     def error(ys: jax.Array, targets: jax.Array) -> jax.Array:
         return jrnn.losses.mse(ys[-1, :, 0], targets)
 
+    ones = jnp.ones((1, 256, 1))
     return Task(
         f"adding problem, T = {length}: mean squared error at the last step",
         features=2,
@@ -140,10 +144,10 @@ def adding(length: int, steps: int, batch: int = 32) -> Task:
         batch=batch,
         steps=steps,
         sample=sample,
-        test=lambda: sample(jax.random.key(TEST_KEY), 256),
+        test=test,
         loss=error,
         metrics=lambda ys, targets: {"mse": error(ys, targets)},
-        trivial={"always 1, the mean": 1 / 6},
+        trivial={"always 1, the mean": 1 / 6, "the same on these tests": _number(error(ones, test()[1]))},
         lower=True,
     )
 
@@ -372,6 +376,12 @@ def settings_of(task: Task, steps: int) -> dict[str, Any]:
     return {"steps": steps, "batch": task.batch, "rate": RATE, "clip": CLIP, "budget": BUDGET, "width": WIDTH}
 
 
+def described(task: Task, metric: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the table says of a task."""
+    about = {"about": task.about, "metric": metric, "trivial": task.trivial, "lower": task.lower}
+    return {**about, "settings": settings}
+
+
 def load(path: Path) -> dict[str, Any]:
     if path.exists():
         content = json.loads(path.read_text())
@@ -398,7 +408,8 @@ def markdown(content: dict[str, Any]) -> str:
         "",
     ]
     hardware, versions = content.get("hardware", {}), content.get("versions", {})
-    lines += [f"{hardware.get('cpu')}; " + ", ".join(f"{name} {versions[name]}" for name in versions) + ".", ""]
+    machine_line = f"{hardware.get('cpu')}, {hardware.get('cores')} core(s)"
+    lines += ["; ".join([machine_line, *(f"{name} {version}" for name, version in versions.items())]) + ".", ""]
     columns = {name: {cell: _value(content, name, cell) for cell in CELLS} for name in tasks}
     best = {name: _best(column.values(), tasks[name]["lower"]) for name, column in columns.items()}
     lines += ["| | " + " | ".join(f"{name} ({tasks[name]['metric']})" for name in tasks) + " |"]
@@ -407,7 +418,7 @@ def markdown(content: dict[str, Any]) -> str:
         texts = [_text(columns[name][cell], best[name]) for name in tasks]
         lines += [f"| `{cell}` | " + " | ".join(texts) + " |"]
     trivial = ["; ".join(f"{what}: {value:.3g}" for what, value in tasks[name]["trivial"].items()) for name in tasks]
-    lines += ["| *without a look at the inputs, or almost* | " + " | ".join(trivial) + " |", ""]
+    lines += ["| *trivial predictors* | " + " | ".join(trivial) + " |", ""]
     for name, task in tasks.items():
         settings = task["settings"]
         seeds = sorted({len(p["runs"]) for key, p in content["pairs"].items() if key.startswith(f"{name}/")})
@@ -415,7 +426,12 @@ def markdown(content: dict[str, Any]) -> str:
             f"- **{name}**: {task['about']}. {settings['steps']:,} steps of {settings['batch']} sequences; "
             f"{' or '.join(map(str, seeds))} seed(s)."
         ]
-    lines += ["", "Milliseconds of one training step, and of each cell its width H and its parameters:", ""]
+    lines += [
+        "",
+        "The width H of each cell, its parameters, and the milliseconds of one training step, with the tests that come "
+        "in between. On a machine that others use, these times say little.",
+        "",
+    ]
     lines += ["| | H | parameters | " + " | ".join(tasks) + " |", "|---|---|---|" + "---|" * len(tasks)]
     for cell in CELLS:
         known = content["cells"].get(cell)
@@ -513,13 +529,7 @@ def main(arguments: list[str] | None = None) -> int:
             _, hidden, parameters = fitted(cell_name)
             content["hardware"], content["versions"] = hardware, _versions()
             content["cells"][cell_name] = {"hidden": hidden, "parameters": parameters}
-            content["tasks"][task_name] = {
-                "about": task.about,
-                "metric": metric,
-                "trivial": task.trivial,
-                "lower": task.lower,
-                "settings": settings,
-            }
+            content["tasks"][task_name] = described(task, metric, settings)
             content["pairs"][name] = {"settings": settings, "runs": runs}
             _write(path, content)
             print(
@@ -534,7 +544,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _versions() -> dict[str, str]:
-    return {name: version for name, version in machine.versions().items() if name in ("python", "jrnn", "jax", "numpy")}
+    source = machine.source_hash(machine.ROOT / "jrnn")
+    known = {name: version for name, version in machine.versions().items() if name in ("python", "jax", "numpy")}
+    return {"jrnn": f"{jrnn.__version__} (source {source})", **known}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
