@@ -220,9 +220,10 @@ def main(arguments=None):
     parser.add_argument("--full", action="store_true", help="the larger network, for longer")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    hidden, epochs = (options.hidden or (256 if options.full else 128)), (options.epochs or (20 if options.full else 8))
-    if min(hidden, epochs) < 1:
-        parser.error(f"expected --hidden and --epochs of 1 or more, got {hidden} and {epochs}")
+    if any(number is not None and number < 1 for number in (options.hidden, options.epochs)):
+        parser.error("--hidden and --epochs: expected 1 or more of each")
+    hidden = options.hidden or (256 if options.full else 128)
+    epochs = options.epochs or (20 if options.full else 8)
     column = FINE if options.fine else COARSE
     with shared.loading("tag.py", ", or use --conllu"):
         if options.conllu:
