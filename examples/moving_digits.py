@@ -145,7 +145,7 @@ def train(forecaster, images, held_out, digits, steps, seed):
     def batches(epoch):
         return (make_films(images, BATCH, digits, [seed, epoch, i])[0] for i in range(every))
 
-    rate = schedule("warmup_cosine", 3e-3, steps=steps, warmup_steps=min(50, steps // 5))
+    rate = schedule("warmup_cosine", 3e-3, steps=max(2, steps), warmup_steps=max(1, min(50, steps // 5)))
     return fit(
         make_step(forecaster.loss, jrnn.optimizer("adam", rate, clip_norm=1.0)),
         forecaster.init(jax.random.key(seed)),

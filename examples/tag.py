@@ -160,7 +160,7 @@ def train(tagger, ids, tags, validation, seed, epochs):
         for chosen, length in jrnn.sequence.buckets(sizes, BATCH, key=jax.random.fold_in(k_shuffle, epoch), **options):
             yield make_batch(ids, tags, chosen, length)
 
-    rate = schedule("warmup_cosine", 4e-3, steps=steps, warmup_steps=steps // 20)
+    rate = schedule("warmup_cosine", 4e-3, steps=max(2, steps), warmup_steps=max(1, steps // 20))
     return fit(
         make_step(tagger.loss, jrnn.optimizer("adam", rate, clip_norm=1.0)),
         tagger.init(k_init, ids[0].shape[1]),
