@@ -1,7 +1,7 @@
 """Parts of speech in Turkish: a bidirectional LSTM reads the sentence both ways and names the class of every word.
 
     pip install -e ".[examples]" && python examples/tag.py           # 14 classes, about two minutes on two cores
-    python examples/tag.py --fine                                    # 44 classes
+    python examples/tag.py --fine                                    # 45 classes
     python examples/tag.py --full                                    # the larger network, for longer
     python examples/tag.py --conllu mine.conllu                      # your treebank, every tenth sentence for the test
 
