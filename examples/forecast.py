@@ -2,6 +2,8 @@
 
     pip install -e ".[examples]" && python examples/forecast.py            # S&P 500, 1999 to 2018, about a minute
     python examples/forecast.py --csv mine.csv --out mine.png              # Date,Open,High,Low,Close,Volume
+    python examples/forecast.py --csv rates.csv                            # ... or a date and a value: exchange rates
+    python examples/forecast.py --csv rates.csv --value USD                # ... of several columns, this one
     python examples/forecast.py --csv mine.csv --skip-bad-rows             # ... of which some days are null
 
 Prices are close to a random walk: "tomorrow's close is today's" (persistence) is hard to beat, and any forecast looks
@@ -41,33 +43,61 @@ def load_sp500():
     return table.index.to_numpy(), {name: table[name.capitalize()].to_numpy(float) for name in COLUMNS}
 
 
-def load_csv(path, **options):
-    """The same from a file with the columns Date, Open, High, Low, Close, Volume; options as `shared.read_csv`."""
+def load_csv(path, value=None, encoding="utf-8-sig", skip_bad_rows=False):
+    """The same from a file with a column Date: with Open, High, Low, Close and Volume, or with one value a day.
+
+    ``value`` names the column to forecast of a file that has several others and is no table of prices.
+    """
+    header = shared.csv_header(path, encoding)
+    prices = value is None and set(COLUMNS) <= set(header)
+    names = COLUMNS if prices else (value_column(path, header, value),)
     table = {}
 
     def add(cells):
-        date, values = read_day(cells)
+        date, values = read_day(cells, names)
         if date in table:
             raise ValueError(f"column date: {date} is there twice; expected one row per day")
         table[date] = values
 
-    shared.read_csv(path, ("date", *COLUMNS), add, **options)
+    shared.read_csv(path, ("date", *names), add, encoding=encoding, skip_bad_rows=skip_bad_rows)
     if len(table) < FEWEST:
         raise ValueError(f"{path}: expected at least {FEWEST} days, got {len(table)}")
     days = sorted(table)  # some sources list the newest day first
     columns = np.array([table[day] for day in days]).T
-    return np.array(days, "datetime64[D]"), dict(zip(COLUMNS, columns, strict=True))
+    dates = np.array(days, "datetime64[D]")
+    return dates, dict(zip(COLUMNS, columns, strict=True)) if prices else closes_only(columns[0])
 
 
-def read_day(cells):
-    """One row of the file as its date and (open, high, low, close, volume)."""
+def value_column(path, header, value):
+    """Which column of a file to forecast: the one that is named, ``close`` or ``value``, or the only one."""
+    if value is not None:
+        return value.strip().lower()
+    others = [name for name in header if name and name != "date"]
+    usual = [name for name in ("close", "value") if name in others]
+    if len(others) == 1 or usual:
+        return (usual or others)[0]
+    raise ValueError(
+        f"{path}: expected the columns date, {', '.join(COLUMNS)}, or a date and one value; its header has "
+        f"{', '.join(header)} (a comma between columns is expected); name the column to forecast with --value"
+    )
+
+
+def closes_only(close):
+    """A table of prices of which one a day is known: the day begins where the last one ended, and has no volume."""
+    start = np.concatenate([close[:1], close[:-1]])
+    high, low = np.maximum(start, close), np.minimum(start, close)
+    return {"open": start, "high": high, "low": low, "close": close, "volume": np.zeros_like(close)}
+
+
+def read_day(cells, names=COLUMNS):
+    """One row of the file as its date and the values of these columns."""
     text = cells["date"]
     try:
         date = datetime.datetime.fromisoformat(text).date()
     except ValueError:
         raise ValueError(f"column date: expected a date such as 2018-12-31, got {text!r}") from None
     values = []
-    for name in COLUMNS:
+    for name in names:
         text = cells[name]
         try:
             number = float(text)
@@ -182,7 +212,10 @@ def forecast_closes(params, inputs, today, return_scaler):
 
 def main(arguments=None):
     parser = shared.parser(__doc__, "forecast.png")
-    shared.add_csv_options(parser, "your own data: Date,Open,High,Low,Close,Volume (default: S&P 500)")
+    shared.add_csv_options(
+        parser, "your own data: Date,Open,High,Low,Close,Volume, or a date and a value (default: S&P 500)"
+    )
+    parser.add_argument("--value", help="the column to forecast, if the CSV file is no table of prices")
     parser.add_argument("--epochs", type=int, default=30, help="at most so many (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two epochs, to see that it works")
     parser.add_argument("--seed", type=int, default=0)
@@ -191,7 +224,7 @@ def main(arguments=None):
         parser.error(f"--epochs: expected 1 or more, got {options.epochs}")
     with shared.loading("forecast.py", ", or use --csv"):
         if options.csv:
-            dates, table = load_csv(options.csv, encoding=options.encoding, skip_bad_rows=options.skip_bad_rows)
+            dates, table = load_csv(options.csv, options.value, options.encoding, options.skip_bad_rows)
         else:
             dates, table = load_sp500()
 

@@ -4,6 +4,7 @@ import argparse
 import codecs
 import contextlib
 import csv
+import importlib.metadata
 import io
 import os
 import pathlib
@@ -73,6 +74,34 @@ def loading(script, remedy="", extra="examples"):
         sys.exit(f"{script}: {error}")
     except ImportError as error:
         sys.exit(f'{script}: {error}; pip install -e ".[{extra}]" brings it{remedy}')
+
+
+def package_file(package, path, command=None):
+    """The path of a file that ships with an installed package, which is not imported.
+
+    ``command`` installs the package where the extra ``examples`` does not bring it.
+    """
+    try:
+        found = pathlib.Path(importlib.metadata.distribution(package).locate_file(path))
+    except importlib.metadata.PackageNotFoundError:
+        if command is None:
+            raise ImportError(f"the data ship with the package {package}, which is not installed") from None
+        raise ValueError(f"the data ship with the package {package}; {command} brings it") from None
+    if not found.is_file():
+        raise ValueError(f"the installed version of {package} has no {path}; another version may")
+    return found
+
+
+def csv_header(path, encoding="utf-8-sig"):
+    """The names in the header of a CSV file, stripped and in lower case."""
+    rows = csv.reader(io.StringIO(read_text(path, encoding), newline=""))
+    try:
+        header = [name.strip().lower() for name in next(rows, [])]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line 1: {error}; is a quote missing in the header?") from None
+    if not any(header):
+        raise ValueError(f"{path} is empty; expected a header with the names of its columns")
+    return header
 
 
 def read_csv(path, columns, parse, encoding="utf-8-sig", skip_bad_rows=False):

@@ -40,6 +40,7 @@ from jrnn.compose.combine import bidirectional, highway, residual, skip, stack
 from jrnn.compose.describing import summary
 from jrnn.compose.emit import emit_state
 from jrnn.compose.regularise import Wrapper, dropconnect, learned_state, variational, zoneout
+from jrnn.compose.tied import tied
 from jrnn.compose.timewise import activation, dense, dropout, embed, layer_norm
 from jrnn.readout import ridge
 from jrnn.run.scanning import choose_scan_backend, scan
@@ -171,6 +172,7 @@ __all__ = [
     "summary",
     "tdnn",
     "testing",
+    "tied",
     "training",
     "ugrnn",
     "unroll",

@@ -41,6 +41,7 @@ __all__ = [
     "mae",
     "mse",
     "perplexity",
+    "pinball",
 ]
 
 Path = tuple[str | int, ...]
@@ -91,6 +92,56 @@ def mae(predictions: ArrayLike, targets: ArrayLike, mask: ArrayLike | None = Non
     """
     predicted, wanted, valid = _elementwise("predictions", predictions, "targets", targets, mask)
     return _mean(_absolute(predicted - wanted), valid)
+
+
+def pinball(
+    predictions: ArrayLike, targets: ArrayLike, quantiles: Sequence[float], mask: ArrayLike | None = None
+) -> jax.Array:
+    """Pinball (quantile) loss: the predictions that minimise it are quantiles of the targets (Koenker & Bassett 1978)::
+
+        mean(max(q * (targets - predictions), (q - 1) * (targets - predictions)))
+
+    over valid elements and quantiles q. For q = 0.5 it is half the absolute error, whose best prediction is the median;
+    two quantiles, such as 0.1 and 0.9, bound an interval that holds 80% of the targets. Where a prediction equals its
+    target, the slope is the mean of those on both sides.
+
+    Args:
+      predictions: `(T, *B, ..., Q)` floats, one prediction for each quantile on the last axis.
+      targets: `(T, *B, ...)`, the shape of `predictions` without the last axis; integers are taken as floats.
+      quantiles: Q numbers above 0 and below 1.
+      mask: booleans over the leading axes of `targets`, `(T, *B)` usually; None: every element counts.
+
+    Returns:
+      A scalar; 0 if no element is valid.
+
+    Raises:
+      TypeError: `predictions` are not floats, or `mask` is not boolean.
+      ValueError: shapes that do not agree, or a quantile out of range.
+
+    >>> print(pinball(np.array([[1.0, 1.0]]), np.array([3.0]), (0.5, 0.75)), (0.5 * 2 + 0.75 * 2) / 2)
+    1.25 1.25
+    """
+    values = np.asarray(quantiles, np.float64)
+    if values.ndim != 1 or not values.size or not ((values > 0) & (values < 1)).all():
+        raise ValueError(f"quantiles: expected a sequence of numbers above 0 and below 1, got {quantiles}.")
+    predicted, wanted = _float("predictions", predictions), jnp.asarray(targets)
+    if predicted.ndim == 0 or predicted.shape[-1] != values.size:
+        raise ValueError(
+            f"predictions: expected one prediction for each of {values.size} quantiles on the last axis, got shape "
+            f"{predicted.shape}."
+        )
+    if wanted.shape != predicted.shape[:-1]:
+        raise ValueError(
+            f"targets: expected shape {predicted.shape[:-1]}, that of predictions without the axis of quantiles, got "
+            f"{wanted.shape}."
+        )
+    valid = _valid(mask, wanted.shape, "targets")
+    wanted = jnp.broadcast_to(wanted[..., None], predicted.shape)
+    predicted, wanted, valid = _elementwise("predictions", predicted, "targets", wanted, valid)
+    error = wanted - predicted
+    q = jnp.asarray(values, error.dtype).reshape((1,) * (error.ndim - 1) + (-1,))
+    half = jnp.asarray(0.5, error.dtype)
+    return _mean(half * _absolute(error) + (q - half) * error, valid)
 
 
 def cross_entropy(

@@ -309,6 +309,31 @@ def held(key, F, H, batch):
     return w, h, step
 
 
+def masked(key, F, H, batch):
+    """Sequences of their own lengths, whose carry is held where a flag among the inputs says so."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, h, x):
+        h = jnp.where(x[..., :1] > 0, plain(w, h, x)[0], h)
+        return h, (h, jnp.tanh(h) + x[..., :1])
+
+    return w, h, step
+
+
+def masked_reset_lstm(key, F, H, batch):
+    """A reset at the beginning, and a mask at the end that keeps the carry as the step met it."""
+    w, carry, plain = concatenated_lstm(key, F, H, batch)
+
+    def step(w, carry, x):
+        taken, begins = x[..., :1] > 0, x[..., 1:2] > 0.5
+        begin = tuple(jnp.where(begins, jnp.full_like(leaf, 0.25), leaf) for leaf in carry)
+        new, _ = plain(w, begin, x)
+        h, c = (jnp.where(taken, leaf, old) for leaf, old in zip(new, carry, strict=True))
+        return (h, c), h
+
+    return w, carry, step
+
+
 def effect(key, F, H, batch):
     w, h, plain = elman(key, F, H, batch)
 
@@ -464,6 +489,8 @@ BODIES = (
     Body("transposed_gru", transposed_gru),
     Body("reset_gru", reset_gru),
     Body("reset_lstm", reset_lstm, batches=NO_BATCH),
+    Body("masked", masked, batches=NO_BATCH),
+    Body("masked_reset_lstm", masked_reset_lstm),
     Body("relu_readout", relu_readout, batches=NO_BATCH),
     Body("checkpointed", checkpointed),
     Body("projected_input", projected_input, batches=NO_BATCH, native="input projection itself"),
@@ -488,7 +515,7 @@ BODIES = (
     Body("haiku_gru", haiku("GRU"), 2, TWO, peer="haiku"),
     Body("counter", counter, 1, "not of one shape and dtype"),
     Body("normalised", normalised, 1, "'reduce_sum'"),
-    Body("held", held, 1, "held where a flag says so"),
+    Body("held", held, 1, "its outputs are not of the carry that it leaves"),
     Body("random_steps", random_steps, 2, "not of one shape and dtype"),
     Body("unit_flags", unit_flags, 1, "its gates are given an array of bool"),
     Body("one_for_bias", one_for_bias, 1, "with a number that is broadcast"),

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jrnn
 
@@ -334,6 +335,7 @@ CASES = (
     Case("residual_of_wrapped", jrnn.residual(jrnn.variational(jrnn.gru(3), inputs=0.3))),
     Case("attention", Attending(jrnn.attention(jrnn.lstm(4), 4))),
     Case("attention_heads", Attending(jrnn.attention(jrnn.gru(4), 4, score="multihead", heads=2))),
+    Case("tied", jrnn.tied(jrnn.embed(5, 3), jrnn.stack(jrnn.zoneout(jrnn.gru(4), h=0.3), jrnn.dense(3))), None),
     Case("skip", jrnn.skip(jrnn.variational(jrnn.elman(2), inputs=0.3), jrnn.gru(2))),
     Case(
         "conv_mixture",
@@ -380,3 +382,9 @@ CASES = (
         "residual_of_bidirectional", jrnn.residual(jrnn.bidirectional(jrnn.dropconnect(jrnn.gru(3), 0.3), merge="sum"))
     ),
 )
+
+
+def rows(mark, leave_out=()):
+    """All rows but those left out, by name; ``mark`` is on those that are not full."""
+    kept = [case for case in CASES if case.name not in leave_out]
+    return [pytest.param(case, id=case.name, marks=() if case.full else mark) for case in kept]

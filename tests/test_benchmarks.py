@@ -17,7 +17,7 @@ import jrnn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # as `python benchmarks/run.py` does
 
-from benchmarks import data, driver, grid, machine, peers, plot, report, run, worker
+from benchmarks import data, driver, grid, machine, peers, plot, report, run, tasks, worker
 from benchmarks.peers import hand
 from benchmarks.peers.base import PRODUCT
 from benchmarks.store import Store
@@ -424,3 +424,81 @@ def test_the_extra_names_no_torch():
     line = next(line for line in text.splitlines() if line.startswith("benchmarks = "))
     assert "torch" not in line
     assert "cuda" not in line
+
+
+# --- cells on small tasks --------------------------------------------------------------------------------------------
+
+
+def test_tasks_are_what_the_papers_say_and_their_trivial_predictors_get_what_is_said_of_them():
+    adding = tasks.adding(20, steps=1)
+    xs, sums = adding.test()
+    assert xs.shape == (20, 256, 2)
+    values, marks = np.asarray(xs[..., 0]), np.asarray(xs[..., 1])
+    assert (marks[:10].sum(0) == 1).all()
+    assert (marks[10:].sum(0) == 1).all()
+    np.testing.assert_allclose(sums, [values[:, i][marks[:, i] == 1].sum() for i in range(256)], rtol=1e-6)
+    ones = adding.metrics(np.ones((20, 256, 1), np.float32), sums)["mse"]
+    np.testing.assert_allclose(ones, adding.trivial["the same on these tests"], rtol=1e-4)
+    np.testing.assert_allclose(np.var(adding.sample(jax.random.key(0), 20_000)[1]), 1 / 6, rtol=0.05)
+
+    copying = tasks.copying(30, steps=1)
+    xs, ids = copying.test()
+    assert xs.shape == (50, 128, 10)
+    shown = np.asarray(xs).argmax(-1)
+    np.testing.assert_array_equal(shown[:10], ids[-10:])
+    assert (shown[10:39] == 8).all()
+    assert (shown[39] == 9).all()
+    assert (shown[40:] == 8).all()
+    assert (np.asarray(ids[:40]) == 8).all()
+    logits = np.full((50, 128, 9), -30.0, np.float32)
+    logits[:40, :, 8], logits[40:, :, :8] = 0.0, 0.0
+    blind = copying.metrics(logits, ids)["cross-entropy"]
+    np.testing.assert_allclose(blind, copying.trivial["blanks, then any symbol"], rtol=1e-5)
+    right = 30 * np.eye(9, dtype=np.float32)[np.asarray(ids)]
+    assert copying.metrics(right, ids)["recalled"] == 1
+
+
+def test_the_series_of_mackey_and_glass_solves_its_equation():
+    series = tasks.mackey_glass_series(200)
+    fine = tasks.mackey_glass_series(200, substeps=20)
+    np.testing.assert_allclose(series[:100], fine[:100], atol=1e-3)  # chaotic, and so not for long
+    assert 0.2 < series.min() < 0.6 < 1.1 < series.max() < 1.5  # the attractor's range
+    slope = (fine[19:] - fine[17:-2]) / 2
+    equation = 0.2 * fine[1:-18] / (1 + fine[1:-18] ** 10) - 0.1 * fine[18:-1]
+    np.testing.assert_allclose(slope, equation, atol=0.01)
+
+
+def test_all_cells_have_about_as_many_parameters():
+    for name in tasks.CELLS:
+        _, hidden, parameters = tasks.fitted(name)
+        assert 0.8 * tasks.BUDGET < parameters <= tasks.BUDGET
+        assert hidden % 4 == 0
+
+
+def test_a_task_is_trained_once_and_reported(tmp_path, monkeypatch, capsys):
+    tiny = tasks.adding(6, steps=tasks.ROUNDS, batch=4)._replace(test=lambda: tiny.sample(jax.random.key(0), 4))
+    monkeypatch.setattr(tasks, "TASKS", {"adding-6": lambda: tiny})
+    monkeypatch.setattr(tasks, "BUDGET", 300)
+    monkeypatch.setattr(tasks, "WIDTH", 4)
+    tasks.fitted.cache_clear()
+    path = tmp_path / "tasks.json"
+    run = lambda *arguments: tasks.main(["--out", str(path), "--only", "adding-6/elman", *arguments])
+    try:
+        assert run("--minutes", "0") == 0
+        assert "not run, since the minutes were over: adding-6/elman" in capsys.readouterr().out
+        assert run() == 0
+        content = json.loads(path.read_text())
+        (training,) = content["pairs"]["adding-6/elman"]["runs"].values()
+        assert len(training["curve"]) == tasks.ROUNDS
+        assert 0 < training["curve"][-1]["mse"] < 10
+        monkeypatch.setattr(tasks, "train", lambda *_: pytest.fail("trained again"))
+        assert run() == 0
+        assert json.loads(path.read_text()) == content
+    finally:
+        tasks.fitted.cache_clear()
+    text = path.with_suffix(".md").read_text()
+    assert f"| `elman` | **{training['curve'][-1]['mse']:.3f}** |" in text
+    assert "| `lstm` | - |" in text
+    with pytest.raises(SystemExit):
+        tasks.main(["--only", "no such pair"])
+    assert "--only: expected a part of TASK/CELL, tasks ['adding-6'] and cells ['elman'," in capsys.readouterr().err

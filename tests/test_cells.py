@@ -185,6 +185,7 @@ def test_values_equal_the_equations_in_numpy(case, backend):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 
+@pytest.mark.slow
 @every_cell
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_every_gradient_equals_that_of_the_equations(case, backend):
@@ -264,6 +265,7 @@ def test_initialisers_by_name():
         jrnn.lstm(H, recurrent_init="orthonormal")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cell",
     [

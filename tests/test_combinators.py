@@ -111,6 +111,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_law(name):
     model, features = MODELS[name]

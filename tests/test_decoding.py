@@ -14,6 +14,7 @@ from jrnn import decoding
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 VOCABULARY, END = 4, 3
+KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
@@ -220,9 +221,82 @@ def test_error_rates():
         decoding.word_error_rate([""], [""])
 
 
+def test_chrf_is_that_of_its_definition():
+    predictions = ["le chat est assis sur le tapis", "bonjour", ""]
+    references = ["le chat était assis sur un tapis", "bonsoir", "rien"]
+    shares = []
+    for n in range(1, 7):
+        found, wanted, common = 0, 0, 0
+        for p, r in zip(predictions, references, strict=True):
+            p, r = p.replace(" ", ""), r.replace(" ", "")
+            ours, theirs = ([s[i : i + n] for i in range(len(s) - n + 1)] for s in (p, r))
+            found, wanted = found + len(ours), wanted + len(theirs)
+            for gram in ours:
+                if gram in theirs:
+                    common += 1
+                    theirs.remove(gram)
+        shares.append((common / found, common / wanted))
+    precision, recall = np.mean(shares, axis=0)
+    for beta in (1.0, 2.0):
+        expected = (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
+        assert np.isclose(decoding.chrf(predictions, references, beta=beta), expected, rtol=1e-12)
+    assert decoding.chrf(["ab"], ["ab"]) == 1.0  # no n-grams of three and more: they do not count
+    assert decoding.chrf([""], ["ab"]) == decoding.chrf(["x"], [""]) == 0.0
+    with pytest.raises(ValueError, match="predictions: expected one for each of 2"):
+        decoding.chrf(["a"], ["a", "b"])
+    with pytest.raises(ValueError, match="references: expected at least one"):
+        decoding.chrf([], [])
+    with pytest.raises(ValueError, match="beta: expected a positive"):
+        decoding.chrf(["a"], ["a"], beta=0.0)
+
+
+def test_scheduled_sampling_without_own_tokens_is_teacher_forcing_with_its_gradients(model):
+    layers, params = model
+    tokens = jax.random.randint(jax.random.key(3), (6, 2, 3), 0, VOCABULARY)
+
+    def scheduled(params):
+        step = lambda state, token: layers.step(params, state, token)
+        start = layers.initial_state(params, (2, 3))
+        return decoding.scheduled_sampling(step, start, tokens, jax.random.key(0), 0.0)
+
+    forced = lambda params: jrnn.unroll(layers, params, tokens)
+    assert_close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
+    jax.tree.map(assert_close, jax.jit(scheduled)(params), forced(params))
+    got, expected = (jax.grad(lambda p, f=f: jnp.sum(jnp.sin(f(p)[1])))(params) for f in (scheduled, forced))
+    jax.tree.map(assert_close, got, expected)
+
+
+def test_scheduled_sampling_feeds_back_what_it_draws(model):
+    layers, params = model
+    state, tokens = layers.initial_state(params, (200,)), jnp.zeros((3, 200), jnp.int32)
+    step = lambda state, token: ({"fed": token, "of": layers.step(params, state["of"], token)[0]}, seen(state, token))
+
+    def seen(state, token):
+        """Logits that all but name a token, which is never the right one."""
+        return 50.0 * jax.nn.one_hot((token + 1) % VOCABULARY, VOCABULARY)
+
+    run = jax.jit(lambda rate: decoding.scheduled_sampling(step, {"fed": tokens[0], "of": state}, tokens, KEY, rate))
+    for rate, chosen in ((1.0, {2}), (0.0, {0}), (0.3, {0, 1, 2})):
+        fed = np.asarray(run(rate)[0]["fed"])  # the last input: 2 after two of its own, 1 after one, else the right 0
+        assert set(fed.tolist()) == chosen
+    expected = [0.7, 0.3 * 0.7, 0.3 * 0.3]
+    np.testing.assert_allclose(np.bincount(fed) / 200, expected, atol=0.1)
+
+
+def test_no_gradient_passes_through_what_is_drawn():
+    logits = lambda w, token: jnp.stack([w, 2 * w]) * (1 + token[..., None].astype(jnp.float32))
+    value = lambda w: decoding.scheduled_sampling(lambda s, t: (s, logits(w, t)), (), jnp.zeros(4, int), KEY, 1.0)[1]
+    drawn = value(1.0)
+    gradient = jax.grad(lambda w: jnp.sum(value(w)[:, 0]))(1.0)
+    np.testing.assert_allclose(gradient, drawn[:, 0].sum(), rtol=1e-6)  # linear in w for the tokens that were fed
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
+        (lambda s: decoding.scheduled_sampling(s, (), jnp.zeros(3), KEY, 0.1), TypeError, "tokens: expected integers"),
+        (lambda s: decoding.scheduled_sampling(s, (), jnp.zeros(3, int), KEY, 1.5), ValueError, "rate: expected one"),
+        (lambda s: decoding.scheduled_sampling(s, (), jnp.zeros(3, int), 0, 0.5), TypeError, "key: expected one PRNG"),
         (lambda s: decoding.greedy(s, (), jnp.array(0.0), 3), TypeError, "token: expected integers"),
         (lambda s: decoding.greedy(s, (), jnp.array(0), -1), ValueError, "length"),
         (lambda s: decoding.greedy(s, (), jnp.array(0), 3, end=7), ValueError, "end: expected one of the 2 classes"),

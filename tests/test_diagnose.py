@@ -1,6 +1,7 @@
 """Diagnosis against direct computation: gradients and Jacobians of steps folded by hand, gates from their equations."""
 
 import dataclasses
+import functools
 import sys
 from typing import ClassVar
 
@@ -609,6 +610,185 @@ def test_limits_by_activation():
     assert given.limits == {"h": (-np.pi / 2, np.pi / 2)}
 
 
+# --- the largest Lyapunov exponent -------------------------------------------------------------------------------
+
+
+def exponent_by_qr(steps):
+    """The largest exponent of step Jacobians ``(T, N, N)``, by QR factorisations of the carried frame."""
+    frame, growth = np.eye(steps.shape[-1]), []
+    for step in steps:
+        frame, r = np.linalg.qr(step @ frame)
+        growth.append(np.log(np.abs(np.diag(r))))
+    return np.mean(growth, 0).max()
+
+
+@dataclasses.dataclass(frozen=True)
+class Tent(jrnn.Cell):
+    """A map whose exponent is known: log(slope) for every orbit, whatever the inputs, which are ignored."""
+
+    slope: float
+
+    def init(self, key, in_features):
+        return {}
+
+    def initial_state(self, params, batch_shape):
+        return jnp.full((*batch_shape, 1), 0.3)
+
+    def step(self, params, state, x, key=None):
+        state = self.slope * jnp.minimum(state, 1 - state)
+        return state, state
+
+
+def test_the_exponent_of_a_linear_cell_is_that_of_its_largest_eigenvalue():
+    cell = jrnn.elman(3, "linear")
+    params = {**cell.init(jax.random.key(0), F), "w_hh": jnp.diag(jnp.array([0.9, -0.6, 1e-5]))}
+    xs = jax.random.normal(jax.random.key(1), (80, B, F))
+    result = diagnose.lyapunov(cell, params, xs, burn_in=40)
+    np.testing.assert_allclose(result.exponent, np.log(0.9), atol=1e-6)
+    np.testing.assert_allclose(result.growth[-1], np.log(0.9), atol=1e-6)
+    assert result.counted.sum() == 40 * B
+    # A complex state: the eigenvalues of an LRU, all on one circle.
+    cell = jrnn.lru(3, 4)
+    params = cell.init(jax.random.key(0), F)
+    params = {**params, "nu_log": jnp.full(4, np.log(0.25), jnp.float32)}
+    np.testing.assert_allclose(diagnose.lyapunov(cell, params, xs).exponent, -0.25, atol=1e-5)
+
+
+def test_the_exponent_of_a_rotation_is_zero_and_of_a_known_map_is_its_logarithm():
+    xs = jnp.ones((60, B, F))
+    cell = jrnn.elman(5, "linear", recurrent_init=orthogonal(1.0))
+    result = diagnose.lyapunov(cell, cell.init(jax.random.key(0), F), xs)
+    np.testing.assert_allclose(result.growth, 0.0, atol=1e-6)
+    cell = jrnn.elman(5, "linear", recurrent_init=orthogonal(1e-30))  # products of more than one are no float32
+    result = diagnose.lyapunov(cell, cell.init(jax.random.key(0), F), xs)
+    np.testing.assert_allclose(result.exponent, -30 * np.log(10), rtol=1e-5)
+    for slope in (1.7, 0.5):
+        np.testing.assert_allclose(diagnose.lyapunov(Tent(slope), {}, xs).exponent, np.log(slope), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["gru_after", "lstm", "separate", "leaky"])
+def test_the_exponent_equals_that_of_qr_factorisations(name):
+    cell = {**CELLS, "separate": Separate(), "leaky": Leaky()}[name]
+    params, xs = setup(cell, time=300, scale=0.3)
+    result = diagnose.lyapunov(cell, params, xs, burn_in=60)
+    other = diagnose.lyapunov(cell, params, xs, burn_in=60, seed=1)
+    for i in range(B):
+        steps = steps_by_hand(cell, params, xs[:, i], cell.initial_state(params, ()))
+        np.testing.assert_allclose(result.exponent[i], exponent_by_qr(steps[60:]), atol=0.02)
+        # After many steps all vectors have one direction, and grow as the product of the Jacobians makes them.
+        np.testing.assert_allclose(result.growth[-100:, i], other.growth[-100:, i], atol=1e-6)
+        vector = functools.reduce(lambda v, step: step @ v, steps[:200], np.ones(steps.shape[-1]))
+        after = functools.reduce(lambda v, step: step @ v, steps[200:], vector)
+        expected = np.log(np.linalg.norm(after) / np.linalg.norm(vector))
+        np.testing.assert_allclose(result.growth[200:, i].sum(), expected, atol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("reverse", [False, True])
+def test_exponents_under_lengths_masks_and_resets(reverse):
+    cell = jrnn.gru(H)
+    time = 12
+    params, xs = setup(cell, time=time, batch=(4,))
+    lengths = np.array([12, 6, 0, 12])
+    mask = np.ones((time, 4), bool)
+    mask[5, 3] = False
+    resets = np.zeros((time, 4), bool)
+    resets[5 if reverse else 6, 0] = True  # between two halves
+    valid = mask & (np.arange(time)[:, None] < lengths)
+    xs = jnp.where(valid[..., None], xs, jnp.nan)
+    result = diagnose.lyapunov(cell, params, xs, lengths=lengths, mask=mask, resets=resets, reverse=reverse, burn_in=2)
+    np.testing.assert_array_equal(np.isnan(result.growth), ~valid)
+    assert np.isnan(result.exponent[2])
+    assert np.isfinite(np.delete(result.exponent, 2)).all()
+    np.testing.assert_array_equal(result.counted.sum(0), [8, 4, 0, 9])
+    np.testing.assert_allclose(result.exponent[3], result.growth[:, 3][result.counted[:, 3]].mean(), rtol=1e-12)
+
+    def alone(i, kept):
+        return diagnose.lyapunov(cell, params, xs[jnp.array(kept), i], reverse=reverse).growth
+
+    whole = list(range(time))
+    for i, kept in [(1, whole[:6]), (0, whole[:6]), (0, whole[6:]), (3, [t for t in whole if t != 5])]:
+        np.testing.assert_allclose(result.growth[kept, i], alone(i, kept), rtol=1e-10)
+
+
+def test_exponents_of_what_forgets_diverges_or_has_no_steps():
+    params, xs = setup(jrnn.tdnn(2, window=3), time=6)
+    result = diagnose.lyapunov(jrnn.tdnn(2, window=3), params, xs)
+    assert (result.exponent == -np.inf).all()  # a window has forgotten everything after as many steps
+    cell = jrnn.elman(H, jnp.square, recurrent_init=orthogonal(1e20))
+    assert np.isnan(diagnose.lyapunov(cell, *setup(cell)).exponent).all()
+    cell = jrnn.elman(H)
+    for time, batch in [(0, (2,)), (4, (0,)), (3, (2, 2))]:
+        result = diagnose.lyapunov(cell, *setup(cell, time=time, batch=batch))
+        assert result.exponent.shape == batch
+        assert result.growth.shape == result.counted.shape == (time, *batch)
+        assert np.isfinite(result.exponent).all() == (time > 0)
+
+
+@pytest.mark.usefixtures("x64")
+def test_exponents_of_layers_in_their_place():
+    model = jrnn.stack(jrnn.elman(4), jrnn.bidirectional(jrnn.gru(H)), jrnn.dense(2))
+    params, xs = setup(model)
+    _, below = jrnn.unroll(jrnn.elman(4), params[0], xs)
+    result = diagnose.lyapunov(model, params, xs, layer=(1, "backward"))
+    expected = diagnose.lyapunov(jrnn.gru(H), params[1]["backward"], below, reverse=True)
+    np.testing.assert_allclose(result.growth, expected.growth, rtol=1e-10)
+    assert result.reverse
+    dropped = jrnn.variational(jrnn.gru(H), recurrent=0.5)
+    params, xs = setup(dropped)
+    result = diagnose.lyapunov(dropped, params, xs, key=jax.random.key(0))
+    assert (result.growth != diagnose.lyapunov(dropped, params, xs).growth).any()
+
+
+# --- Newton's method ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gain", "stable"), [(0.5, True), (4.0, False)])
+def test_newton_converges_where_the_exponent_is_negative_and_says_where_it_does_not(gain, stable):
+    xs = 0.3 * jax.random.normal(jax.random.key(1), (120, 3, F))
+    options = dict(lengths=np.array([120, 90, 0]), reverse=stable)
+    cell = jrnn.elman(16, recurrent_init=orthogonal(gain))
+    params = cell.init(jax.random.key(0), F)
+    result = diagnose.newton(cell, params, xs, **options)
+    assert ((diagnose.lyapunov(cell, params, xs, **options).exponent[:2] < 0) == stable).all()
+    assert result.converged.tolist() == [stable, stable, True]
+    assert ((result.residual <= result.tolerance) == result.converged).all()
+    assert (result.iterations < 15) if stable else (result.iterations == result.limit)
+    assert result.jacobians == "whole"
+    # Either way the result of `unroll` is that of the scan.
+    runs = [jrnn.unroll(cell, params, xs, **options, backend=backend)[1] for backend in ("newton", "reference")]
+    np.testing.assert_allclose(*runs, atol=1e-5)
+
+
+def test_newton_on_layers_in_their_place_and_on_no_steps():
+    model = jrnn.stack(jrnn.lstm(4), jrnn.bidirectional(jrnn.elman(20)), jrnn.dense(2))
+    params, xs = setup(model)
+    _, below = jrnn.unroll(jrnn.lstm(4), params[0], xs)
+    result = diagnose.newton(model, params, xs, layer=(1, "backward"))
+    alone = diagnose.newton(jrnn.elman(20), params[1]["backward"], below, reverse=True)
+    assert result.jacobians == alone.jacobians == "diagonal"
+    assert result.converged.all()
+    assert result.iterations == alone.iterations
+    for time, batch in [(0, (2,)), (4, (0,)), (4, ())]:
+        result = diagnose.newton(jrnn.elman(H), *setup(jrnn.elman(H), time=time, batch=batch))
+        assert result.converged.shape == result.residual.shape == batch
+        assert result.converged.all()
+        assert (result.iterations == 0) == (0 in (time, *batch))
+
+
+def test_newton_of_a_run_that_is_not_finite():
+    """A NaN in a valid input is no solution; one in a state that no step consumes is not met."""
+    cell = jrnn.elman(H)
+    params, xs = setup(cell)
+    result = diagnose.newton(cell, params, xs.at[2, 0].set(jnp.nan))
+    assert result.converged.tolist() == [False, True]
+    assert np.isnan(result.residual[0])
+    state = jax.tree.map(lambda a: a.at[0].set(jnp.nan), cell.initial_state(params, (B,)))
+    assert diagnose.newton(cell, params, xs, state=state, lengths=np.array([0, T])).converged.all()
+    assert not diagnose.newton(cell, params, xs, state=state).converged.all()
+
+
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
@@ -630,7 +810,7 @@ def test_errors_say_what_to_do():
     two = jrnn.stack(cell, jrnn.dense(2), cell)
     two_params = two.init(jax.random.key(0), F)
 
-    for measure in (diagnose.jacobian_products, diagnose.gate_saturation):
+    for measure in (diagnose.jacobian_products, diagnose.gate_saturation, diagnose.lyapunov, diagnose.newton):
         with pytest.raises(ValueError, match=r'layer: expected "forward" or "backward".*layer=\(0, "forward"\)'):
             measure(both, both_params, xs)
         with pytest.raises(ValueError, match=r"layer: expected an index into the stack, one of \[0, 2\], got None"):
@@ -661,6 +841,17 @@ def test_errors_say_what_to_do():
         diagnose.jacobian_products(cell, params, xs, lags=-1)
     with pytest.raises(ValueError, match="slope: expected"):
         diagnose.jacobian_products(cell, params, xs, slope=-1.0)
+    for value in (T, -1, 1.0, True):
+        with pytest.raises(ValueError, match=r"burn_in: expected a count of steps, an int in \[0, 6\)"):
+            diagnose.lyapunov(cell, params, xs, burn_in=value)
+    with pytest.raises(TypeError, match=r"seed: expected an int, got 1\.0"):
+        diagnose.lyapunov(cell, params, xs, seed=1.0)
+    counting = Separate()
+    with pytest.raises(ValueError, match=r"backend: 'newton' cannot run .*: it solves for a state of real numbers"):
+        diagnose.newton(counting, counting.init(jax.random.key(0), F), xs)
+    dropped = jrnn.zoneout(cell, h=0.2)
+    with pytest.raises(ValueError, match=r"backend: 'newton' cannot run .*may draw random numbers at each step"):
+        diagnose.newton(dropped, params, xs, key=jax.random.key(0))
     for value in (0, 0.5, "a"):
         with pytest.raises(ValueError, match=r"epsilon: expected a float in \(0, 0.5\)"):
             diagnose.gate_saturation(cell, params, xs, epsilon=value)
@@ -687,7 +878,7 @@ def test_plots_draw_on_the_axes_they_are_given(batch):
     cell = jrnn.elman(H)
     params, xs = setup(cell, batch=batch)
     lengths = np.full(batch, 4)
-    figure, axes = pyplot.subplots(1, 3)
+    figure, axes = pyplot.subplots(1, 4)
     norms = diagnose.gradient_norms(cell, params, xs, lambda state, ys: jnp.sum(ys[3]), lengths=lengths)
     assert diagnose.plot_gradient_norms(norms, axes[0]) is axes[0]
     np.testing.assert_allclose(axes[0].lines[0].get_ydata(), norms.rms["h"])
@@ -698,6 +889,11 @@ def test_plots_draw_on_the_axes_they_are_given(batch):
     assert diagnose.plot_gate_saturation(gates, axes[2]) is axes[2]
     heights = sum(patch.get_height() for patch in axes[2].patches)
     np.testing.assert_allclose(heights, gates.fraction["h"])
+    growth = diagnose.lyapunov(cell, params, xs, lengths=lengths, burn_in=1)
+    assert diagnose.plot_lyapunov(growth, axes[3]) is axes[3]
+    median = axes[3].lines[-2].get_ydata()
+    np.testing.assert_allclose(median[3], np.median(growth.exponent))
+    np.testing.assert_array_equal(np.isnan(median), [True, False, False, False, True, True])
     assert all(ax.get_xlabel() and ax.get_ylabel() and ax.get_title() for ax in axes)
     figure.canvas.draw()
     pyplot.close(figure)

@@ -138,7 +138,8 @@ def set_cell(line, column, text):
     ("lines", "message"),
     [
         ([], "is empty"),
-        (["Date,Open,Close"], r"missing column\(s\) high, low, volume; its header has date, open, close"),
+        (["Date,Open,High"], "a date and one value; its header has date, open, high .* name the column .* --value"),
+        (["Day,Value"], r"missing column\(s\) date; its header has day, value"),
         (csv_lines(random_walk(100)), "expected at least 250 days, got 100"),
         (broken(set_cell(7, 4, "n/a")), "line 7, column close: expected a price above zero, got 'n/a'"),
         (broken(set_cell(8, 2, "nan")), "line 8, column high: expected a price above zero, got 'nan'"),
@@ -156,6 +157,34 @@ def set_cell(line, column, text):
 def test_csv_errors_say_what_and_where(forecast, tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
         forecast.load_csv(write(tmp_path / "bad.csv", lines))
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [("Date,Rate", None), ("DATE,x,Close", None), ("date,EUR,value", None), ("Date,Close,Volume,usd", "USD")],
+)
+def test_a_date_and_a_value_are_enough(forecast, tmp_path, header, value):
+    """Exchange rates, say: the other columns of a table of prices follow from the values of two days."""
+    close, names = random_walk()["close"], header.lower().split(",")
+    column = names.index(value.lower() if value else names[-1])
+    days = np.datetime64("2020-01-01") + np.arange(len(close))
+    rows = [",".join([str(day), *("7" if i != column else str(c) for i in range(1, len(names)))])
+            for day, c in zip(days, close, strict=True)]  # fmt: skip
+    dates, table = forecast.load_csv(write(tmp_path / "a.csv", [header, *rows]), value)
+    assert dates.tolist() == days.tolist()
+    np.testing.assert_array_equal(table["close"], close)
+    np.testing.assert_array_equal(table["open"][1:], close[:-1])
+    np.testing.assert_array_equal(table["high"], np.maximum(table["open"], close))
+    np.testing.assert_array_equal(table["low"], np.minimum(table["open"], close))
+    features = forecast.make_features(table)[forecast.WARM_UP :]
+    assert np.isfinite(features).all()
+    assert np.isfinite(forecast.Scaler(features[:100]).scale(features)).all()
+
+
+def test_a_bad_value_of_an_own_column_is_named(forecast, tmp_path):
+    path = write(tmp_path / "a.csv", ["date,rate", "2020-01-01,1.1", "2020-01-02,n/a"])
+    with pytest.raises(ValueError, match="line 3, column rate: expected a price above zero, got 'n/a'"):
+        forecast.load_csv(path)
 
 
 def test_a_missing_file_ends_with_one_line_and_no_traceback(forecast, tmp_path):
@@ -237,13 +266,16 @@ def test_bad_options_are_found_before_the_training(forecast, arguments, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("own_data", [False, True], ids=["sp500", "csv"])
+@pytest.mark.parametrize("own_data", ["", "prices", "rates"], ids=["sp500", "csv", "rates"])
 def test_it_runs_as_a_newcomer_runs_it(forecast, tmp_path, monkeypatch, capsys, own_data):
     pytest.importorskip("tqdm", reason="examples show a bar")
     monkeypatch.chdir(tmp_path)
     arguments = ["--quick", "--out", "picture.png"]
     if own_data:
-        arguments += ["--csv", write(tmp_path / "mine.csv", csv_lines(random_walk(400)))]
+        lines = csv_lines(random_walk(400))
+        if own_data == "rates":
+            lines = ["date,rate", *(",".join(np.array(line.split(","))[[0, 4]]) for line in lines[1:])]
+        arguments += ["--csv", write(tmp_path / "mine.csv", lines)]
     else:
         pytest.importorskip("arch", reason="the S&P 500 data ship with arch")
     forecast.main(arguments)

@@ -280,6 +280,7 @@ def test_values_equal_the_equations_in_numpy(case, backend):
             np.testing.assert_allclose(a, b, atol=1e-12)
 
 
+@pytest.mark.slow
 @every_cell
 def test_every_gradient_equals_that_of_the_equations(case):
     name, cell, step, params, state, xs = case
@@ -323,6 +324,7 @@ def test_float32_is_the_default_and_near_float64(case):
 # --- convolutional cells -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras, under NumPy 2
 @pytest.mark.parametrize("ndim", [1, 2, 3])
 def test_equals_keras(ndim):
@@ -466,6 +468,7 @@ def test_ridge_equals_the_normal_equations(x64):
 # --- matrices for a state ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlstm", "ssd", "gated_delta_net"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_chunks_of_steps_equal_single_steps(name, reverse, x64):

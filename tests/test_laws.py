@@ -13,7 +13,7 @@ import jrnn
 from jrnn import testing
 from jrnn.testing import oracle
 from jrnn.testing.bench import Bench
-from tests.cases import CASES, Decoder, DrawingDecoder, Rotating, StepOnly
+from tests.cases import CASES, Decoder, DrawingDecoder, Rotating, StepOnly, rows
 
 # These compile, which takes longer than all the other laws together: on some rows.
 COMPILE = (testing.check_jit, testing.check_compiles_once)
@@ -23,7 +23,7 @@ INTERPRET = tuple(law for law in testing.LAWS if law not in COMPILE)
 NARROW = (testing.check_state_dtype,)
 NARROW_FULL = (testing.check_step_equals_unroll, testing.check_padding, testing.check_state_dtype)
 # A second Python need not run these.
-SLOW = [pytest.param(case, id=case.name, marks=() if case.full else pytest.mark.slow) for case in CASES]
+SLOW = rows(pytest.mark.slow)
 SMOKE = ("lstm", "step_only", "zoneout", "stack", "bidirectional")
 NARROW_ROWS = [
     pytest.param(*row.values, id=row.id, marks=[*row.marks, pytest.mark.smoke] if row.id in SMOKE else row.marks)

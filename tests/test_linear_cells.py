@@ -12,6 +12,7 @@ import pytest
 
 import jrnn
 from jrnn import testing
+from jrnn.schedules import associative, linear
 
 F, H, N, T = 3, 4, 5, 7
 
@@ -148,6 +149,7 @@ def test_values_equal_the_equations_in_numpy(case, quick_compilation, backend):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 
+@pytest.mark.slow
 @every_cell
 @pytest.mark.parametrize("backend", ["reference", "associative"])
 def test_every_gradient_equals_that_of_the_equations(case, quick_compilation, backend):
@@ -328,3 +330,32 @@ def test_errors_name_the_argument(make, error, message):
 
 def run(cell, xs, params=None):
     return jrnn.unroll(cell, cell.init(jax.random.key(0), 2) if params is None else params, xs)
+
+
+# --- chunks that stay in the cache -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "cell", [jrnn.min_gru(5), jrnn.qrnn(5, window=3), jrnn.lru(5, 3)], ids=["min_gru", "qrnn", "lru"]
+)
+def test_chunks_equal_single_steps(cell, reverse, monkeypatch):
+    monkeypatch.setattr(associative, "CHUNK", 40)
+    monkeypatch.setattr(linear, "NUMBERS", 0)
+    params = cell.init(jax.random.key(0), 3)
+    xs = jax.random.normal(jax.random.key(1), (37, 2, 3))  # chunks of four steps, and one that is left
+    resets = jax.random.bernoulli(jax.random.key(2), 0.1, (37, 2))
+
+    def run(params, xs, backend):
+        return jrnn.unroll(
+            cell, params, xs, backend=backend, reverse=reverse, lengths=np.array([30, 37]), resets=resets
+        )
+
+    traced = jax.make_jaxpr(lambda *args: run(*args, None))(params, xs)
+    assert "remat" in str(traced) or "checkpoint" in str(traced)
+    loss = lambda backend: lambda *args: sum(jnp.sum(jnp.sin(jnp.abs(a))) for a in jax.tree.leaves(run(*args, backend)))
+    for got, expected in zip(*(jax.tree.leaves(run(params, xs, b)) for b in (None, "reference")), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+    grads = (jax.tree.leaves(jax.grad(loss(b), (0, 1))(params, xs)) for b in (None, "reference"))
+    for got, expected in zip(*grads, strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-4)

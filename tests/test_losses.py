@@ -14,6 +14,7 @@ from jrnn import losses
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 NAN = float("nan")
+QUANTILES = np.array([0.1, 0.5, 0.8])
 MASK = np.array([[1, 1, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0]], bool)  # (T, B) = (4, 3)
 
 
@@ -39,6 +40,12 @@ CASES = {
     "mse": (losses.mse, data(4, 3, 5), data(4, 3, 5, seed=1), lambda p, t: ((p - t) ** 2).mean()),
     "mse without features": (losses.mse, data(4, 3), data(4, 3, seed=1), lambda p, t: ((p - t) ** 2).mean()),
     "mae": (losses.mae, data(4, 3, 5), data(4, 3, 5, seed=1), lambda p, t: np.abs(p - t).mean()),
+    "pinball": (
+        lambda p, t, mask=None: losses.pinball(p, t, QUANTILES, mask),
+        data(4, 3, 2, 3),
+        data(4, 3, 2, seed=1),
+        lambda p, t: np.maximum(QUANTILES * (t[..., None] - p), (QUANTILES - 1) * (t[..., None] - p)).mean(),
+    ),
     "cross_entropy of ids": (
         losses.cross_entropy,
         data(4, 3, 5),
@@ -171,7 +178,7 @@ def test_gradient_is_the_slope(name, x64):
 @each
 def test_no_silent_broadcast(name):
     loss, predictions, targets, _ = CASES[name]
-    second = "targets" if name.startswith(("mse", "mae")) else "labels"
+    second = "targets" if name.startswith(("mse", "mae", "pinball")) else "labels"
     for wrong in (targets[..., None], targets[0], targets[:, :1], targets.swapaxes(0, 1)):
         with pytest.raises(ValueError, match=f"{second}: expected shape"):
             loss(predictions, wrong)
@@ -206,6 +213,31 @@ def test_double_precision_is_kept(x64):
     assert losses.mse(np.ones(3), np.zeros(3)).dtype == np.float64
     assert losses.mse(np.ones(3, np.float32), np.zeros(3)).dtype == np.float64
     assert losses.cross_entropy(np.ones((3, 2)), np.zeros(3, int), np.ones(3, bool)).dtype == np.float64
+
+
+def test_the_best_constant_prediction_is_the_quantile():
+    targets, constants = data(401), np.linspace(-2, 2, 41, dtype=np.float32)
+    loss = jax.jit(lambda c, q: losses.pinball(jnp.full((401, 1), c), targets, q), static_argnums=1)
+    for q in QUANTILES:
+        best = constants[np.argmin([loss(c, (q,)) for c in constants])]
+        assert abs(best - np.quantile(targets, q)) < 0.11, q
+
+
+def test_the_slope_of_an_exact_quantile_is_the_mean_of_both_sides():
+    predictions = np.array([[1.0, 2.0, 0.5]], np.float32)
+    gradient = jax.grad(losses.pinball)(predictions, np.ones(1, np.float32), (0.1, 0.9, 0.9))
+    np.testing.assert_allclose(3 * gradient, [[(0.9 - 0.1) / 2, 0.1, -0.9]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("quantiles", [(), (0.0, 0.5), (1.0,), 0.5, (float("nan"),)])
+def test_quantiles_out_of_range(quantiles):
+    with pytest.raises(ValueError, match="quantiles: expected a sequence of numbers above 0 and below 1"):
+        losses.pinball(data(4, 1), data(4), quantiles)
+
+
+def test_as_many_predictions_as_quantiles():
+    with pytest.raises(ValueError, match=r"predictions: expected one prediction for each of 2 quantiles .*\(4, 3\)"):
+        losses.pinball(data(4, 3), data(4), (0.1, 0.9))
 
 
 @pytest.mark.smoke

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jrnn
 from jrnn import losses, sequence
-from tests.cases import CASES, inputs
+from tests.cases import inputs, rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -47,7 +47,7 @@ def specs(tree):
 
 
 # A second Python need not run these on every row.
-ROWS = [pytest.param(case, id=case.name, marks=() if case.full else pytest.mark.nightly) for case in CASES]
+ROWS = rows(pytest.mark.nightly)
 
 
 @pytest.mark.parametrize("case", ROWS)
@@ -115,6 +115,7 @@ def test_steps(mesh):
 FUNCTIONS = {
     "mse": lambda x, like, labels, mask, n: losses.mse(x, like, mask),
     "mae": lambda x, like, labels, mask, n: losses.mae(x, like, mask),
+    "pinball": lambda x, like, labels, mask, n: losses.pinball(x, like[..., 0], (0.1, 0.5, 0.9), mask),
     "cross_entropy": lambda x, like, labels, mask, n: losses.cross_entropy(x, labels, mask, label_smoothing=0.1),
     "probabilities": lambda x, like, labels, mask, n: losses.cross_entropy(x, jax.nn.softmax(like), mask),
     "binary_cross_entropy": lambda x, like, labels, mask, n: losses.binary_cross_entropy(x, jax.nn.sigmoid(like), mask),

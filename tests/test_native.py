@@ -47,7 +47,10 @@ OPTIONS = [
 def in_turn(cases):
     return pytest.mark.parametrize(
         ("case", "options"),
-        [(case, OPTIONS[i % len(OPTIONS)]) for i, case in enumerate(cases)],
+        [
+            pytest.param(case, OPTIONS[i % len(OPTIONS)], marks=() if case.full else pytest.mark.slow)
+            for i, case in enumerate(cases)
+        ],
         ids=lambda value: getattr(value, "name", ""),
     )
 
@@ -106,6 +109,7 @@ def assert_near(got, expected, tolerance=2e-5):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * (1e-3 + float(jnp.abs(b).max(initial=0))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "time", "batch", "features", "marked"),
     [
@@ -153,6 +157,7 @@ CHUNKED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "time", "batch", "remat", "reverse"),
     # Each compiles eight programs: in reverse only some of them do so every time.
@@ -315,6 +320,7 @@ class TwoStates(NamedTuple):
     h: Any
 
 
+@pytest.mark.slow
 @dataclasses.dataclass(frozen=True)
 class Everything(jrnn.AffineCell):
     """Two vectors in theta, a state that does not begin with h, and every function of the table in one gate."""
@@ -480,6 +486,7 @@ class Gated(jrnn.AffineCell):
         return state._replace(h=sum(new.values()) / len(new), **new)
 
 
+@pytest.mark.slow
 def differentiated(cell, batch, backend):
     """The last state and gradients of a run, and of one over a further axis by `jax.vmap`."""
     keys = jax.random.split(jax.random.key(0), 2)

@@ -282,6 +282,7 @@ def forget():
     _interpret._traced.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", [jrnn.lstm(3), jrnn.bidirectional(jrnn.mgu(2))], ids=repr)
 def test_laws_where_it_is_the_default(cell, everywhere):
     """The sequence contract itself, with NaN in padding, on what `unroll` runs when nobody asks."""

@@ -45,6 +45,7 @@ def test_values_and_gradients_equal_the_scan(x64, quick_compilation, name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", [jrnn.gru(3), jrnn.gru(newton.DENSE + 1)], ids=["whole", "diagonal"])
 def test_higher_derivatives_and_vmap(x64, quick_compilation, cell):
     params, xs, _ = setup(cell)

@@ -7,17 +7,13 @@ import pytest
 
 import jrnn
 from jrnn import losses, sequence, testing
-from tests.cases import CASES, inputs
+from tests.cases import inputs, rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "strict_ranks")
 
 # Users' own steps, in which a vector meets a batch.
 OWN = {"step_only", "counting", "variational_step_only", "rotating", "drawing_decoder"}
-ROWS = [
-    pytest.param(case, id=case.name, marks=() if case.full else pytest.mark.nightly)
-    for case in CASES
-    if case.name not in OWN
-]
+ROWS = rows(pytest.mark.nightly, OWN)
 RNG = np.random.default_rng(0)
 XS = np.asarray(RNG.normal(size=(6, 2, 3)), np.float32)
 LENGTHS, MASK = np.array([6, 3]), RNG.random((6, 2)) < 0.7
@@ -34,6 +30,7 @@ def test_the_switch_is_on():
         jnp.ones((2, 3)) + jnp.ones(3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ROWS)
 def test_laws(case):
     testing.check_step_equals_unroll(case.layer, case.in_features)
@@ -76,6 +73,7 @@ def test_larger_sizes(layer, backend):
 LOSSES = {
     "mse": lambda x: losses.mse(x, jnp.zeros_like(x), MASK),
     "mae": lambda x: losses.mae(x, jnp.zeros_like(x), MASK),
+    "pinball": lambda x: losses.pinball(x, jnp.zeros_like(x[..., 0]), (0.1, 0.5, 0.9), MASK),
     "cross_entropy": lambda x: losses.cross_entropy(x, np.zeros((6, 2), int), MASK, label_smoothing=0.1),
     "cross_entropy_of_probabilities": lambda x: losses.cross_entropy(x, np.full((6, 2, 3), 1 / 3, np.float32), MASK),
     "binary_cross_entropy": lambda x: losses.binary_cross_entropy(x, np.ones((6, 2, 3), bool), MASK),

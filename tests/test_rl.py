@@ -8,14 +8,14 @@ import pytest
 import jrnn
 from jrnn import rl
 from jrnn.compose.combine import stepless
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 T, B = 7, 3
 # Where a step and unroll could differ is tested for every row by the laws.
 STEPPING = [pytest.param(case, id=case.name) for case in CASES if case.full and not stepless(case.layer)]
-ALL = [pytest.param(case, id=case.name, marks=() if case.full else pytest.mark.slow) for case in CASES]
+ALL = rows(pytest.mark.nightly)
 
 
 def rollout(case: Case, time=T, batch=(B,)):

@@ -10,7 +10,7 @@ import pytest
 
 import jrnn
 from jrnn.run.tuning import tune
-from tests.cases import CASES, inputs
+from tests.cases import inputs, rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -44,7 +44,7 @@ def mapped(tree, kind):
 
 
 @pytest.mark.parametrize("kind", [frozen, states])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", rows(pytest.mark.nightly))
 def test_any_mapping_serves_and_its_gradients_have_its_structure(case, kind):
     layer = case.layer
     params = kind(jax.eval_shape(lambda: layer.init(jax.random.key(0), case.in_features)))

@@ -1,1 +1,1 @@
-"""Small things that every other part uses: checks of arguments, devices and meshes, the product with weights."""
+"""Helpers that every other part uses: checks of arguments, devices and meshes, the matmul with weights."""

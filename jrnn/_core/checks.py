@@ -13,15 +13,15 @@ Tracer = jax.core.Tracer
 
 
 def is_traced(value: Any) -> bool:
-    """Whether any array of a value, a tree or a list of arrays, is not known yet (inside jit, grad or vmap)."""
+    """Whether any array in a value, which may be a pytree, is a tracer (inside jit, grad or vmap)."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
 
 
 def readable(*values: Any) -> bool:
-    """Whether the host can read values at once, to check them.
+    """Whether the host can read values without waiting, to check them.
 
-    It cannot read a traced array. It could read one that lies on an accelerator, but it would have to wait for all
-    that the accelerator still computes before it; and it does not hold all of an array that lies on several hosts.
+    A traced array has no values. Reading an array on an accelerator would wait for all computations that are queued
+    there. An array on several hosts is not complete on any of them.
     """
     return all(map(_readable, jax.tree.leaves(values)))
 
@@ -55,7 +55,7 @@ def _int(value: Any, argument: str, least: int, expected: str) -> None:
 
 
 def prng_key(key: Any, argument: str = "key") -> None:
-    """One PRNG key: typed, or the 32-bit words of a raw one."""
+    """Checks for one PRNG key: a typed key, or the 32-bit words of a raw key."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
     if not (typed and shape == ()) and not (dtype == jnp.uint32 and shape is not None and len(shape) == 1):
@@ -63,7 +63,7 @@ def prng_key(key: Any, argument: str = "key") -> None:
 
 
 def brief(value: Any) -> str:
-    """A value for error messages, in one line: without the contents of a container or an array."""
+    """A one-line description of a value for error messages, without the contents of containers and arrays."""
     if isinstance(value, str | int | float | complex | type | None) or callable(value):
         return repr(value)
     if hasattr(value, "shape") and hasattr(value, "dtype"):
@@ -72,7 +72,7 @@ def brief(value: Any) -> str:
 
 
 def batch_axes(batch_shape: Any) -> tuple[Any, ...]:
-    """The batch shape of a state: a tuple, where a number is an easy mistake."""
+    """The batch shape of a state, as a tuple. Raises for a number, which is an easy mistake."""
     if not isinstance(batch_shape, tuple | list):
         remedy = f"({batch_shape},)" if isinstance(batch_shape, int) else "(4,)"
         raise TypeError(
@@ -83,7 +83,7 @@ def batch_axes(batch_shape: Any) -> tuple[Any, ...]:
 
 
 def rate(value: Any, argument: str) -> None:
-    """A probability of dropping: 1 would drop everything and divide by zero."""
+    """Checks for a dropout rate. A rate of 1 would drop everything and divide by zero."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{argument}: expected a float in [0, 1), got {value!r}")
     if not 0.0 <= value < 1.0:
@@ -91,7 +91,7 @@ def rate(value: Any, argument: str) -> None:
 
 
 def finite(value: Any, argument: str, *, above: float | None = None, least: float | None = None) -> None:
-    """A finite number, above or at least a bound where one is given."""
+    """Checks for a finite number, ``above`` a bound or of at ``least`` a bound if one is given."""
     bound = "" if above is None and least is None else f" above {above}" if least is None else f" of at least {least}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{argument}: expected a finite float{bound}, got {value!r}")
@@ -101,7 +101,7 @@ def finite(value: Any, argument: str, *, above: float | None = None, least: floa
 
 
 def divides(count: Any, whole: int, argument: str, of: str) -> None:
-    """A positive int that divides the size of ``of``."""
+    """Checks for a positive int that divides ``whole``, the size of ``of``."""
     positive_int(count, argument)
     if whole % count:
         raise ValueError(
@@ -110,7 +110,7 @@ def divides(count: Any, whole: int, argument: str, of: str) -> None:
 
 
 def epsilon(value: Any) -> None:
-    """The number that is added to a variance, so that its square root is not zero."""
+    """Checks for a positive number, which is added to a variance so that its square root is not zero."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"epsilon: expected a positive float, got {value!r}")
     if not value > 0.0:
@@ -118,7 +118,7 @@ def epsilon(value: Any) -> None:
 
 
 def module_level(function: Any, argument: str, names: list[str]) -> Callable[..., Any]:
-    """A function that compares by value across two equal calls: not a lambda, not a closure."""
+    """Checks for a function that compares equal across two equal calls: not a lambda, not a closure."""
     if not callable(function):
         raise TypeError(f"{argument}: expected one of {names} or a module-level function, got {function!r}")
     qualname = getattr(function, "__qualname__", "")
@@ -132,7 +132,7 @@ def module_level(function: Any, argument: str, names: list[str]) -> Callable[...
 
 
 def as_tree(params: Any) -> Any:
-    """Parameters as a pytree: a mapping that JAX does not know as a node, such as a `MappingProxyType`, as a dict."""
+    """Parameters as a pytree. A mapping that is not a node to JAX, such as `MappingProxyType`, becomes a dict."""
     return jax.tree.map(lambda leaf: as_tree(dict(leaf)) if isinstance(leaf, Mapping) else leaf, params)
 
 

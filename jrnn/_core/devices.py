@@ -1,4 +1,4 @@
-"""Where JAX computes: on which device, and over which axes of a mesh."""
+"""The device on which JAX computes, and the mesh axes over which arrays are sharded."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["batch_spec", "default_device", "is_placed", "knows_mesh", "one_step"
 
 
 def default_device() -> Any:
-    """The device that ``jax.default_device`` or a platform's name chose, or else the first."""
+    """The device that ``jax.default_device`` names, directly or by its platform; else the first device."""
     chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
     return jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
 
 
 def varying_as(tree: Any, *like: Any) -> Any:
-    """Inside `jax.shard_map`, a tree said to vary over every axis of the mesh that the leaves of ``like`` vary over.
+    """Inside `jax.shard_map`, marks a tree as varying over every mesh axis that the leaves of ``like`` vary over.
 
-    A loop's carry must vary over an axis if its inputs do. Outside of `jax.shard_map` the tree is returned as it is.
+    A loop's carry must vary over an axis if its inputs do. Outside of `jax.shard_map`, the tree is returned unchanged.
     """
     wanted: frozenset[str] = frozenset().union(*map(_axes, jax.tree.leaves(like)))
     if not wanted:
@@ -27,19 +27,20 @@ def varying_as(tree: Any, *like: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, tuple(wanted - _axes(leaf)), to="varying"), tree)
 
 
-# --- meshes whose axes are Explicit: how an array lies over the devices is a part of its type ------------------------
+# --- meshes with Explicit axes, for which the sharding of an array is a part of its type -------------------------
 
 
 def is_placed(a: Any) -> bool:
-    """Whether an array's type says how it lies over the devices of a mesh."""
+    """Whether an array's type includes its sharding over a mesh."""
     mesh = getattr(getattr(jax.typeof(a), "sharding", None), "mesh", None)
     return any(kind != jax.sharding.AxisType.Auto for kind in getattr(mesh, "axis_types", None) or ())
 
 
 def batch_spec(ndim: int, *, states: Any = (), sequences: Any = ()) -> tuple[Any, ...] | None:
-    """The mesh axes over which the batch axes of arrays ``(*B, ...)`` and ``(T, *B, ...)`` lie, or None without any.
+    """The mesh axes over which the batch axes of ``states (*B, ...)`` and ``sequences (T, *B, ...)`` are sharded.
 
-    Where arrays differ, the first that lies over some mesh axis decides, for each batch axis by itself.
+    None if no batch axis is sharded. If arrays differ, the first one that is sharded along a batch axis decides for
+    this axis.
     """
     leaves = [(leaf, 1) for leaf in jax.tree.leaves(sequences)] + [(leaf, 0) for leaf in jax.tree.leaves(states)]
     specs = [tuple(_spec(leaf)[lead : lead + ndim]) for leaf, lead in leaves if is_placed(leaf)]
@@ -48,25 +49,25 @@ def batch_spec(ndim: int, *, states: Any = (), sequences: Any = ()) -> tuple[Any
 
 
 def placed(tree: Any, batch: tuple[Any, ...] | None, lead: int) -> Any:
-    """A tree whose leaves ``(*B, ...)``, or with a ``lead`` of 1 ``(T, *B, ...)``, lie over the given mesh axes."""
+    """A tree of leaves ``(*B, ...)``, or ``(T, *B, ...)`` with a ``lead`` of 1, sharded over the given mesh axes."""
     if batch is None:
         return tree
     return jax.tree.map(lambda a: _moved(a, (*_spec(a)[:lead], *batch, *_spec(a)[lead + len(batch) :])), tree)
 
 
 def placed_as(tree: Any, like: Any) -> Any:
-    """A tree whose leaves lie as those of ``like``, arrays or a `jax.ShapeDtypeStruct` each."""
+    """A tree whose leaves are sharded as those of ``like``, which are arrays or of type `jax.ShapeDtypeStruct`."""
     return jax.tree.map(lambda a, b: _moved(a, _spec(b)) if is_placed(b) else a, tree, like)
 
 
 def one_step(xs: Any) -> jax.ShapeDtypeStruct:
-    """The shape, the dtype and the place of one step of ``xs (T, ...)``."""
+    """The shape, dtype and sharding of one step of ``xs (T, ...)``."""
     sharding = NamedSharding(jax.typeof(xs).sharding.mesh, PartitionSpec(*_spec(xs)[1:])) if is_placed(xs) else None
     return jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype, sharding=sharding)
 
 
 def _spec(a: Any) -> tuple[Any, ...]:
-    """The mesh axis, or axes, of each axis of an array; None where it is whole on every device."""
+    """The mesh axis, or axes, of each axis of an array; None for an axis that is not sharded."""
     spec = tuple(jax.typeof(a).sharding.spec)
     return spec + (None,) * (a.ndim - len(spec))
 
@@ -76,7 +77,7 @@ def _moved(a: Any, spec: tuple[Any, ...]) -> Any:
 
 
 def knows_mesh(leaf: Any) -> bool:
-    """Whether an array's type knows of a mesh: it lies over Explicit axes, or is inside `jax.shard_map`."""
+    """Whether an array's type refers to a mesh: one with Explicit axes, or that of a `jax.shard_map`."""
     return hasattr(leaf, "dtype") and (is_placed(leaf) or bool(_axes(leaf)))
 
 

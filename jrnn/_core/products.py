@@ -1,8 +1,11 @@
-"""A product with weights whose transposes are written out: the one place that needs more than JAX's public API.
+"""A matmul with weights whose transposes are written out, which needs more than JAX's public API.
 
-``jax.lax.dot_general`` transposes ``x W`` with respect to ``W`` as ``(dz^T x)^T``. On a CPU that form, tall times
-narrow, is slower than ``x^T dz``, which is the same sum. So the product is a primitive of its own
-with the second form for a transpose. In a JAX without the internals that a primitive needs, it is a `dot_general`.
+With ``dz`` the cotangent of ``z = x W``::
+
+    dx = dz W^T          dW = x^T dz, which jax.lax.dot_general transposes to as (dz^T x)^T
+
+On a CPU the second form of ``dW`` is slower than the first. So the matmul is a primitive of its own, whose transpose
+has the first form. If JAX lacks the internals that a primitive needs, the matmul is a `dot_general`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ __all__ = ["weigh"]
 
 def weigh(x: jax.Array, w: jax.Array) -> jax.Array:
     """``x @ w`` over the last axis of x and the first of w: ``(*B, F), (F, K) -> (*B, K)``, floats of one dtype."""
-    # A primitive of one's own has no rule for how its result lies over a mesh.
+    # The primitive has no rule for the sharding of its result over a mesh.
     return _dot(x, w) if _weigh_p is None or is_placed(x) or is_placed(w) else _weigh_p.bind(x, w)
 
 

@@ -1,4 +1,4 @@
-"""Values as one would write them, for the ``repr`` of layers."""
+"""Values as Python expressions, for the ``repr`` of layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PUBLIC = {"jrnn.initializers": "initializers.", "jrnn.activations": "activation
 
 
 def written(value: Any) -> str:
-    """A value as an expression: functions by their names, and jrnn's own values by their names in jrnn."""
+    """A value as an expression. Functions are given by name, and jrnn's own values by their names in jrnn."""
     if isinstance(value, tuple) and type(value) is tuple:
         return f"({', '.join(map(written, value))}{',' if len(value) == 1 else ''})"
     if callable(value) and hasattr(value, "__qualname__"):
@@ -26,7 +26,7 @@ def call(name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
 
 
 def field_arguments(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The fields of a dataclass as arguments of its constructor; of those that have defaults the ones that differ."""
+    """The fields of a dataclass as arguments of its constructor, without those that equal their defaults."""
     arguments: list[Any] = []
     options: dict[str, Any] = {}
     for field in dataclasses.fields(value):

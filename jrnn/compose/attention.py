@@ -27,6 +27,7 @@ from jrnn.cells.base import (
     vector,
 )
 from jrnn.compose.combine import Residual, Stack, stepless
+from jrnn.compose.tied import Tied
 from jrnn.sequence import valid_steps
 
 __all__ = ["Attention", "AttentionState", "Memory", "attend", "attention", "remember"]
@@ -317,7 +318,7 @@ def remember(model: Layer, params: Any, memory: Any, *, lengths: Any = None, mas
     S steps of the memory, B batch axes, M features.
 
     Args:
-      model: an `attention` layer, or a `stack` or `residual` that holds one or more.
+      model: an `attention` layer, or a `stack`, `residual` or `tied` that holds one or more.
       params: its parameters, from ``model.init``; a memory that they hold already is replaced.
       memory: ``(S, *B, M)`` floats, such as an encoder's outputs; ``(S, M)`` for one that all sequences share.
       lengths: ``(*B,)`` integers in [0, S], how many steps of each memory can be attended to; None for all.
@@ -338,8 +339,8 @@ def remember(model: Layer, params: Any, memory: Any, *, lengths: Any = None, mas
     found, params = _remember(model, params, memory, {"lengths": lengths, "mask": mask})
     if not found:
         raise ValueError(
-            f"model: expected jrnn.attention, or a stack or residual of it, got {model!r}; in a layer of your own, "
-            "give its attention layer the memory by that layer's own remember(params, memory)"
+            f"model: expected jrnn.attention, or a stack, residual or tied of it, got {model!r}; in a layer of your "
+            "own, give its attention layer the memory by that layer's own remember(params, memory)"
         )
     return params
 
@@ -352,4 +353,7 @@ def _remember(model: Layer, params: Any, memory: Any, valid: dict[str, Any]) -> 
         return any(found for found, _ in pairs), tuple(p for _, p in pairs)
     if isinstance(model, Residual):
         return _remember(model.layer, params, memory, valid)
+    if isinstance(model, Tied):
+        found, own = _remember(model.layer, params["layer"], memory, valid)
+        return found, {**params, "layer": own}
     return False, params

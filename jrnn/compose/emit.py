@@ -13,6 +13,7 @@ from jrnn.cells.base import Cell, Emitted, Layer, check_state, emitted_fields, i
 from jrnn.cells.form import AffineForm
 from jrnn.compose.combine import Bidirectional, Combinator, Highway, Residual, Stack, check_part
 from jrnn.compose.regularise import Wrapper
+from jrnn.compose.tied import Tied
 from jrnn.compose.timewise import Timewise
 
 __all__ = ["EmitState", "emit_state"]
@@ -88,6 +89,10 @@ def _walk(run: Any, layer: Layer, params: Any, xs: jax.Array, state: Any) -> tup
     if isinstance(layer, Highway):
         last, ys, states = _walk(run, layer.layer, params["layer"], xs, state)
         return last, layer._mix(params, xs, ys), states
+    if isinstance(layer, Tied):
+        _, rows = run(layer.embed, params["embed"], xs, ())
+        last, ys, states = _walk(run, layer.layer, params["layer"], rows, state)
+        return last, run.zero_invalid(layer._logits(params, ys)), states
     if isinstance(layer, Timewise):
         return *run(layer, params, xs, state), ()
     if isinstance(layer.form(params), AffineForm) and not is_low(xs.dtype):  # outputs in 16 bits would round the states

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["character_error_rate", "edit_distance", "word_error_rate"]
+from jrnn._core.checks import positive_int
+
+__all__ = ["character_error_rate", "chrf", "edit_distance", "word_error_rate"]
 
 
 def edit_distance(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -60,9 +63,58 @@ def character_error_rate(predictions: Sequence[Sequence[Any]], references: Seque
     return _rate(list(predictions), list(references))
 
 
-def _rate(predictions: Sequence[Sequence[Any]], references: Sequence[Sequence[Any]]) -> float:
+def chrf(predictions: Sequence[str], references: Sequence[str], *, order: int = 6, beta: float = 2.0) -> float:
+    """The F score of character n-grams, all sentences together (chrF, Popović 2015): 1 where all are equal, 0 at worst.
+
+    ``F = (1 + beta^2) P R / (beta^2 P + R)``. P is the share of the predictions' n-grams that the references have too,
+    R the share of the references' n-grams that the predictions have, each a mean over the n of 1 to ``order`` of which
+    both sides have n-grams. Spaces do not count. Tables usually have it times 100.
+
+    Args:
+      predictions, references: as many sentences of each.
+      order: the longest n-grams.
+      beta: how many times as much recall counts as precision.
+
+    Raises:
+      ValueError: where their numbers differ, there are none, or ``beta`` is not positive.
+
+    >>> chrf(["the cat"], ["the cat"]), chrf(["dog"], ["cat"])
+    (1.0, 0.0)
+    >>> round(chrf(["the cat sat"], ["the cat sits"]), 3)
+    0.61
+    """
+    positive_int(order, "order")
+    if not beta > 0:
+        raise ValueError(f"beta: expected a positive number, got {beta}")
+    _check_pairs(predictions, references)
+    if not len(references):
+        raise ValueError("references: expected at least one sentence, got none")
+    shares = []
+    for n in range(1, order + 1):
+        counts = [(_ngrams(p, n), _ngrams(r, n)) for p, r in zip(predictions, references, strict=True)]
+        common = sum((p & r).total() for p, r in counts)
+        predicted, wanted = sum(p.total() for p, _ in counts), sum(r.total() for _, r in counts)
+        if predicted and wanted:
+            shares.append((common / predicted, common / wanted))
+    if not shares:
+        return 0.0
+    precision, recall = (sum(column) / len(shares) for column in zip(*shares, strict=True))
+    below = beta**2 * precision + recall
+    return (1 + beta**2) * precision * recall / below if below else 0.0
+
+
+def _ngrams(sentence: str, n: int) -> Counter[str]:
+    characters = "".join(sentence.split())
+    return Counter(characters[i : i + n] for i in range(len(characters) - n + 1))
+
+
+def _check_pairs(predictions: Sequence[Any], references: Sequence[Any]) -> None:
     if len(predictions) != len(references):
         raise ValueError(f"predictions: expected one for each of {len(references)} references, got {len(predictions)}")
+
+
+def _rate(predictions: Sequence[Sequence[Any]], references: Sequence[Sequence[Any]]) -> float:
+    _check_pairs(predictions, references)
     total = sum(len(reference) for reference in references)
     if not total:
         raise ValueError("references: expected at least one that is not empty, to divide by; got none")

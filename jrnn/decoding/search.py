@@ -200,7 +200,7 @@ def beam(
     batch = token.shape
     repeated = jax.tree.map(lambda a: jnp.broadcast_to(jnp.asarray(a)[None], (width, *jnp.shape(a))), state)
     tokens = jnp.broadcast_to(token[None], (width, *batch))
-    vocabulary = _vocabulary(step, repeated, tokens)
+    vocabulary = check_logits(step, repeated, tokens)
     _check_end(end, vocabulary)
     if width > vocabulary:
         raise ValueError(f"width: expected at most the {vocabulary} classes of the vocabulary, got {width}")
@@ -245,7 +245,7 @@ def _decode(
     step: Step, state: Any, token: Any, length: int, end: int | None, key: Any, choose: Callable[..., jax.Array]
 ) -> Decoded:
     token = _check_start(token, length)
-    _check_end(end, _vocabulary(step, state, token))
+    _check_end(end, check_logits(step, state, token))
 
     def once(carry: Any, t: jax.Array) -> tuple[Any, jax.Array]:
         state, token, total, ended = carry
@@ -292,7 +292,8 @@ def _check_start(token: Any, length: int) -> jax.Array:
     return token.astype(jnp.int32)
 
 
-def _vocabulary(step: Step, state: Any, token: jax.Array) -> int:
+def check_logits(step: Step, state: Any, token: jax.Array) -> int:
+    """V, the classes of a step's logits; raises where the step returns no logits for the tokens."""
     result = jax.eval_shape(step, state, token)
     if not (isinstance(result, tuple) and len(result) == 2 and hasattr(result[1], "shape")):
         raise TypeError(

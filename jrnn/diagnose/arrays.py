@@ -1,4 +1,4 @@
-"""Leaves, norms and masks in NumPy, and axes to plot on."""
+"""Helpers for leaves, norms and masks in NumPy, and for axes to plot on."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from jrnn import sequence
 
 def is_float(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether numbers are real or complex, and so have a derivative."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def float_parts(state: Any, batch_ndim: int) -> tuple[list[Any], list[str], list[int]]:
@@ -41,7 +46,7 @@ def rms_over(norms: np.ndarray, valid: np.ndarray) -> np.ndarray:
 
 
 def fraction_of(part: Any, whole: Any) -> np.ndarray:
-    """``part / whole``, NaN where there is no whole."""
+    """``part / whole``, or NaN where ``whole`` is 0."""
     whole = np.asarray(whole, float)
     return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
 
@@ -63,7 +68,7 @@ def power(factor: float, counts: np.ndarray) -> np.ndarray:
 
 
 def nan_reduce(reduce: Any, values: np.ndarray) -> np.ndarray:
-    """A reduction over the second axis that leaves out NaN, and is NaN where nothing is left, without a warning."""
+    """A reduction over the second axis that ignores NaN. It is NaN, without a warning, if all values are NaN."""
     result = np.full(len(values), np.nan)
     some = ~np.isnan(values).all(1)
     if some.any():
@@ -72,12 +77,12 @@ def nan_reduce(reduce: Any, values: np.ndarray) -> np.ndarray:
 
 
 def flat(values: np.ndarray) -> np.ndarray:
-    """All but the first axis as one."""
+    """The values with all axes but the first merged into one."""
     return values.reshape(len(values), math.prod(values.shape[1:]))
 
 
 def positive(values: np.ndarray) -> np.ndarray:
-    """The values that a logarithmic axis can show, and NaN, which is a gap, in place of the others."""
+    """The values that a logarithmic axis can show. NaN, which is drawn as a gap, replaces the others."""
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)
 
 

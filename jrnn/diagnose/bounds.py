@@ -1,4 +1,4 @@
-"""Limits and slopes of activations, and the bound of a step's Jacobian that its weights give."""
+"""Limits and slopes of activations, and the bound on a step's Jacobian that follows from its weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jrnn import activations
 from jrnn.cells.elman import Elman, IndRNN, Jordan
 from jrnn.compose.regularise import DropConnect, LearnedState, Variational
 
-# The limits of each activation, and whether it reaches them: then saturation is counted without an epsilon.
+# The limits of each activation, and whether it reaches them. If it does, saturation is counted without an epsilon.
 _LIMITS: dict[str, tuple[tuple[float, float], bool]] = {
     "elu": ((-1.0, np.inf), False),
     "linear": ((-np.inf, np.inf), False),
@@ -57,9 +57,15 @@ def limits_of(cell: Any, gate: str, function: Any, given: Mapping[str, Any]) -> 
 
 
 def weight_factor(cell: Any, params: Any, slope: float | None, key: Any) -> tuple[float | None, str]:
-    """An upper bound of the norm of a step's Jacobian for any input, from the weights alone."""
+    """An upper bound on the norm of a step's Jacobian for any input, from the weights alone, and how it was derived.
+
+    With slopes of at most c, and ``|U|`` the largest singular value (the largest absolute weight in IndRNN)::
+
+        Elman, IndRNN   h' = f(x W + h U + b)                    |dh'/dh| = |diag(f') U^T| <= c_f |U|
+        Jordan          h' = f(x W + y U + b), y' = g(h' V + d)  |dy'/dy| <= c_f |U| c_g |V|
+    """
     while isinstance(cell, LearnedState) or (key is None and isinstance(cell, Variational | DropConnect)):
-        cell, params = cell.cell, cell.inner(params)  # without a key these wrappers leave the step as it is
+        cell, params = cell.cell, cell.inner(params)  # without a key, these wrappers do not change the step
     if slope is not None and (isinstance(slope, bool) or not isinstance(slope, int | float) or not slope > 0):
         raise ValueError(f"slope: expected the activation's largest absolute slope, a positive float, got {slope!r}")
     if not isinstance(cell, Elman | IndRNN | Jordan):

@@ -1,4 +1,4 @@
-"""Recording the activations of a cell's gates while its step runs."""
+"""Records the activations of a cell's gates while its step runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Listener:
-    """An activation that writes down its calls."""
+    """An activation that records its calls."""
 
     function: Any
     heard: list[Call]
@@ -37,7 +37,7 @@ class _Listener:
 
 @dataclass(frozen=True)
 class _ListeningProjection(ProjectionLSTM):
-    """A projection LSTM whose gates are those of the LSTM it is given."""
+    """A projection LSTM with the gates of the given LSTM."""
 
     gated: Any = field(kw_only=True)
 
@@ -47,7 +47,7 @@ class _ListeningProjection(ProjectionLSTM):
 
 
 def listening(cell: Any, heard: list[Call]) -> Any:
-    """The same cell, whose activations write down their calls."""
+    """The same cell with activations that record their calls."""
     if isinstance(cell, Wrapper):
         return replace(cell, cell=listening(cell.cell, heard))  # type: ignore[type-var]
     if isinstance(cell, ProjectionLSTM):
@@ -72,9 +72,12 @@ def gate_names(cell: Any) -> tuple[str, ...]:
 def find_gates(
     cell: Any, names: tuple[str, ...], params: Any, states: Any, ps: Any, calls: Any
 ) -> tuple[list[int], tuple[Any, ...]]:
-    """Which call of an activation is which gate's: the one whose argument moves one to one with its projection."""
+    """The index of each gate's call among all calls of activations, and the functions that were called.
 
-    def random(tree: Any) -> Any:  # a point where nothing is 1 by chance, as it might be in saturated data
+    The call of a gate is the one whose argument a has da/dp = 1 with respect to the gate's part p of the projection.
+    """
+
+    def random(tree: Any) -> Any:  # a point at which no other derivative is 1 by chance, as in saturated data
         key = jax.random.key(0)
         leaves, structure = jax.tree.flatten(tree)
         drawn = [

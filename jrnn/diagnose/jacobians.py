@@ -1,4 +1,4 @@
-"""Products of the steps' Jacobians, their singular values, and the bounds that they obey."""
+"""Measures products of the steps' Jacobians, their singular values, and the bounds that they obey."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def jacobian_products(
         in reverse, "later" is a smaller t and lags count in the order of the run.
 
     Raises:
-      ValueError, TypeError: as `jrnn.unroll`; both ``start`` and ``end``, or one outside [0, T).
+      ValueError, TypeError: the errors of `jrnn.unroll`; ``start`` and ``end`` are both given, or outside [0, T).
 
     >>> cell = jrnn.elman(4, recurrent_init=jrnn.initializers.orthogonal(0.5))
     >>> params = cell.init(jax.random.key(0), 3)
@@ -121,8 +121,8 @@ def jacobian_products(
 
     trace = probe.trace(xs, options)
     order = list(range(time))[:: -1 if trace.reverse else 1]  # steps in the order in which they ran
-    # Each further lag adds the Jacobian of a step in `path`, and has the state after a step in `others` (None: the
-    # initial state) at its other end; `fixed` is the end that stays.
+    # Each further lag multiplies by the Jacobian of the next step in `path`. The product leads between the state after
+    # the step `fixed` and that after the next step in `others`, where None stands for the initial state.
     path: list[int]
     others: list[int | None]
     fixed: int | None

@@ -1,22 +1,22 @@
-"""Finding a recurrent layer in a model, and the probe that puts a tap in its place."""
+"""Finds a recurrent layer in a model, and makes the probe that puts a tap in its place."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jrnn.cells.base import Layer
 from jrnn.compose.combine import Bidirectional, Stack
 from jrnn.compose.timewise import Timewise
-from jrnn.diagnose.arrays import float_parts
 from jrnn.diagnose.taps import Located, Recorded, Tapped, Trace
 from jrnn.run.unrolling import unroll
 
 
 def _descend(model: Any, layer: Any) -> tuple[tuple[int, ...], Any]:
-    """The way from a model to one of its recurrent layers: indices into `Layer.children`, and the layer."""
+    """The path from a model to one of its recurrent layers, as indices into `Layer.children`, and the layer."""
     wanted = [] if layer is None else list(layer) if isinstance(layer, tuple) else [layer]
     path: list[int] = []
     while type(model).walk is not Layer.walk and (parts := model.children()):
@@ -37,7 +37,7 @@ def _descend(model: Any, layer: Any) -> tuple[tuple[int, ...], Any]:
                 raise ValueError(f"layer: expected an index into the {len(parts)} {what}, got {index!r}")
             index %= len(parts)
         else:
-            index = 0  # looked through
+            index = 0  # a combinator of one layer takes no place in the path of the user
         path.append(index)
         model = parts[index]
     if wanted:
@@ -55,7 +55,7 @@ def _only_recurrent(parts: tuple[Layer, ...], what: str) -> int:
 
 
 class Probe(NamedTuple):
-    """A model with one of its layers chosen."""
+    """A model and one of its layers, to be measured."""
 
     whole: Layer
     whole_params: Any
@@ -75,13 +75,16 @@ class Probe(NamedTuple):
         return unroll(self.model(Recorded), self.params(()), xs, **options)[0]
 
 
-def make_probe(model: Any, params: Any, xs: Any, options: dict[str, Any], layer: Any) -> Probe:
+def make_probe(
+    model: Any, params: Any, xs: Any, options: dict[str, Any], layer: Any, kind: Any = jnp.floating
+) -> Probe:
+    """The probe of a layer whose state has numbers of a kind, as `jnp.issubdtype` knows it."""
     # An abstract run makes every check that unroll makes.
     jax.eval_shape(lambda: unroll(model, params, xs, **options))
     path, cell = _descend(model, layer)
     state, _ = jax.eval_shape(lambda: unroll(Located(model, path), Tapped(params, ()), xs, **options))
     shape = np.shape(xs)
     batch_shape = shape[1 : len(shape) - model.event_ndim]
-    if not float_parts(state, len(batch_shape))[0]:
+    if not any(jnp.issubdtype(leaf.dtype, kind) for leaf in jax.tree.leaves(state)):
         raise ValueError(f"layer: expected a layer with floats in its state, got {cell!r}; choose another")
     return Probe(model, params, path, cell, state, batch_shape, shape[0])

@@ -1,4 +1,4 @@
-"""The norm of the loss's gradient with respect to the state of every step."""
+"""Measures the norm of the loss's gradient with respect to the state of every step."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def gradient_norms(
 ) -> GradientNorms:
     """The norm of dL/dh_t for every t, and of every other field of the state (Bengio, Simard and Frasconi 1994).
 
-    This is the total derivative: through y_t where the step returns a part of its new state as ``y`` (h, for every
+    This is the total derivative: through y_t if the step returns a part of its new state as ``y`` (h, for every
     built-in cell but `jrnn.tdnn`), through all later steps, and through the final state. It takes one forward and one
     backward pass for any T: zeros are added to the state after each step, and the gradient is taken with respect to
-    them.
+    these zeros.
 
     Gradients are computed in the state's dtype. In float32 they underflow to 0 below about 1e-38 (1e-45 where the
     device keeps subnormal numbers) and overflow above 3e38. Norms are taken in float64.
@@ -68,8 +68,8 @@ def gradient_norms(
       model, params, xs, state, lengths, mask, resets, reverse, key, layer: see `jrnn.diagnose`.
 
     Raises:
-      ValueError, TypeError: as `jrnn.unroll`; ``layer`` is not the place of a recurrent layer; the loss is not a
-        scalar.
+      ValueError, TypeError: the errors of `jrnn.unroll`; ``layer`` is not the position of a recurrent layer; the loss
+        is not a scalar.
 
     >>> cell = jrnn.elman(4, recurrent_init=jrnn.initializers.orthogonal(0.5))
     >>> params = cell.init(jax.random.key(0), 3)

@@ -1,4 +1,4 @@
-"""How often each gate is so close to a limit of its activation that it passes no gradient."""
+"""Measures how often each gate is so close to a limit of its activation that it passes no gradient."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def gate_saturation(
     key: jax.Array | None = None,
     layer: Any = None,
 ) -> GateSaturation:
-    """How many gates are saturated, open or shut (Karpathy, Johnson and Fei-Fei 2015): there the slope is near 0.
+    """The fraction of gates that are saturated, open or shut (Karpathy, Johnson and Fei-Fei 2015): the slope is near 0.
 
-    A sigmoid gate is saturated below ``epsilon`` or above ``1 - epsilon``, a tanh candidate where its absolute value
-    is above ``1 - epsilon``, a relu where it is 0. A gate that is meant to stay open (a forget gate with a bias) counts
+    A sigmoid gate is saturated below ``epsilon`` or above ``1 - epsilon``, a tanh candidate if its absolute value is
+    above ``1 - epsilon``, and a relu if it is 0. A gate that is meant to stay open (a forget gate with a bias) counts
     as saturated too: ``low`` and ``high`` show on which side.
 
     The gates are those of the cell's own step, peepholes and layer normalisation included. The step is run with
@@ -69,13 +69,13 @@ def gate_saturation(
 
     Args:
       epsilon: the distance from a limit, in (0, 0.5).
-      limits: ``{gate: (lower, upper)}`` for gates whose activation has none known: any but "sigmoid", "tanh",
-        "relu", "elu", "softplus" and "linear".
+      limits: ``{gate: (lower, upper)}`` for gates whose activation has limits that jrnn does not know: any but
+        "sigmoid", "tanh", "relu", "elu", "softplus" and "linear".
       model, params, xs, state, lengths, mask, resets, reverse, key, layer: see `jrnn.diagnose`.
 
     Raises:
-      ValueError, TypeError: as `jrnn.unroll`; where the activations of a cell cannot be recorded or their limits are
-        not known.
+      ValueError, TypeError: the errors of `jrnn.unroll`; the activations of the cell cannot be recorded, or their
+        limits are not known.
 
     >>> cell = jrnn.lstm(4, forget_bias=5.0)
     >>> params = cell.init(jax.random.key(0), 3)

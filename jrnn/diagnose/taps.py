@@ -1,4 +1,4 @@
-"""Taps: a layer in its place in the model, run with something added to its state or recorded."""
+"""Taps: run a model with one of its layers replaced by a version that shifts or records the layer's state."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from jrnn.cells.base import Layer, compute_params, emitted, output
 from jrnn.diagnose.arrays import float_parts, is_float
 from jrnn.diagnose.gates import Call, find_gates, listening
 from jrnn.run.unrolling import Run
+from jrnn.schedules import Task, choose, newton
 from jrnn.schedules.steps import restarts, scan, select
 
 
 class Tapped(NamedTuple):
-    """A model's parameters and something extra for the tap."""
+    """A model's parameters, and the extra argument of the tap."""
 
     params: Any
     extra: Any
@@ -33,10 +34,10 @@ class Shifts(NamedTuple):
 
 @dataclass(frozen=True)
 class _Following(Run):
-    """A run over time that gives the layer at the end of a path to ``reach``, and runs every other as usual.
+    """A run over time that calls ``reach`` for the layer at the end of a path, and runs every other layer as usual.
 
-    ``parts`` are the children of the layer that is being walked, and ``met`` the indices of those that it has run.
-    Equal children are told apart by the order in which they are run.
+    ``parts`` are the children of the layer that is being walked, and ``met`` the indices of those that have run. Equal
+    children are distinguished by the order in which they run.
     """
 
     path: tuple[int, ...] = ()
@@ -61,7 +62,7 @@ class _Following(Run):
 
 @dataclass(frozen=True)
 class Tap(Layer):
-    """A model in which the layer at the end of a path is run by `run_cell`; the parameters are `Tapped`."""
+    """A model in which `run_cell` runs the layer at the end of a path. Its parameters are of the type `Tapped`."""
 
     model: Any
     path: tuple[int, ...]
@@ -129,13 +130,13 @@ class Shifted(Tap):
     """Adds to the state before the first and after every step. ``y`` follows where it is a part of the state."""
 
     def run_cell(self, run: Any, cell: Any, params: Any, extra: Any, xs: jax.Array, state: Any) -> Any:
-        update = _parts(cell, params, xs)[2]
+        update = parts_of(cell, params, xs)[2]
 
         def step(params: Any, state: Any, p: Any, shift: Any, key: Any) -> tuple[Any, jax.Array]:
             new, y = update(params, state, p, key)
             shifted = _add(new, shift)
             for before, after in zip(jax.tree.leaves(new), jax.tree.leaves(shifted), strict=True):
-                if y is before:  # the very array: reading it is reading the state
+                if y is before:  # y is a field of the state, so it is shifted too
                     return shifted, after
             if getattr(cell, "emits", None) is not None:
                 return shifted, output(cell, shifted).astype(y.dtype)
@@ -152,7 +153,7 @@ class Recorded(Tap):
     """Returns the arguments of every step in place of the final state."""
 
     def run_cell(self, run: Any, cell: Any, params: Any, extra: Any, xs: jax.Array, state: Any) -> Any:
-        update = _parts(cell, params, xs)[2]
+        update = parts_of(cell, params, xs)[2]
 
         def step(params: Any, state: Any, p: Any, extra: Any, key: Any) -> tuple[Any, Any]:
             new, y = update(params, state, p, key)
@@ -164,9 +165,29 @@ class Recorded(Tap):
         return last, run.zero_invalid(emitted(ys, xs)), trace
 
 
+class Solved(Tap):
+    """Returns, in place of the final state, what Newton's method does on the layer's steps; its states are left out.
+
+    It is given what `Run.scan` gives a schedule.
+    """
+
+    def run_cell(self, run: Any, cell: Any, params: Any, extra: Any, xs: jax.Array, state: Any) -> Any:
+        last, ys = run(cell, params, xs, state)
+        steps = run.steps.without_key() if cell.uses_key is False else run.steps
+        choose(Task.of(cell, params, xs, state, steps), "newton")  # raises where it cannot run
+        if not xs.shape[0]:
+            lead = run.batch_shape
+            return last, ys, newton.Solution(None, jnp.zeros(lead), jnp.ones(lead, bool), jnp.int32(0))
+        if steps.valid is not None:
+            state = select(steps.meets(), state, cell.initial_state(params, run.batch_shape))
+        restart = restarts(cell, params, xs, state, steps)
+        given = newton.Given(params, xs, state, restart, steps.valid, steps.resets)
+        return last, ys, newton.solve(cell, steps.reverse, given)._replace(states=None)
+
+
 def _scan(run: Any, cell: Any, params: Any, xs: jax.Array, state: Any, extra: Any, step: Any) -> Any:
     """The library's loop, over ``step(params, state, p, extra_t, key) -> (state, anything)``."""
-    params, project, _ = _parts(cell, params, xs)
+    params, project, _ = parts_of(cell, params, xs)
     # Validity is handled here and not in the loop, whose output is an array; ours may be a tree.
     steps = replace(run.steps, valid=None, remat=None, unroll=1)
 
@@ -180,7 +201,7 @@ def _scan(run: Any, cell: Any, params: Any, xs: jax.Array, state: Any, extra: An
     return scan(params, xs, state, restart, steps, inputs, held)
 
 
-def _parts(cell: Any, params: Any, xs: jax.Array) -> tuple[Any, Any, Any]:
+def parts_of(cell: Any, params: Any, xs: jax.Array) -> tuple[Any, Any, Any]:
     """``(params, project, update)`` of a cell, which is its step where it declares no projection."""
     if getattr(cell, "hoistable", False):
         return compute_params(params, xs.dtype), cell.project, cell.update
@@ -204,7 +225,7 @@ class Trace(NamedTuple):
     reverse: jax.Array
 
     def jacobian(self, cell: Any, step: int) -> jax.Array:
-        """``(*B, N, N)``: row i, column j is how number i of the new state depends on number j of the old one."""
+        """``(*B, N, N)``: row i, column j is the derivative of number i of the new state by number j of the old one."""
         state = jax.tree.map(lambda a: a[step], self.states)
         return _step_jacobian(cell, self.params, state, self.xs[step], None if self.keys is None else self.keys[step])
 
@@ -234,7 +255,7 @@ class Trace(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _step_jacobian(cell: Any, params: Any, state: Any, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    params, project, update = _parts(cell, params, x)
+    params, project, update = parts_of(cell, params, x)
     leaves, structure = jax.tree.flatten(state)
     batch = x.shape[: x.ndim - cell.event_ndim]
     floats, _, sizes = float_parts(state, len(batch))
@@ -246,7 +267,7 @@ def _step_jacobian(cell: Any, params: Any, state: Any, x: jax.Array, key: jax.Ar
         return [leaf for leaf in jax.tree.leaves(new) if is_float(leaf)]
 
     def column(unit: jax.Array) -> jax.Array:
-        # Sequences do not depend on each other: one tangent moves the same number of all of them at once.
+        # Sequences are independent, so one tangent serves all of them: it moves the same number of each state.
         parts = jnp.split(unit, np.cumsum(sizes)[:-1])
         tangents = [
             jnp.broadcast_to(part.reshape(leaf.shape[len(batch) :]), leaf.shape).astype(leaf.dtype)

@@ -1,24 +1,23 @@
-"""Reads the affine form of a recurrent step: products of x, one product of h, and elementwise gates.
+"""Reads the affine form of a recurrent step: matmuls of x, one matmul of h, and elementwise gates.
 
 The step is a program ``(consts, carry, x) -> (carry, y)``. Its variables are of three kinds: *invariant* ones, which
-depend on constants alone; those that depend on x and not on the state; and those that depend on the state. What the
-new carry needs of the last kind is followed symbolically, as blocks along the axis of features. For example::
+depend only on constants; those that depend on x and not on the state; and those that depend on the state. Variables of
+the last kind that the new carry needs are evaluated symbolically, as blocks along the feature axis. For example::
 
     concatenate([h W_1, x V + b])   is   [ columns of h W_1 | columns of x V, plus b ]
 
-Every way to write the same step ends in the same form: four products or one product that is split, ``[x, h]``
-concatenated before a product, features first or last, a bias on either side. What is left are elementwise gates of
+Every way to write the same step ends in the same form: four matmuls or one matmul that is split, ``[x, h]``
+concatenated before a matmul, features first or last, a bias on either side. The result is elementwise gates of
 
-- columns of one product ``h W`` (``v``), alone or with something that needs no state (``u``) added to them,
-- the leaves of the state, and vectors that are the same at each step.
+- columns of one product ``h W`` (``v``), alone or with a term ``u`` added that does not depend on the state,
+- the leaves of the state, and vectors that are the same at every step.
 
-A ``select`` by a flag of each sequence is read as a reset where it is the first thing that happens to the state, and as
-a mask where it is the last. Whatever else a step does is refused, with the reason.
+A ``select`` by one flag for each sequence is read as a reset if it is the first operation on the state, and as a mask
+if it is the last. A step that does anything else is refused, with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,17 +37,18 @@ from jrnn.jaxprs.blocks import (
     Value,
     shared_ranges,
 )
+from jrnn.jaxprs.dependence import Dependence
 from jrnn.jaxprs.flat import Const, Op, Program, reading
 from jrnn.jaxprs.gates import Gates, Parts, assemble, recipe
 from jrnn.jaxprs.primitives import primitive
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE, Add, Atom, Flat, Negative, PerSequence, Recipe, Take
 
-__all__ = ["Affine", "Resets", "read"]
+__all__ = ["Affine", "Mask", "Resets", "read"]
 
 
 @dataclass(frozen=True)
 class Resets:
-    """Where ``flags`` (a recipe of ``(*B)``) is ``on``, the step begins at ``values``, a recipe for each leaf."""
+    """Where ``flags`` (a recipe of ``(*B)``) equal ``on``, the step starts from ``values``, a recipe for each leaf."""
 
     flags: Recipe
     on: bool
@@ -56,15 +56,23 @@ class Resets:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """Where ``flags`` (a recipe of ``(*B)``) equal ``on``, the step is taken. Elsewhere the carry is held."""
+
+    flags: Recipe
+    on: bool
+
+
+@dataclass(frozen=True)
 class Affine:
     """The affine form of a step.
 
-    ``leaves`` are the leaves of the carry that change, all ``(*batch, units)``, ``hidden`` is the one that is
-    multiplied, and ``fixed`` are those that no step changes. ``kinds`` says of each variable what it depends on.
-    ``after`` are the variables of the loop that the outputs are computed from: of each, the leaf of the carry that it
-    is, and whether that as the step leaves it (True) or as the step meets it.
+    ``leaves`` are the leaves of the carry that change, all ``(*batch, units)``. ``hidden`` is the leaf that the matmul
+    takes. ``fixed`` are the leaves that no step changes. ``kinds`` has the kind of each variable: invariant, or
+    dependent on the input or on the state. ``after`` are the variables of the loop that the outputs are computed from
+    (see `Dependence.after`).
 
-    Forms are compared by their program, from which everything else follows.
+    Forms are compared by their program, from which all other fields follow.
     """
 
     program: Program
@@ -80,6 +88,7 @@ class Affine:
     gates: Gates = field(compare=False)
     parts: Parts = field(compare=False)
     resets: Resets | None = field(compare=False)
+    mask: Mask | None = field(compare=False)
     after: dict[int, tuple[int, bool]] = field(compare=False)
 
     @property
@@ -92,10 +101,10 @@ def read(program: Program, consts: int, carry: int) -> Affine:
 
     Args:
       program: the step.
-      consts, carry: how many of its inputs are constants, and after these, how many leaves the carry has.
+      consts, carry: the number of its inputs that are constants, and the number of leaves of the carry after these.
 
     Raises:
-      Refusal: with the reason, where the step has none.
+      Refusal: the step has no affine form, with the reason.
     """
     try:
         with reading():
@@ -104,16 +113,9 @@ def read(program: Program, consts: int, carry: int) -> Affine:
         raise Refusal("its gates are a chain of more operations than can be followed") from None
 
 
-class _Reader:
+class _Reader(Dependence):
     def __init__(self, program: Program, consts: int, carry: int) -> None:
-        self.program, self.consts, self.carry = program, consts, carry
-        # What no step changes is as good as a constant.
-        self.fixed = tuple(i for i in range(carry) if program.results[i] == consts + i)
-        self.leaves = tuple(i for i in range(carry) if i not in self.fixed)
-        if not self.leaves:
-            raise Refusal("no leaf of its carry changes")
-        self.kinds = self._kinds()
-        self.made_by = {out: op for op in program.ops for out in op.outs}
+        super().__init__(program, consts, carry)
         self.values: dict[int, Value] = {}
         self.resets: list[Reset] = []
         self.cuts: dict[Any, Any] = {}
@@ -121,7 +123,7 @@ class _Reader:
 
     def read(self) -> Affine:
         results = self.program.results
-        needed = self._needed(results[i] for i in self.leaves)
+        needed = self.needed(results[i] for i in self.leaves)
         for op in self.program.ops:
             kind = max(map(self.kind, op.ins), default=INVARIANT)
             if kind == STATE and id(op) in needed:
@@ -129,39 +131,22 @@ class _Reader:
             elif kind == INPUT:
                 self._try(op)
         new = [self._new_leaf(results[i], i) for i in self.leaves]
-        if any(isinstance(e, Held) for e in new):
-            raise Refusal("a part of its carry is held where a flag says so")
+        new, mask = self._unheld(new)
         resets = self._resets(new)
         gates, parts, hidden = assemble(new, self.leaves, self.units, self.dtype, self.kinds)
-        self._check_inputs()
-        after = self._after()
+        self.check_inputs()
+        after = self.after()
+        if mask is not None and not all(is_new for _, is_new in after.values()):
+            raise Refusal("a flag holds its carry, and its outputs are not of the carry that it leaves")
         return Affine(
             self.program, self.consts, self.carry, self.leaves, self.fixed, hidden, self.batch, self.units, self.dtype,
-            tuple(self.kinds), gates, parts, resets, after,
+            tuple(self.kinds), gates, parts, resets, mask, after,
         )  # fmt: skip
 
     # --- variables ---
 
-    def _kinds(self) -> list[int]:
-        program = self.program
-        kinds = [INVARIANT] * self.consts + [STATE] * self.carry
-        kinds += [INPUT] * (program.inputs - len(kinds)) + [INVARIANT] * (len(program.forms) - program.inputs)
-        for i in self.fixed:
-            kinds[self.consts + i] = INVARIANT
-        for op in program.ops:
-            kind = max((kinds[a] for a in op.ins if isinstance(a, int)), default=INVARIANT)
-            for out in op.outs:
-                kinds[out] = kind
-        return kinds
-
-    def kind(self, atom: int | Const) -> int:
-        return self.kinds[atom] if isinstance(atom, int) else INVARIANT
-
-    def shape(self, atom: int | Const) -> tuple[int, ...]:
-        return self.program.form(atom).shape
-
     def _begin(self) -> None:
-        """Follows the leaves of the carry, which are all ``(*B, H)``, of one float dtype."""
+        """Begins with the leaves of the carry, which must all be ``(*B, H)``, of one float dtype."""
         forms = [self.program.forms[self.consts + i] for i in self.leaves]
         if len({form[:2] for form in forms}) != 1:
             shown = sorted({f"{form.dtype}{list(form.shape)}" for form in forms})
@@ -176,16 +161,6 @@ class _Reader:
         for i in self.leaves:
             self.values[self.consts + i] = Value((State(i, self.units),), (*self.batch_axes, "f"))
 
-    def _needed(self, atoms: Iterable[int | Const]) -> set[int]:
-        """The operations, by identity, that atoms depend on."""
-        wanted = {a for a in atoms if isinstance(a, int)}
-        needed = set()
-        for op in reversed(self.program.ops):
-            if wanted.intersection(op.outs):
-                wanted.update(a for a in op.ins if isinstance(a, int))
-                needed.add(id(op))
-        return needed
-
     def _new_leaf(self, atom: int | Const, i: int) -> Any:
         if self.program.form(atom)[:2] != self.program.forms[self.consts + i][:2]:
             raise Refusal("a leaf of its new carry is of another shape or dtype")
@@ -199,10 +174,24 @@ class _Reader:
             raise Refusal("a leaf of its new carry is put together from parts of its units")
         return value.blocks[0]
 
-    # --- resets, and what comes before and after the loop ---
+    # --- masks and resets ---
+
+    def _unheld(self, new: list[Any]) -> tuple[list[Any], Mask | None]:
+        """The new leaves without the mask that holds all of them, and the mask."""
+        if not any(isinstance(e, Held) for e in new):
+            return new, None
+        first = next(e for e in new if isinstance(e, Held))
+        for i, e in zip(self.leaves, new, strict=True):
+            if not isinstance(e, Held) or (e.flags, e.on) != (first.flags, first.on):
+                raise Refusal("flags hold a part of its carry and not another part")
+            if not isinstance(e.old, State) or e.old.leaf != i:
+                raise Refusal("flags hold what is not a leaf of its carry as the step meets it")
+            if isinstance(e.new, Held):
+                raise Refusal("a part of its carry is held twice")
+        return [e.new for e in new], Mask(first.flags, first.on)
 
     def _resets(self, new: list[Any]) -> Resets | None:
-        """The one reset of all leaves; an error where a leaf is used as it was before too."""
+        """The reset that all leaves share. Refuses if a leaf is also used without the reset."""
         if not self.resets:
             return None
         raw: list[State] = []
@@ -227,32 +216,14 @@ class _Reader:
             raise Refusal("flags replace a part of its carry and not another part, or with other values")
         return Resets(first.flags, first.on, tuple(values[i] for i in self.leaves))
 
-    def _after(self) -> dict[int, tuple[int, bool]]:
-        """The leaves of the carry, as they were or as they are, that the outputs are computed from."""
-        results = self.program.results
-        given: dict[Any, tuple[int, bool]] = {self.consts + i: (i, False) for i in self.leaves}
-        given |= {results[i]: (i, True) for i in self.leaves}
-        wanted = {a for a in results[self.carry :] if isinstance(a, int) and self.kinds[a] == STATE}
-        for op in reversed(self.program.ops):
-            if wanted.intersection(op.outs) - set(given):
-                if not op.mappable:
-                    raise Refusal(f"its output depends on {op.name!r} of its state")
-                wanted.update(a for a in op.ins if isinstance(a, int) and self.kinds[a] == STATE)
-        return {a: given[a] for a in sorted(wanted & set(given))}
-
-    def _check_inputs(self) -> None:
-        for op in self.program.ops:
-            if self.kinds[op.outs[0]] == INPUT and not op.mappable:
-                raise Refusal(f"it computes {op.name!r} of its input, which stays at its step")
-
     # --- arrays that need no state ---
 
     def _known(self, atom: int | Const, axes: Any, outer: tuple[int, ...]) -> Value:
-        """An array that needs no state and broadcasts to ``outer``, whose axes are named, as one block."""
+        """An array that does not depend on the state, as one block. It broadcasts to ``outer``, with the named axes."""
         if self.kind(atom) == STATE:
             raise Refusal("it uses a result of an operation that was not followed")
         dtype = self.program.form(atom).dtype
-        if isinstance(atom, int) and dtype != self.dtype:  # a literal is written into the gates; all else is an array
+        if isinstance(atom, int) and dtype != self.dtype:  # literals become constants of the gates
             raise Refusal(f"its gates are given an array of {dtype}, where its state is {self.dtype}")
         found = self._recipe(atom, axes, outer)
         if not found.shape:
@@ -261,12 +232,12 @@ class _Reader:
         return Value((Sum((), found, width),), axes)
 
     def _recipe(self, atom: int | Const, axes: Any, outer: tuple[int, ...]) -> Recipe:
-        """The recipe of ``(*B, F)``, ``(F)`` or ``()`` of an array that broadcasts to ``outer``."""
+        """The recipe ``(*B, F)``, ``(F)`` or ``()`` for an array that broadcasts to ``outer``."""
         shape = self.shape(atom)
         if not shape:
             return Atom.of(self.program, atom)
         names: list[Any] = ["1" if n == 1 and o != 1 else a for n, o, a in zip(shape, outer, axes, strict=True)]
-        # Through operations that only add axes, so that a bias stays a vector.
+        # Goes back through operations that only add axes, so that a bias stays a vector.
         while isinstance(atom, int) and atom in self.made_by:
             op = self.made_by[atom]
             inner = self.shape(op.ins[0]) if op.ins else ()
@@ -292,7 +263,7 @@ class _Reader:
     # --- following operations ---
 
     def _try(self, op: Op) -> None:
-        """Follows an operation that needs no state, as far as that goes: its result is to be had in any case."""
+        """Follows an operation that does not depend on the state, if possible. Its result is available in any case."""
         if primitive(op.name).elementwise and op.name not in _LINEAR:
             return
         try:
@@ -304,7 +275,7 @@ class _Reader:
     def _follow(self, op: Op) -> None:
         out, row = op.outs[0], primitive(op.name)
         same = op.name == "convert_element_type" and self.program.form(op.ins[0])[1] == self.program.forms[out][1]
-        if same or op.name in ("copy", "copy_p"):  # and not stop_gradient, which has a derivative of its own
+        if same or op.name in ("copy", "copy_p"):  # but not stop_gradient, whose derivative differs
             self.values[out] = self._value(op.ins[0])
         elif op.name == "dot_general":
             self.values[out] = self._product(op)
@@ -323,7 +294,7 @@ class _Reader:
         raise Refusal("it rearranges an array whose axes are not known")
 
     def _operand(self, atom: int | Const, axes: Any, outer: tuple[int, ...]) -> Value:
-        """What is known of an operand of something whose result has these axes."""
+        """The symbolic value of an operand of an operation whose result has these axes."""
         if isinstance(atom, int) and atom in self.values:
             value = self.values[atom]
             if value.axes == axes and self.shape(atom) == outer:
@@ -337,7 +308,7 @@ class _Reader:
         followed = [a for a in op.ins if isinstance(a, int) and a in self.values and self.shape(a) == shape]
         if not followed:
             raise Refusal(f"{op.name!r} broadcasts its state")
-        # The order of the axes is that of what depends on the state, where anything does.
+        # The order of the axes is that of an operand that depends on the state, if there is one.
         axes = self.values[max(followed, key=self.kind)].axes
         operands = [self._operand(a, axes, shape) for a in op.ins]
         if any(self.program.forms[out].dtype not in (self.dtype, np.dtype(bool)) for out in op.outs):
@@ -357,7 +328,7 @@ class _Reader:
             self.values[out] = Value(tuple(blocks), axes)
 
     def _part(self, value: Value, start: int, stop: int) -> Any:
-        """The block of a range that falls into one block."""
+        """A range that lies within one block, as a block."""
         if value.blocks[0].width == EVERY:
             return value.blocks[0]
         ((block, low, high),) = value.ranges(start, stop)
@@ -371,7 +342,7 @@ class _Reader:
             pieces = tuple(p._replace(start=p.start + start, stop=p.start + stop) for p in e.pieces)
             return Sum(pieces, None if e.known is None else _columns(e.known, start, stop), stop - start)
         if isinstance(e, Gate):
-            key = (id(e), start, stop)  # once each, since expressions share parts
+            key = (id(e), start, stop)  # each range is cut only once, since expressions share parts
             if key not in self.cuts:
                 args = tuple(self._cut(arg, start, stop) for arg in e.args)
                 self.cuts[key] = Gate(e.op, args, e.which, stop - start), e
@@ -379,7 +350,7 @@ class _Reader:
         raise Refusal("it takes a part of the units of its state")
 
     def _flagged(self, op: Op) -> Value | None:
-        """A select by a flag of each sequence, as a reset or a mask; None where it is an operation of gates."""
+        """A select by one flag for each sequence, as a reset or a mask; None if it is an operation of the gates."""
         flags, *cases = op.ins
         followed = [a for a in cases if isinstance(a, int) and a in self.values and self.kinds[a] == STATE]
         if self.kind(flags) == STATE or len(cases) != 2 or not followed:
@@ -466,7 +437,7 @@ class _Reader:
         return [Value(value.blocks, tuple(value.axes[i] for i in op.params["permutation"]))]
 
     def _reshape(self, op: Op) -> list[Value]:
-        """Axes of size one come and go; features become groups of features, or groups features."""
+        """Adds or drops axes of size one, splits features into groups, or merges groups into features."""
         value = self._value(op.ins[0])
         mixed = Refusal("it reshapes an array so that axes of batch and features mix")
         if op.params.get("dimensions") is not None:
@@ -523,7 +494,7 @@ class _Reader:
         kinds = [self.kind(a) for a in op.ins]
         if min(kinds) != INVARIANT:
             raise Refusal("it has a product of two arrays that both change from step to step")
-        side = kinds.index(max(kinds))  # that of the vector; the other is that of the weights
+        side = kinds.index(max(kinds))  # the operand that is the vector; the other is the weights
         (v_axis,), (w_axis,) = contracted[side], contracted[1 - side]
         value = self._vector(op.ins[side], v_axis)
         w_shape = self.shape(op.ins[1 - side])
@@ -548,7 +519,7 @@ class _Reader:
         return Value((Sum(tuple(pieces), None, width),), tuple(axes))
 
     def _vector(self, atom: Any, axis: int) -> Value:
-        """What is multiplied by weights. What needs no state is taken as it is: its own products stay outside."""
+        """The vector of a matmul. A state-independent one is not followed, since it is computed before the loop."""
         if self.kinds[atom] == STATE:
             return self._value(atom)
         shape = self.shape(atom)
@@ -560,14 +531,14 @@ class _Reader:
         return Value((Sum((), found, shape[axis]),), tuple(names))
 
 
-TERMS = 32  # at most, of one sum
+TERMS = 32  # the largest number of terms in one sum
 _LINEAR = ("add", "add_any", "sub")
 
 
 def _linear(op: Op, args: tuple[Any, ...], width: int) -> Sum | None:
     """A sum of sums, or a difference whose second term has no product, as one sum.
 
-    None where it would have too many terms: doubled often enough, a sum grows beyond all bounds.
+    None if it would have more than `TERMS` terms: a sum that is added to itself repeatedly grows without bound.
     """
     if op.name not in _LINEAR or not all(isinstance(arg, Sum) for arg in args):
         return None
@@ -587,12 +558,12 @@ def _terms(e: Sum) -> int:
 
 
 def _columns(known: Recipe, start: int, stop: int) -> Recipe:
-    """A range of the features of a recipe, whose last axis may be one that is broadcast."""
+    """A range of the features of a recipe. Its last axis may have size one, to be broadcast."""
     return known if known.shape[-1:] == (1,) else known.columns(start, stop)
 
 
 def _factor(e: Any) -> State | Reset | Recipe:
-    """What is multiplied by weights: a leaf of the carry, or a recipe."""
+    """The vector of a matmul with weights: a leaf of the carry, or a recipe."""
     if isinstance(e, State | Reset):
         return e
     if isinstance(e, Sum) and not any(piece.recurrent for piece in e.pieces):
@@ -601,7 +572,7 @@ def _factor(e: Any) -> State | Reset | Recipe:
 
 
 def _take(source: Recipe, names: list[Any], order: list[Any]) -> Recipe:
-    """The named axes of an array in another order; those that are left out have size one."""
+    """The named axes of an array in the given order. Axes that are left out must have size one."""
     shape = source.shape
     if any(name not in order and size != 1 for name, size in zip(names, shape, strict=True)):
         raise Refusal("it broadcasts an array along an axis that has a size already")
@@ -613,7 +584,7 @@ def _take(source: Recipe, names: list[Any], order: list[Any]) -> Recipe:
 
 
 def _places(inner: tuple[int, ...], outer: tuple[int, ...]) -> list[int] | None:
-    """Where the axes of ``inner`` are in ``outer``, which has more axes of size one; None where that is not all."""
+    """The index in ``outer`` of each axis of ``inner``, if both differ only in axes of size one; else None."""
     places, at = [], 0
     for size in inner:
         while at < len(outer) and outer[at] == 1 and size != 1:
@@ -626,6 +597,6 @@ def _places(inner: tuple[int, ...], outer: tuple[int, ...]) -> list[int] | None:
 
 
 def default_precision(precision: Any) -> bool:
-    """Whether a product leaves its precision to JAX's default."""
+    """Whether a matmul has JAX's default precision."""
     each = precision if isinstance(precision, tuple) else (precision,)
     return all(p is None or p == jax.lax.Precision.DEFAULT for p in each)

@@ -1,4 +1,4 @@
-"""What a reader knows of an array that depends on the state: expressions, side by side along the axis of features."""
+"""The symbolic value of an array that depends on the state: blocks of expressions along the feature axis."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ EVERY = -1  # the width of a scalar, which fits every width
 
 
 class State(NamedTuple):
-    """A leaf of the carry as the step meets it: ``(*B, H)``."""
+    """A leaf of the carry before the step: ``(*B, H)``."""
 
     leaf: int
     width: int
 
 
 class Reset(NamedTuple):
-    """A leaf of the carry, replaced by ``value`` where ``flags`` (a recipe of ``(*B)``) is ``on``."""
+    """A leaf of the carry, replaced by ``value`` where ``flags`` (a recipe of ``(*B)``) equal ``on``."""
 
     leaf: int
     width: int
@@ -48,7 +48,7 @@ class Piece(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """Pieces of products, and a recipe or None, that are added up: ``(*B, width)``."""
+    """The sum of pieces of products and of a recipe or None: ``(*B, width)``."""
 
     pieces: tuple[Piece, ...]
     known: Recipe | None
@@ -56,7 +56,7 @@ class Sum(NamedTuple):
 
 
 class Elementwise:
-    """An elementwise operation and the dtypes of its results, apart from its operands: equal where these are."""
+    """An elementwise operation and the dtypes of its results, without its operands. Compares by these two."""
 
     def __init__(self, op: Op, dtypes: tuple[Any, ...]) -> None:
         self.op, self.dtypes = op, dtypes
@@ -74,7 +74,7 @@ class Elementwise:
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """A result of an elementwise operation of expressions. Equal to itself alone: expressions share parts."""
+    """One result of an elementwise operation on expressions. Compares by identity, since expressions share parts."""
 
     op: Elementwise
     args: tuple[Any, ...]
@@ -83,7 +83,7 @@ class Gate:
 
 
 class Held(NamedTuple):
-    """``new`` where ``flags`` (a recipe of ``(*B)``) is ``on``, and ``old``, a leaf of the carry, elsewhere."""
+    """``new`` where ``flags`` (a recipe of ``(*B)``) equal ``on``, and ``old``, a leaf of the carry, elsewhere."""
 
     flags: Recipe
     on: bool
@@ -93,17 +93,17 @@ class Held(NamedTuple):
 
 
 class Value(NamedTuple):
-    """An array: ``blocks`` side by side along its axis of features.
+    """An array: ``blocks`` side by side along its feature axis.
 
-    ``axes`` names each axis: ``("b", i)`` a batch axis, ``"f"`` features, ``"g"`` groups of features (the blocks are
-    then those of all groups, one group after another), and ``"1"`` an axis of size one.
+    ``axes`` names each axis: ``("b", i)`` for a batch axis, ``"f"`` for features, ``"g"`` for groups of features, and
+    ``"1"`` for an axis of size one. With groups, the blocks are those of all groups, one group after another.
     """
 
     blocks: tuple[Any, ...]
     axes: tuple[Any, ...]
 
     def ranges(self, start: int, stop: int) -> list[tuple[Any, int, int]]:
-        """The blocks that a range of features falls into, and the range within each."""
+        """The blocks that overlap a range of features, and the range within each block."""
         found, at = [], 0
         for block in self.blocks:
             low, high = max(start, at), min(stop, at + block.width)
@@ -114,7 +114,7 @@ class Value(NamedTuple):
 
 
 def shared_ranges(values: list[Value]) -> list[tuple[int, int]]:
-    """The ranges of features on which each of several values has one block."""
+    """The ranges of features within which every one of several values has a single block."""
     edges = {0}
     for value in values:
         if value.blocks[0].width != EVERY:

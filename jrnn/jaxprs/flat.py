@@ -1,12 +1,12 @@
-"""The walker: a traced function as one list of operations, a value that is hashed and compared by what it does.
+"""The walker: turns a traced function into one list of operations, a value that is hashed and compared by content.
 
-A jaxpr nests: `jit`, `checkpoint` and their like call other jaxprs. Here such calls are opened, so that a reader sees
-products and gates side by side, and variables are numbered, so that two traces of the same function are equal. A
-function with a derivative of its own (``jax.custom_jvp``) stays one operation, and that derivative is a part of it,
-unless the reader asks for values alone.
+Jaxprs nest: `jit`, `checkpoint` and similar operations call other jaxprs. Here such calls are inlined, so that a reader
+sees matmuls and gates in one list. Variables are numbered, so that two traces of the same function are equal. A
+function with a derivative of its own (``jax.custom_jvp``) stays one operation that includes this derivative, unless the
+reader needs only its values.
 
-No other module looks into a jaxpr. Where a version of JAX has jaxprs, or parameters of operations, of another kind than
-is known here, a step is refused like any other that is not read, with a warning.
+No other module looks into a jaxpr. If a version of JAX has jaxprs or parameters of operations that are unknown here,
+the step is refused, as any step that cannot be read, and there is a warning.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ __all__ += ["reading", "run_elementwise", "typed"]
 
 
 class Refusal(Exception):
-    """Why a step is not read."""
+    """The reason why a step is not read."""
 
 
 class Unreadable(Refusal):
-    """A jaxpr, or an operation in it, is not as this version of jrnn knows it."""
+    """A jaxpr, or an operation in it, is unknown to this version of jrnn."""
 
 
 class Shaped(tuple):
@@ -67,7 +67,7 @@ class Shaped(tuple):
 
 @dataclass(frozen=True, eq=False)
 class Const:
-    """A literal operand: a scalar that is written into the program."""
+    """A literal operand: a scalar in the program itself."""
 
     value: Any
     form: Shaped
@@ -85,11 +85,11 @@ class Const:
 
 @dataclass(frozen=True)
 class Op:
-    """One operation: operands are numbers of variables, or constants.
+    """One operation. Its operands are numbers of variables, or constants.
 
-    Of a function with a derivative of its own that acts on each element by itself, ``inner`` is its program, and
-    ``derivative`` that of its tangents: ``(primals, tangents) -> (results, their tangents)``. Where the latter calls
-    the function itself, the derivative of this call is `ITSELF`. ``effects`` says whether it has side effects.
+    ``inner`` and ``derivative`` are set for an elementwise function with a derivative of its own. ``inner`` is its
+    program, and ``derivative`` the program ``(primals, tangents) -> (results, their tangents)``. If the derivative
+    calls the function again, the derivative of that call is `ITSELF`. ``effects`` says whether there are side effects.
     """
 
     primitive: Any
@@ -106,24 +106,24 @@ class Op:
 
     @functools.cached_property
     def mappable(self) -> bool:
-        """Whether the operation, and each in the programs that it holds, is the same for all steps at once."""
+        """Whether the operation, and every operation in its inner programs, can run for all steps at once."""
         if not primitive(self.name).mappable:
             return False
         return all(primitive(eqn.primitive.name).mappable for eqn in _equations(self.params))
 
     @functools.cached_property
     def body(self) -> tuple[Program, list[Any]]:
-        """Of a loop, the program of its body with everything opened, and the values of its constants."""
+        """For a loop, the program of its body with all calls inlined, and the values of its constants."""
         return flatten(self.params["jaxpr"], opened=True)
 
     @functools.cached_property
     def branches(self) -> list[tuple[Program, list[Any]]]:
-        """Of a condition, the programs of its branches with everything opened, each with its constants."""
+        """For a condition, the programs of its branches with all calls inlined, each with its constants."""
         return [flatten(branch, opened=True) for branch in self.params["branches"]]
 
     @functools.cached_property
     def signature(self) -> Any:
-        """What the operation does, apart from what it is applied to: equal for equal operations."""
+        """A value that identifies the operation apart from its operands: equal for equal operations."""
         if self.derivative is not None:
             return (self.name, self.inner, self.derivative)
         return (self.name, *_frozen(self.params))
@@ -162,7 +162,7 @@ class Program:
 
     @functools.cached_property
     def elementwise(self) -> bool:
-        """Whether each element of the results depends on the elements at the same place alone, shapes aside."""
+        """Whether each element of the results depends only on the elements at the same position, up to broadcasting."""
         return all(is_elementwise(op) for op in self.ops)
 
     def form(self, atom: int | Const) -> Shaped:
@@ -172,7 +172,7 @@ class Program:
 def is_elementwise(op: Op) -> bool:
     if op.name == "custom_jvp_call":
         return op.derivative is not None
-    # Of scalars only: anything else that is spread over an axis depends on which axis that is.
+    # Only of scalars: broadcasting any other array depends on the axis.
     if op.name == "broadcast_in_dim":
         return not op.params["broadcast_dimensions"]
     return primitive(op.name).elementwise
@@ -182,19 +182,19 @@ def is_elementwise(op: Op) -> bool:
 
 
 ITSELF = "itself"
-DEEPEST = 3  # how many functions with a derivative of their own may stand inside each other
+DEEPEST = 3  # the largest nesting depth of functions with a derivative of their own
 
 
 def flatten(closed: Any, *, opened: bool = False) -> tuple[Program, list[Any]]:
-    """The program of a closed jaxpr, and the values of the constants that are the first of its inputs.
+    """The program of a closed jaxpr, and the values of its constants, which are the first inputs of the program.
 
     Args:
-      closed: what `jax.make_jaxpr` returns.
-      opened: open functions that have a derivative or a rule for batches of their own too, for a reader that needs
-        their values alone.
+      closed: the result of `jax.make_jaxpr`.
+      opened: also inline functions that have their own derivative or batching rule, for a reader that needs only
+        their values.
 
     Raises:
-      Unreadable: where it has not the parts that a jaxpr has.
+      Unreadable: the jaxpr lacks attributes that are expected here.
     """
     try:
         consts = list(closed.consts)
@@ -203,7 +203,7 @@ def flatten(closed: Any, *, opened: bool = False) -> tuple[Program, list[Any]]:
         raise _unreadable(error) from error
 
 
-# What comes of looking for something where it is not.
+# The errors from accessing something that does not exist.
 _UNKNOWN = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
@@ -214,7 +214,7 @@ def _unreadable(error: Exception) -> Unreadable:
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """Reads a step that can run as it is: what is unknown about its program is a warning, and a `Refusal`."""
+    """A context for reading a step that can also run unchanged: an unknown program is a warning and a `Refusal`."""
     try:
         yield
     except (Unreadable, *_UNKNOWN) as error:
@@ -231,22 +231,22 @@ def reading() -> Iterator[None]:
 def _flatten(
     jaxpr: Any, consts: list[Any], within: tuple[Program | None, ...] = (), *, opened: bool = False
 ) -> Program:
-    """``consts`` are the values of the jaxpr's own constants; those of the jaxprs that it calls are added to them.
+    """The program of a jaxpr. ``consts`` are the values of its constants; those of the jaxprs it calls are appended.
 
-    ``within`` are the functions with a derivative of their own that the jaxpr is a part of, the innermost last: the
-    program of each where the jaxpr is its derivative, and None where it is the function itself.
+    ``within`` has an entry for each enclosing function with a derivative of its own, the innermost last. The entry is
+    the program of the function if the jaxpr is its derivative, and None if the jaxpr is the function itself.
     """
     forms: list[Shaped] = []
     ops: list[Op] = []
     env: dict[Any, int | Const] = {}
-    more: list[tuple[Any, int]] = []  # constants of jaxprs that are called, and their variables
+    more: list[tuple[Any, int]] = []  # the constants of called jaxprs, and their variables
 
     def number(aval: Any) -> int:
         forms.append(_form(aval))
         return len(forms) - 1
 
     def read(atom: Any) -> int | Const:
-        return _const(atom) if hasattr(atom, "val") else env[atom]  # of a literal alone
+        return _const(atom) if hasattr(atom, "val") else env[atom]  # only literals have a val
 
     def walk(jaxpr: Any) -> None:
         for eqn in jaxpr.eqns:
@@ -258,7 +258,7 @@ def _flatten(
                 for var, value in zip(called.constvars, own, strict=True):
                     env[var] = number(var.aval)
                     more.append((value, env[var]))  # type: ignore[arg-type]
-                # Operands that the program does not take (residuals of its derivative) come first.
+                # Operands that the called program does not take (residuals of its derivative) come first.
                 env.update(zip(called.invars, ins[len(ins) - len(called.invars) :], strict=True))
                 walk(called)
                 found = [read(atom) for atom in called.outvars]
@@ -276,7 +276,7 @@ def _flatten(
     results = tuple(map(read, jaxpr.outvars))
     if not more:
         return Program(inputs, tuple(ops), results, tuple(forms))
-    # Constants of the inside are inputs too, in front of the others.
+    # The constants of called jaxprs are inputs too, after the jaxpr's own constants.
     first = len(jaxpr.constvars)
     consts.extend(value for value, _ in more)
     order = [*range(first), *(at for _, at in more), *range(first, inputs)]
@@ -294,8 +294,8 @@ def _flatten(
 
 
 def _own_derivative(eqn: Any, within: tuple[Program | None, ...]) -> tuple[Program | None, Any]:
-    """Of a ``jax.custom_jvp`` function that is elementwise, with its derivative: both as programs."""
-    if len(within) == DEEPEST:  # a derivative may call another such function, without end
+    """The programs of a ``jax.custom_jvp`` function and of its derivative, if both are elementwise."""
+    if len(within) == DEEPEST:  # derivatives may call such functions recursively, without end
         return None, None
     if eqn.primitive.name != "custom_jvp_call" or eqn.params["call_jaxpr"].consts:
         return None, None
@@ -324,7 +324,7 @@ def _const(atom: Any) -> Const:
     form = _form(atom.aval)
     try:
         return Const(np.asarray(atom.val, form.dtype), form)
-    except TypeError:  # of a dtype that is JAX's own
+    except TypeError:  # a dtype that only JAX has
         return Const(atom.val, form)
 
 
@@ -335,7 +335,7 @@ def _form(aval: Any) -> Shaped:
 
 
 def _frozen(value: Any) -> Any:
-    """Parameters as something to hash and compare. What cannot be compared by value is equal to itself alone."""
+    """Parameters as a hashable value. An object that cannot be compared by value is equal only to itself."""
     if isinstance(value, dict):
         return tuple((name, _frozen(value[name])) for name in sorted(value))
     if isinstance(value, list | tuple):
@@ -374,7 +374,7 @@ def _equations(value: Any) -> Iterator[Any]:
 
 
 class _Same:
-    """Something that is equal to itself alone, and kept, so that its place in memory is not used again."""
+    """A wrapper that compares by identity. It keeps the object alive, so that its address is not reused."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -390,7 +390,7 @@ class _Same:
 
 
 def bind(primitive: Any, params: dict[str, Any], args: Any) -> tuple[Any, ...]:
-    """Applies a primitive, which is traced, differentiated or run like any call in JAX."""
+    """Applies a primitive. The call is traced, differentiated or run like any other in JAX."""
     out = primitive.bind(*args, **primitive.get_bind_params(params))
     return tuple(out) if primitive.multiple_results else (out,)
 
@@ -412,7 +412,7 @@ def evaluate(ops: Iterable[Op], env: dict[int, Any]) -> None:
 
 
 def typed(program: Program, results: Iterable[Any]) -> list[Any]:
-    """Results of a program, weakly typed where those of the function that it was traced from are."""
+    """The results of a program, with the weak types of the function that it was traced from."""
     out = []
     for value, result in zip(results, program.results, strict=True):
         form = program.form(result)
@@ -439,7 +439,7 @@ def apply_elementwise(op: Op, args: Sequence[Any], itself: Any = None) -> Sequen
 
 
 def broadcast(a: Any, shape: tuple[int, ...]) -> Any:
-    """An array broadcast to a shape, axes missing in front; explicit, so that no promotion of ranks is asked for."""
+    """An array broadcast to a shape, with missing axes added in front. Explicit, so that ranks are not promoted."""
     own = np.shape(a)
     if own == shape:
         return a
@@ -447,7 +447,7 @@ def broadcast(a: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _with_derivative(inner: Any, derivative: Program) -> Any:
-    """The function of a program whose derivative is given by another."""
+    """The function that runs a program, with its derivative given by another program."""
 
     @jax.custom_jvp
     def function(*args: Any) -> Any:

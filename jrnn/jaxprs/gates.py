@@ -1,4 +1,4 @@
-"""The gates of an affine step as a function of arrays, and which parts of products they are given."""
+"""The gates of an affine step as a function of arrays, and the gate inputs as parts of products."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["Gates", "Parts", "assemble"]
 
 @dataclass(frozen=True)
 class Gates:
-    """What happens in the loop beside the product: each new leaf of the state, from arrays that broadcast to its shape.
+    """The elementwise part of a step: computes each new leaf of the state from arrays that broadcast to its shape.
 
     ``ops`` are elementwise operations and their operands: ``("u", i)``, ``("v", i)``, ``("sum", i)`` for ``u + v``,
     ``("theta", i)``, ``("state", i)``, ``("const", Const)`` or ``("op", j, which)``, a result of an earlier operation.
-    ``leaves`` are references of the same kind. ``summed`` says of each gate whether ``u + v`` is all that is used.
+    ``leaves`` are references of the same kind. ``summed`` says of each gate whether it uses only ``u + v``.
     """
 
     ops: tuple[tuple[Any, tuple[Any, ...]], ...]
@@ -38,7 +38,7 @@ class Gates:
         return self._hash
 
     def __call__(self, theta: Any, u: Any, v: Any, state: Any) -> list[Any]:
-        """The new leaves. Arrays may lie in any layout, since every operation is elementwise."""
+        """The new leaves. Arrays may have any layout, since every operation is elementwise."""
         given = {"u": u, "v": v, "theta": theta, "state": state}
         results: list[Any] = []
 
@@ -57,10 +57,10 @@ class Gates:
 
 
 class Parts(NamedTuple):
-    """What the gates are given, one entry a gate.
+    """The gate inputs, with one entry for each gate.
 
-    ``u``: a `Sum` that needs no state, or None for zeros. ``v``: pieces of products of the state that are added up,
-    none for zeros. ``theta``: recipes of vectors ``(H)`` or of scalars.
+    ``u``: a `Sum` that does not depend on the state, or None for zeros. ``v``: the pieces of products of the state
+    whose sum it is, empty for zeros. ``theta``: recipes of vectors ``(H)`` or scalars, shared by all gates.
     """
 
     u: tuple[Sum | None, ...]
@@ -68,9 +68,9 @@ class Parts(NamedTuple):
     theta: tuple[Recipe, ...]
 
     def input_product(self, kinds: Any) -> tuple[tuple[Recipe, ...], Any, tuple[Recipe | None, ...]] | None:
-        """``(xs, weights, biases)`` where the input parts are products with one bias each; else None.
+        """``(xs, weights, biases)`` if each input part is a sum of products and one bias; else None.
 
-        ``xs`` are the recipes of what is multiplied, and ``weights[g][i]`` the pieces of ``xs[i]`` that gate g adds up.
+        ``xs`` are the recipes of the vectors. ``weights[g][i]`` are the pieces with ``xs[i]`` in the sum of gate g.
         """
         sums = [Sum((), None, 0) if u is None else u for u in self.u]
         xs = tuple(dict.fromkeys(piece.vector for u in sums for piece in u.pieces))
@@ -86,21 +86,21 @@ class Parts(NamedTuple):
 
 
 def recipe(e: Sum) -> Recipe:
-    """A sum that needs no state."""
+    """The recipe of a sum that does not depend on the state."""
     terms: list[Recipe] = [Dot(p.vector, p.weights.columns(p.start, p.stop)) for p in e.pieces]  # type: ignore[arg-type]
     return total(terms if e.known is None else [*terms, e.known])
 
 
 def assemble(new: Sequence[Any], leaves: Sequence[int], units: int, dtype: Any, kinds: Any) -> tuple[Gates, Parts, int]:
-    """The gates that compute expressions, what they are given, and the leaf of the carry that is multiplied.
+    """The gates that compute the expressions, their inputs, and the leaf of the carry that the matmul takes.
 
-    Each distinct sum of products is a gate. Where the columns of ``h W`` are used in one sum alone, with something that
-    changes from step to step, the gate is given ``u + v``; otherwise u and v are given apart.
+    Each distinct sum of products is a gate. It takes ``u + v`` if the columns of ``h W`` occur in no other sum and if u
+    changes from step to step. Otherwise it takes u and v separately.
 
     Raises:
-      Refusal: where there is no recurrent product, or more than one.
+      Refusal: the step has no recurrent matmul, or matmuls of several leaves.
     """
-    # In the order of their columns, where they are columns of the same product: so the weights are taken as they are.
+    # Columns of the same product stay in their order, so that the weights need not be rearranged.
     sums = sorted(_sums(new), key=lambda e: min((p.start for p in e.pieces if p.recurrent), default=0))
     split = [_split(e) for e in sums]
     multiplied = {piece.vector.leaf for pieces, _ in split for piece in pieces}  # type: ignore[union-attr]
@@ -163,7 +163,7 @@ def assemble(new: Sequence[Any], leaves: Sequence[int], units: int, dtype: Any, 
 
 
 def _sums(expressions: Sequence[Any]) -> list[Sum]:
-    """The distinct sums in expressions, in the order in which they are met."""
+    """The distinct sums in expressions, in order of their first occurrence."""
     found: dict[Sum, None] = {}
     seen: set[int] = set()
 
@@ -181,19 +181,19 @@ def _sums(expressions: Sequence[Any]) -> list[Sum]:
 
 
 def _split(e: Sum) -> tuple[tuple[Piece, ...], Sum | None]:
-    """The pieces of products of the state, in an order of their own, and the rest of a sum."""
+    """The pieces of products of the state in a sum, in a canonical order, and the rest of the sum."""
     pieces = tuple(sorted((p for p in e.pieces if p.recurrent), key=repr))
     rest = tuple(p for p in e.pieces if not p.recurrent)
     return pieces, Sum(rest, e.known, e.width) if rest or e.known is not None else None
 
 
 def _changes(e: Sum, kinds: Any) -> bool:
-    """Whether a sum is something else than a vector that is the same at each step."""
+    """Whether a sum is anything other than a vector that is the same at every step."""
     return bool(e.pieces) or (e.known is not None and (e.known.kind(kinds) == INPUT or len(e.known.shape) > 1))
 
 
 def _place(e: Sum | None, alone: list[Sum], theta: list[Recipe], kinds: Any) -> Any:
-    """Where gates find a sum that needs no state and is not added to a product."""
+    """The reference by which gates use a sum that does not depend on the state and is not added to a product."""
     if e is None:
         return None
     if _changes(e, kinds):

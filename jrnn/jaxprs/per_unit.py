@@ -1,9 +1,9 @@
-"""Programs for one unit: what gates that act on each unit by itself do, and the transpose of that.
+"""Programs for one unit: gates that act on each unit separately, and their transpose.
 
-Gates that act on each unit by itself are the same program for every unit. A function that was traced on whole arrays
-is read as that program, operation by operation; gates that were read from a step (`jrnn.jaxprs.gates`) are one already.
-Because a function is read from whole arrays, a size that it looks up is a number in the program, and programs that are
-read at several shapes are equal only where the function depends on no size.
+Such gates apply the same program to every unit. A function that was traced on whole arrays is read as that program,
+operation by operation. Gates that were read from a step (`jrnn.jaxprs.gates`) are such a program already. A size that a
+function looks up becomes a number in its program. Programs that are read at several shapes are therefore equal only if
+the function depends on no size.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _TRACED = "they use a value that is being traced by JAX; make it one of the para
 
 
 class Unread(Exception):
-    """Why a function could not be read as one program for every unit."""
+    """The reason why a function could not be read as one program for every unit."""
 
 
 class Operation(NamedTuple):
-    """An operation of a program for one unit; operands are places in `PerUnit.operations`.
+    """An operation of a program for one unit. Its operands are indices into `PerUnit.operations`, called places.
 
-    The names are those of JAX, and three more: ``argument`` with its number, ``constant`` with the bytes of a number
+    The names are those of JAX, and three others: ``argument`` with its number, ``constant`` with the bytes of a number
     that is the same for all units, and ``table`` with the bytes of one number for each unit.
     """
 
@@ -46,8 +46,8 @@ class Operation(NamedTuple):
 class _Unit(NamedTuple):
     """An array that the program computes.
 
-    Each of its axes is named: "units", the number of a batch axis, or None where the array does not vary along it. Of
-    an array that is summed over sequences, which gradients of vectors are, the program computes the terms.
+    The name of an axis is "units", the number of a batch axis, or None if the array does not vary along it. If
+    ``summed``, the array is a sum over sequences, as the gradients of vectors are, and the program computes its terms.
     """
 
     place: int
@@ -61,15 +61,15 @@ class _Known(NamedTuple):
     array: Any
 
 
-# What could not be read is the reason why, which is raised where a result is made of it.
+# An array that could not be read is represented by the reason, which is raised if a result depends on the array.
 _Value = _Unit | _Known | Unread
 
 
 class PerUnit:
     """Programs for one unit, all in one list of operations.
 
-    Equal operations have the same place in the list, so two functions do the same to every unit if, and only if, the
-    places of their results are equal.
+    Equal operations have the same place in the list. So two functions are the same program for every unit if, and only
+    if, the places of their results are equal.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class PerUnit:
           axes: for each leaf of ``arguments``, the names of its axes.
 
         Raises:
-          Unread: where the function does not do the same to every unit, or it cannot be seen that it does.
+          Unread: the function is not the same program for every unit, or cannot be read as one.
         """
         try:
             traced = jax.make_jaxpr(function)(*arguments)
@@ -98,7 +98,7 @@ class PerUnit:
         inputs: list[_Value] = list(map(_Known, consts))
         forms: dict[tuple[int, ...], tuple[Any, ...]] = {}
         for i, (leaf, names) in enumerate(zip(jax.tree.leaves(arguments), axes, strict=True)):
-            # Along an axis of one element nothing varies.
+            # Nothing varies along an axis of one element.
             names = tuple(None if size == 1 else name for name, size in zip(names, leaf.shape, strict=True))
             inputs.append(_Unit(self.argument(i, leaf.dtype), names))
             forms[leaf.shape] = names
@@ -109,7 +109,7 @@ class PerUnit:
         return self._place("argument", (number,), (), dtype)
 
     def apply(self, made: Elementwise, operands: Sequence[int]) -> list[int]:
-        """The places of the results of an elementwise operation on what stands at places."""
+        """The places of the results of an elementwise operation on the operands at the given places."""
         op = made.op
         if primitive(op.name).same or op.name == "broadcast_in_dim":
             return [operands[0]]
@@ -118,7 +118,7 @@ class PerUnit:
         return self._splice(op.inner, operands)
 
     def _splice(self, program: Program, operands: Sequence[int]) -> list[int]:
-        """The places of the results of an elementwise program, whatever shapes it was traced at."""
+        """The places of the results of an elementwise program, which may have been traced at any shapes."""
         values = self._run(program, [_Unit(place, ()) for place in operands])
         for value in values:
             if isinstance(value, Unread):
@@ -126,15 +126,15 @@ class PerUnit:
         return [v.place if isinstance(v, _Unit) else self._constant(v.array, ()) for v in values]  # type: ignore[union-attr]
 
     def read_gates(self, gates: Gates, given: Mapping[str, Sequence[int]], dnew: Sequence[int]) -> Any:
-        """``(leaves, cotangents)`` of gates: the places of the new leaves, and of what flows back to each reference.
+        """``(leaves, cotangents)`` of gates: the places of the new leaves, and of the cotangent of each reference.
 
         Args:
-          gates: as they were read from a step.
-          given: the places of what they are given, by the kind of the reference; "sum" is ``u + v``.
+          gates: the gates that were read from a step.
+          given: the places of the gate inputs, by the kind of the reference; "sum" is ``u + v``.
           dnew: the places of the cotangents of the new leaves.
 
         Raises:
-          Unread: where the derivative of an operation is not known to act on each element by itself.
+          Unread: the derivative of an operation is not known to be elementwise.
         """
         results: list[list[int]] = []
 
@@ -150,7 +150,7 @@ class PerUnit:
             results.append(self.apply(made, [place(r) for r in operands]))
         leaves = tuple(map(place, gates.leaves))
 
-        # The chain rule, from the last operation to the first; the transpose of each operation is JAX's.
+        # The chain rule, from the last operation y = f(x) to the first: dx += (df/dx)^T dy, with JAX's own transposes.
         flowing: dict[Any, int] = {}
 
         def flow(reference: Any, cotangent: int) -> None:
@@ -185,7 +185,7 @@ class PerUnit:
         return self._place("constant", (np.zeros((), dtype).tobytes(),), (), dtype)
 
     def live(self, results: tuple[int, ...]) -> list[int]:
-        """The places of all operations that the results are made of, in an order in which they can run."""
+        """The places of all operations that the results depend on, in an order in which they can run."""
         needed, left = set(results), list(results)
         while left:
             for place in self.operations[left.pop()].operands:
@@ -208,7 +208,7 @@ class PerUnit:
             return env[atom] if isinstance(atom, int) else _Known(np.asarray(atom.value, atom.form.dtype))
 
         for op in program.ops:
-            if op.effects:  # a program for one unit has none, and nothing may be made of its results
+            if op.effects:  # raised even if no result depends on the operation
                 raise Unread(f"{op.name!r} in them has a side effect")
             try:
                 outs = self._outs(program, op, list(map(value, op.ins)))
@@ -270,7 +270,7 @@ class PerUnit:
             raise Unread("they return arrays of another shape than the state's")
         if isinstance(value, Unread):
             raise value
-        # What belongs to no sequence is a gradient, which is summed over all of them.
+        # A result without a batch axis is a gradient, which is summed over all sequences.
         batched = [any(isinstance(name, int) for name in axes) for axes in forms.values()]
         summed = any(batched) and not any(isinstance(name, int) for name in expected)
         if isinstance(value, _Known):
@@ -285,7 +285,7 @@ class PerUnit:
 
 
 def _moved(op: Op, value: Any, old: tuple[int, ...], new: tuple[int, ...]) -> _Unit | None:
-    """The result of an operation that only moves, adds or drops axes, or sums over sequences; None for any other."""
+    """The result of an operation that only moves, adds or drops axes, or sums over sequences; else None."""
     if not isinstance(value, _Unit):
         return None
     name, params, axes = op.name, op.params, value.axes
@@ -306,7 +306,7 @@ def _moved(op: Op, value: Any, old: tuple[int, ...], new: tuple[int, ...]) -> _U
 
 
 def _is_summed_by(name: str, values: Any) -> bool:
-    """Whether the result of an operation is summed over sequences, as some of its operands may be."""
+    """Whether the result of an operation is a sum over sequences, given the operands that are."""
     summed = [i for i, value in enumerate(values) if isinstance(value, _Unit) and value.summed]
     if not summed:
         return False
@@ -322,7 +322,7 @@ def _is_summed_by(name: str, values: Any) -> bool:
 def _folded(op: Op, arrays: list[Any], forms: Any) -> list[Any]:
     """The results of an operation on known arrays."""
     name = op.name
-    if name.startswith("empty"):  # whatever it holds is never used
+    if name.startswith("empty"):  # its values are never used
         return [np.broadcast_to(np.zeros((), form.dtype), form.shape) for form in forms]
     if any(isinstance(array, jax.core.Tracer) for array in arrays):
         raise Unread(_TRACED)
@@ -331,7 +331,7 @@ def _folded(op: Op, arrays: list[Any], forms: Any) -> list[Any]:
         for axis, to in enumerate(op.params["broadcast_dimensions"]):
             inner[to] = arrays[0].shape[axis]
         return [np.broadcast_to(arrays[0].reshape(inner), op.params["shape"])]
-    # Of one number, once is enough, however large the batch is.
+    # Arrays of one repeated number are computed on that number alone, whatever their size.
     uniform = primitive(name).elementwise and all(isinstance(a, np.ndarray) and not _strides(a) for a in arrays)
     if uniform:
         arrays = [a[(0,) * a.ndim] for a in arrays]
@@ -346,7 +346,7 @@ def _folded(op: Op, arrays: list[Any], forms: Any) -> list[Any]:
 
 
 def _strides(array: np.ndarray[Any, Any]) -> list[int]:
-    """The axes along which an array may vary: not those along which it was broadcast."""
+    """The axes along which an array may vary, without those along which it was broadcast."""
     return [axis for axis, size in enumerate(array.shape) if size > 1 and array.strides[axis]]
 
 
@@ -359,7 +359,7 @@ def _concrete(array: Any) -> np.ndarray[Any, Any]:
 
 
 def _is_same_along(array: np.ndarray[Any, Any], axis: int) -> bool:
-    """Whether all along an axis are the same number, bit by bit."""
+    """Whether an array is constant along an axis, bit by bit."""
     bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
     return bool(np.all(bits == np.take(bits, [0], axis)))
 
@@ -382,9 +382,9 @@ def _is_float(dtype: Any) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _transpose(made: Elementwise, dtypes: tuple[Any, ...]) -> Program:
-    """The program ``(operands, cotangents) -> cotangents of the operands`` of one operation, floats alone.
+    """The program ``(operands, cotangents) -> cotangents of the operands`` of one operation, for floats only.
 
-    JAX is asked once for each operation, on scalars, and not once for each step that it stands in.
+    It is traced on scalars, once for each operation and not once for each step that contains the operation.
     """
     floats = [i for i, dtype in enumerate(dtypes) if _is_float(dtype)]
 

@@ -1,7 +1,7 @@
-"""Recipes: how to make the arrays that a loop needs from outside, out of the variables of a program.
+"""Recipes: descriptions of the arrays that a loop takes from outside, in terms of the variables of a program.
 
-A recipe is a value. It describes an array that needs no state: a variable of the program, a part of one, a sum, a
-product. What a reader finds is put together from recipes before anything is computed, and only what is used is made.
+A recipe is a value. It describes an array that does not depend on the state: a variable of the program, a part of one,
+a sum or a product. Readers build recipes before anything is computed, and only arrays that are used are computed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from jrnn.jaxprs.flat import Const, Op, Program, broadcast
 __all__ = ["INPUT", "INVARIANT", "STATE", "Add", "Atom", "Dot", "Flat", "Negative", "PerSequence", "Recipe", "Take"]
 __all__ += ["needed", "side_by_side", "total"]
 
-# What a variable depends on: on constants alone, on the input of the step, or on the state.
+# The kinds of variables: those that depend only on constants, on the input of the step, or on the state.
 INVARIANT, INPUT, STATE = range(3)
 
 
 class Recipe:
-    """How to make an array; see the subclasses."""
+    """The description of an array; see the subclasses."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -33,12 +33,12 @@ class Recipe:
 
     @property
     def parts(self) -> tuple[Recipe, ...]:
-        """The recipes that this one is made of."""
+        """The recipes that this recipe consists of."""
         return ()
 
     @property
     def terms(self) -> int:
-        """How many arrays it is made of."""
+        """The number of arrays that it consists of."""
         return sum(part.terms for part in self.parts) or 1
 
     def make(self, env: dict[int, Any]) -> Any:
@@ -46,7 +46,7 @@ class Recipe:
         raise NotImplementedError
 
     def columns(self, start: int, stop: int) -> Recipe:
-        """A range of the last axis; a scalar, or an axis that is broadcast, stays as it is."""
+        """A range of the last axis. A scalar, or an axis that is broadcast, stays unchanged."""
         if not self.shape or (start, stop) == (0, self.shape[-1]):
             return self
         ranges = (*((0, n) for n in self.shape[:-1]), (start, stop))
@@ -58,7 +58,7 @@ class Recipe:
             yield from part.atoms()
 
     def kind(self, kinds: Any) -> int:
-        """What it depends on, given what each variable does."""
+        """The kind of the array, given the kind of each variable."""
         return max((kinds[atom] for atom in self.atoms()), default=INVARIANT)
 
 
@@ -87,7 +87,7 @@ class Atom(Recipe):
 
 @dataclass(frozen=True)
 class Take(Recipe):
-    """Ranges of the axes of an array, None for an axis of size one that is dropped; then the axes in another order."""
+    """Ranges of the axes of an array, or None for an axis of size one that is dropped; then a transposition."""
 
     source: Recipe
     ranges: tuple[tuple[int, int] | None, ...]
@@ -113,7 +113,7 @@ class Take(Recipe):
 
 @dataclass(frozen=True)
 class Add(Recipe):
-    """A sum; axes of size one, or missing in front, are broadcast."""
+    """A sum. Axes of size one, and axes that are missing in front, are broadcast."""
 
     first: Recipe
     second: Recipe
@@ -137,7 +137,7 @@ class Add(Recipe):
 
 @dataclass(frozen=True)
 class Negative(Recipe):
-    """An array with the other sign."""
+    """The negative of an array."""
 
     source: Recipe
 
@@ -158,7 +158,7 @@ class Negative(Recipe):
 
 @dataclass(frozen=True)
 class PerSequence(Recipe):
-    """``(*B)``, with an axis of size one for features."""
+    """An array ``(*B)`` with a trailing axis of size one for features."""
 
     source: Recipe
 
@@ -179,7 +179,7 @@ class PerSequence(Recipe):
 
 @dataclass(frozen=True)
 class Flat(Recipe):
-    """The last two axes as one."""
+    """An array with its last two axes merged into one."""
 
     source: Recipe
 
@@ -198,7 +198,7 @@ class Flat(Recipe):
 
 @dataclass(frozen=True)
 class Dot(Recipe):
-    """``x (*B, K)`` by ``w (K, N)``."""
+    """The product of ``x (*B, K)`` and ``w (K, N)``."""
 
     x: Recipe
     w: Recipe
@@ -225,7 +225,7 @@ def total(terms: Iterable[Recipe]) -> Recipe:
 
 
 def side_by_side(recipes: Sequence[Recipe]) -> list[Recipe]:
-    """Vectors to put side by side: neighbours that are neighbouring ranges of the same vector are one."""
+    """The vectors to concatenate, where adjacent ranges of the same vector are merged into one recipe."""
     found: list[Recipe] = []
     for recipe in recipes:
         joined = _joined(found[-1], recipe) if found else None
@@ -237,7 +237,7 @@ def side_by_side(recipes: Sequence[Recipe]) -> list[Recipe]:
 
 
 def _joined(a: Recipe, b: Recipe) -> Recipe | None:
-    """A vector and the one after it, where both are ranges of the same vector, or sums of such."""
+    """The concatenation of two vectors, if both are adjacent ranges of the same vector, or sums of such; else None."""
     if isinstance(a, Add) and isinstance(b, Add):
         first, second = _joined(a.first, b.first), _joined(a.second, b.second)
         return None if first is None or second is None else Add(first, second)

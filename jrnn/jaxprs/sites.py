@@ -1,14 +1,14 @@
-"""Reads the parts of any step: what leaves the loop, and which products of the state stay in it.
+"""Reads the parts of any step: the operations that leave the loop, and the matmuls of the state that stay in it.
 
-The step is a program ``(consts, carry, x) -> (carry, y)``. It is cut into
+The step is a program ``(consts, carry, x) -> (carry, y)``. Its operations are
 
-- what is *invariant*, computed once,
-- what depends on x and not on the state, computed for all steps at once before the loop,
-- the *loop*: what the next carry needs of the state, and
-- what nothing feeds back, computed for all steps at once after the loop.
+- *invariant* ones, which run once,
+- those that depend on x and not on the state, which run for all steps at once before the loop,
+- the *loop*: those that depend on the state and that the next carry needs, and
+- those that depend on the state and that no carry needs, which run for all steps at once after the loop.
 
-A *site* is a product in the loop of something that depends on the state with invariant weights. Operations that are
-not the same for all steps at once (see `primitives.UNMAPPABLE`) stay in the loop, whatever they depend on.
+A *site* is a matmul in the loop of a state-dependent vector with invariant weights. Operations that are not
+``mappable`` (see `jrnn.jaxprs.primitives`) and depend on x or on the state stay in the loop.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Site", "Sites", "read"]
 
 @dataclass(frozen=True)
 class Site:
-    """A product: the place of its operation in the loop, and which of its operands is the weights."""
+    """A matmul: the index of its operation in the loop, and the index of the weights among its operands."""
 
     place: int
     weights: int
@@ -39,11 +39,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Sites:
-    """The parts of a step; all follow from the program.
+    """The parts of a step. All fields follow from the program.
 
     ``before``, ``loop`` and ``after`` are operations, in order. ``invariant`` and ``inputs`` are the variables that the
-    loop takes from outside: those that are the same at each step, and those of each step. ``emitted`` are the variables
-    of the loop that the outputs need.
+    loop takes from outside: those that are the same at every step, and those with a value for each step. ``emitted``
+    are the variables of the loop that the outputs need.
     """
 
     program: Program
@@ -67,7 +67,7 @@ class Sites:
         return self.program.results[: self.carry]
 
     def shared(self) -> frozenset[int]:
-        """The invariant variables that the loop uses otherwise than as weights of sites."""
+        """The invariant variables with a use in the loop other than as the weights of a site."""
         weights = {(site.place, site.operands(self.loop[site.place])[1]) for site in self.sites}
         used = {a for i, op in enumerate(self.loop) for a in op.ins if isinstance(a, int) and (i, a) not in weights}
         return frozenset(used | {a for a in self.new_carry if isinstance(a, int)})
@@ -77,7 +77,7 @@ def read(program: Program, consts: int, carry: int) -> Sites:
     """The parts of a step ``(consts, carry, x) -> (carry, y)``.
 
     Raises:
-      Refusal: where there is no site.
+      Refusal: there is no site.
     """
     with reading():
         return _read(program, consts, carry)
@@ -95,7 +95,7 @@ def _read(program: Program, consts: int, carry: int) -> Sites:
     def variables(atoms: Any) -> set[int]:
         return {a for a in atoms if isinstance(a, int)}
 
-    # What the next carry needs, and what is left for the outputs.
+    # First the operations that the next carry needs, then the others that the outputs need.
     wanted = variables(program.results[:carry])
     outputs = variables(program.results[carry:])
     in_loop: set[int] = set()
@@ -106,7 +106,7 @@ def _read(program: Program, consts: int, carry: int) -> Sites:
     for op in reversed(program.ops):
         if kinds[op.outs[0]] == STATE and id(op) not in in_loop and outputs.intersection(op.outs):
             outputs |= variables(op.ins)
-            if not op.mappable:  # with all that it needs
+            if not op.mappable:  # stays in the loop, with all operations that it depends on
                 in_loop |= _with_ancestors(program, kinds, op)
     loop = [op for op in program.ops if id(op) in in_loop]
     made = {out for op in loop for out in op.outs} | set(range(consts, consts + carry))

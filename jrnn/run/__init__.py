@@ -1,1 +1,1 @@
-"""How a step is run over time: `scan`, for the body of any ``jax.lax.scan``."""
+"""Runs steps over time. `scan` runs the body of any ``jax.lax.scan``."""

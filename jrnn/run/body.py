@@ -1,4 +1,4 @@
-"""A step that was read as a recurrent cell, as something that every schedule of cells can run."""
+"""Runs a step that was read as a recurrent cell, on any schedule for affine cells."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from jrnn.jaxprs.blocks import Piece
 from jrnn.jaxprs.flat import Op, broadcast, evaluate, typed
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, Atom, Recipe, needed, side_by_side
 from jrnn.schedules import SCHEDULES, Plan, Refusal, Steps, Task, hoisted, native
+from jrnn.schedules.steps import expand, select
 
-__all__ = ["WORK", "Body"]
+__all__ = ["WORK", "Body", "before", "invariant", "outputs"]
 
 # The least floating-point operations in a step's matmul of the state for which "hoisted" is chosen by default.
 WORK = 2**18
@@ -34,12 +35,12 @@ class Body:
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
-        """Names of the leaves of the carry that change, as the fields of a state; the one that is multiplied is h."""
+        """Names of the changing leaves of the carry, as fields of a state. The leaf that the matmul takes is h."""
         return tuple("h" if leaf == self.form.hidden else f"s{i}" for i, leaf in enumerate(self.form.leaves))
 
     @functools.cached_property
     def emitted(self) -> tuple[int, ...]:
-        """The leaves of the carry that the outputs need, of all steps; the hidden one where they need none."""
+        """The leaves of the carry that the outputs need for all steps; the hidden leaf if they need none."""
         return tuple(sorted({leaf for leaf, _ in self.form.after.values()})) or (self.form.hidden,)
 
     @functools.cached_property
@@ -49,11 +50,11 @@ class Body:
 
     @property
     def work(self) -> int:
-        """Floating-point operations of the product of the state, a step."""
+        """Floating-point operations in a step's matmul of the state."""
         return 2 * math.prod(self.form.batch) * self.form.units**2 * len(self.form.gates.summed)
 
     def affine(self, inputs: Any, w_hh: Any, theta: Any) -> AffineForm:
-        """The form of the step, from its arrays; ``inputs`` is None where the gates' inputs are given."""
+        """The form of the step, from its arrays. ``inputs`` is None if the input parts of the gates are given."""
         gates = self.form.gates
         return AffineForm(
             Gates(ReadGates(gates), gates.summed, elementwise=True, additive=()),
@@ -65,7 +66,7 @@ class Body:
         )
 
     def shapes(self, xs: Any, steps: Steps) -> Task:
-        """The loop over the cell, by shape and dtype, without resets of its own."""
+        """The loop over the cell as shapes and dtypes, without the resets and the mask inside the step."""
         form, units = self.form, self.form.units
         time, width = jax.tree.leaves(xs)[0].shape[0], units * len(form.gates.summed)
         array = lambda *shape: jax.ShapeDtypeStruct(shape, form.dtype)
@@ -78,9 +79,9 @@ class Body:
         return Task(None, None, affine, array(time, *form.batch, features), state, None, steps)
 
     def task(self, env: dict[int, Any], carry: Sequence[Any], xs: Any, steps: Steps, restart: Any = None) -> Task:
-        """The loop over the cell, given the variables that are the same at each step.
+        """The loop over the cell, given the variables that are the same at every step.
 
-        ``restart`` is the carry that a reset of ``steps`` restores, None where nothing does.
+        ``restart`` is the carry that a reset of ``steps`` restores, or None.
         """
         form, units = self.form, self.form.units
         state_type = _state_type(self.fields)
@@ -94,9 +95,12 @@ class Body:
             made = [recipe.make(env) for recipe in side_by_side(recipes)]  # type: ignore[arg-type]
             return made[0] if len(made) == 1 else lax.concatenate(made, 0)
 
+        if form.mask is not None:
+            steps = replace(steps, valid=self.valid(env, xs))
         if form.resets is not None:
             (flags,) = self._at_all_steps(env, [form.resets.flags], xs)
-            steps = replace(steps, resets=over_batch(flags if form.resets.on else ~flags, form.batch))
+            resets = over_batch(flags if form.resets.on else ~flags, form.batch)
+            steps = replace(steps, resets=resets if steps.valid is None else resets & steps.valid)
             restart = state_type(*(broadcast(value.make(env), (*form.batch, units)) for value in form.resets.values))
         elif restart is not None:
             restart = state_type(*(restart[i] for i in form.leaves))
@@ -122,7 +126,7 @@ class Body:
         return Task(None, None, affine, inputs, state_type(*(carry[i] for i in form.leaves)), restart, steps)
 
     def plan(self, task: Task, backend: str | None) -> tuple[str, Plan] | Refusal:
-        """The schedule that runs the loop over the cell, and its plan; a named backend where that serves."""
+        """The schedule that runs the loop over the cell, and its plan. A named backend is the only one considered."""
         if backend is not None:
             found = SCHEDULES[backend].plan(task)
             return found if isinstance(found, Refusal) else (backend, found)
@@ -142,26 +146,31 @@ class Body:
     ) -> tuple[list[Any], list[Any]]:
         """The carry after the last step, and the outputs of all steps.
 
-        Resets are those of ``steps``, to the leaves ``restart`` of a carry, where the step has none of its own.
+        ``steps`` may have resets, to the leaves ``restart`` of a carry, if the step itself contains none.
         """
-        env = self._invariant(consts, carry)
-        last, hs = plan(self.task(env, carry, xs, steps, restart))
+        env = invariant(self.form, consts, carry)
+        task = self.task(env, carry, xs, steps, restart)
+        last, hs = plan(task)
         leaves = list(carry)
         for leaf, value in zip(self.form.leaves, last, strict=True):
             leaves[leaf] = value
+        form = self.form
+        if form.mask is not None and form.after and task.steps.valid is not None:
+            emitted = lax.concatenate([carry[leaf] for leaf in self.emitted], len(form.batch))
+            hs = _held(hs, task.steps.valid, emitted, steps.reverse)
         ys = self._outputs(env, carry, hs, xs, steps.reverse)
         outs = typed(self.form.program, [*leaves, *ys])
         return outs[: len(leaves)], outs[len(leaves) :]
 
-    def _invariant(self, consts: Sequence[Any], carry: Sequence[Any]) -> dict[int, Any]:
-        """The variables that are the same at each step. What is not used costs nothing once it is compiled."""
-        form = self.form
-        env = dict(enumerate(consts)) | {form.consts + i: carry[i] for i in form.fixed}
-        evaluate((op for op in form.program.ops if form.kinds[op.outs[0]] == INVARIANT), env)
-        return env
+    def valid(self, env: dict[int, Any], xs: Any) -> jax.Array:
+        """The valid steps ``(T, *B)`` of the mask inside the step."""
+        mask = self.form.mask
+        assert mask is not None
+        (flags,) = self._at_all_steps(env, [mask.flags], xs)
+        return over_batch(flags if mask.on else ~flags, self.form.batch)
 
     def _at_all_steps(self, env: dict[int, Any], recipes: Sequence[Recipe], xs: Any) -> list[Any]:
-        """``(T, ...)`` of each recipe."""
+        """The array ``(T, ...)`` of each recipe, for all steps."""
         form = self.form
         given = dict(enumerate(jax.tree.leaves(xs), form.consts + form.carry))
         found = [given.get(recipe.value) if isinstance(recipe, Atom) else None for recipe in recipes]  # type: ignore[arg-type]
@@ -177,27 +186,18 @@ class Body:
         return [next(made) if there is None else there for there in found]
 
     def _outputs(self, env: dict[int, Any], carry: Sequence[Any], hs: jax.Array, xs: Any, reverse: bool) -> list[Any]:
-        """The outputs of all steps at once, from the carry before the first step and what the cell emits."""
+        """The outputs of all steps at once, from the carry before the first step and the fields that the cell emits."""
         form = self.form
         states = dict(zip(self.emitted, jnp.split(hs, len(self.emitted), -1), strict=True))
         given: dict[Any, jax.Array] = {}
         for variable, (leaf, is_new) in form.after.items():
-            given[variable] = states[leaf] if is_new else _before(states[leaf], carry[leaf], reverse)
-        rest = [out for out in form.outputs if out not in given]
-        ops = _after(form, rest, given)
-
-        def at_one(given: Any, x: Any) -> list[Any]:
-            inside = env | given | dict(enumerate(jax.tree.leaves(x), form.consts + form.carry))
-            evaluate(ops, inside)
-            return [inside[out] if isinstance(out, int) else jnp.asarray(out.value) for out in rest]
-
-        made = iter(jax.vmap(at_one)(given, xs) if rest else ())
-        return [given[out] if out in given else next(made) for out in form.outputs]
+            given[variable] = states[leaf] if is_new else before(states[leaf], carry[leaf], reverse)
+        return outputs(form, env, given, xs)
 
 
 @dataclass(frozen=True)
 class Split:
-    """The projection of inputs that are what each gate is given, side by side."""
+    """The projection for inputs that are already the input parts of the gates, concatenated: it only splits them."""
 
     count: int
 
@@ -207,14 +207,26 @@ class Split:
 
 @functools.lru_cache(maxsize=64)
 def _state_type(fields: tuple[str, ...]) -> Any:
-    """A named tuple of these fields; the same type for the same names."""
+    """A named tuple with these fields. Equal names give the same type."""
     return namedtuple("State", fields)
 
 
-def _before(states: jax.Array, first: jax.Array, reverse: bool) -> jax.Array:
-    """The state that each step meets, from the state after each."""
+def before(states: jax.Array, first: jax.Array, reverse: bool) -> jax.Array:
+    """The state before each step, given the state after each step."""
     first = lax.expand_dims(first, (0,))
     return jnp.concatenate([states[1:], first] if reverse else [first, states[:-1]])
+
+
+def _held(states: jax.Array, valid: jax.Array, first: jax.Array, reverse: bool) -> jax.Array:
+    """The state after each step, where an invalid step keeps the state before it."""
+    time = states.shape[0]
+    times = lax.broadcasted_iota(jnp.int32, valid.shape, 0)
+    if reverse:
+        step = lax.cummin(jnp.where(valid, times, time), axis=0, reverse=True)
+    else:
+        step = lax.cummax(jnp.where(valid, times, -1), axis=0)
+    found = jnp.take_along_axis(states, expand(jnp.clip(step, 0, time - 1), states), axis=0)
+    return select((step >= 0) & (step < time), found, broadcast(first, states.shape))
 
 
 def small(work: int) -> str:
@@ -222,13 +234,13 @@ def small(work: int) -> str:
 
 
 def over_batch(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """``(T, ...)`` broadcast to ``(T, *shape)``, axes missing after the first."""
+    """An array ``(T, ...)`` broadcast to ``(T, *shape)``, with missing axes added after the first."""
     missing = len(shape) + 1 - a.ndim
     return broadcast(a.reshape(a.shape[0], *(1,) * missing, *a.shape[1:]), (a.shape[0], *shape))
 
 
 def columns(gates: Sequence[Sequence[Piece]], env: dict[int, Any], shape: tuple[int, int], dtype: Any) -> jax.Array:
-    """Weights of all gates side by side, each the sum of pieces ``shape``. Neighbours are taken in one piece."""
+    """The weights of all gates, concatenated; each is a sum of pieces ``shape``. Adjacent pieces are sliced at once."""
     parts: list[list[Piece]] = []
     for pieces in gates:
         last = parts[-1] if parts else []
@@ -245,8 +257,29 @@ def columns(gates: Sequence[Sequence[Piece]], env: dict[int, Any], shape: tuple[
     return jnp.concatenate([made(pieces) for pieces in parts], -1) if len(parts) > 1 else made(parts[0])
 
 
-def _after(form: Affine, wanted: Any, given: Any) -> tuple[Op, ...]:
-    """The operations, in order, that outputs need and that are not the same at each step."""
+def invariant(form: Any, consts: Sequence[Any], carry: Sequence[Any]) -> dict[int, Any]:
+    """The variables that are the same at every step. XLA removes those that are not used."""
+    env = dict(enumerate(consts)) | {form.consts + i: carry[i] for i in form.fixed}
+    evaluate((op for op in form.program.ops if form.kinds[op.outs[0]] == INVARIANT), env)
+    return env
+
+
+def outputs(form: Any, env: dict[int, Any], given: dict[Any, jax.Array], xs: Any) -> list[Any]:
+    """The outputs of all steps at once, from the values at all steps of the loop's variables that they need."""
+    rest = [out for out in form.outputs if out not in given]
+    ops = _after(form, rest, given)
+
+    def at_one(given: Any, x: Any) -> list[Any]:
+        inside = env | given | dict(enumerate(jax.tree.leaves(x), form.consts + form.carry))
+        evaluate(ops, inside)
+        return [inside[out] if isinstance(out, int) else jnp.asarray(out.value) for out in rest]
+
+    made = iter(jax.vmap(at_one)(given, xs) if rest else ())
+    return [given[out] if out in given else next(made) for out in form.outputs]
+
+
+def _after(form: Any, wanted: Any, given: Any) -> tuple[Op, ...]:
+    """The operations, in order, that the outputs need after the loop, without invariant ones."""
     names = {out for out in wanted if isinstance(out, int)}
     ops = []
     for op in reversed(form.program.ops):

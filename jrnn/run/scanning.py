@@ -12,16 +12,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn import schedules
-from jrnn.jaxprs import affine, sites
+from jrnn.jaxprs import sites
 from jrnn.jaxprs.blocks import Refusal
 from jrnn.jaxprs.flat import Program
 from jrnn.run.body import Body
+from jrnn.run.recurrence import Recurrences
+from jrnn.run.step import read
 from jrnn.schedules.parts import Parts, of_one_step, trace
 from jrnn.schedules.steps import Steps, check_remat, checkpointed, times_in_a_body
 
 __all__ = ["choose_scan_backend", "scan"]
 
-BACKENDS = ("hoisted", "native", "reference")
+BACKENDS = ("associative", "hoisted", "native", "reference")
 
 
 def scan(
@@ -35,7 +37,7 @@ def scan(
     backend: str | None = None,
     remat: int | str | None = None,
 ) -> tuple[Any, Any]:
-    """`jax.lax.scan`, faster where the body is a recurrent step.
+    """`jax.lax.scan`, but faster if the body is a recurrent step.
 
     The body is traced and analysed. If it is a recurrent cell, in whatever form it is written, the loop runs as
     `jrnn.unroll` runs its own cells:
@@ -44,7 +46,11 @@ def scan(
     - the matmuls of the state become one matmul a step, and
     - each weight gradient is one matmul after the loop.
 
-    Any other body is run by ``jax.lax.scan`` itself. `choose_scan_backend` returns which of the two happens, and why.
+    A body that is linear in its state, ``a * state + b`` element by element with ``a`` and ``b`` functions of only the
+    input, runs as a `linear_scan`. By default it does so only if `linear_scan` is compiled code, and if the
+    coefficients do not take much more memory than the inputs and outputs.
+
+    Any other body is run by ``jax.lax.scan`` itself. `choose_scan_backend` returns which of these happens, and why.
 
     A body is recognised as a cell if
 
@@ -65,11 +71,12 @@ def scan(
       f: ``(carry, x) -> (carry, y)``, as for ``jax.lax.scan``.
       init: the carry before the first step.
       xs: a pytree of arrays with a leading axis of T steps, or None.
-      length: T, needed where ``xs`` has no arrays.
+      length: T, needed if ``xs`` has no arrays.
       reverse: run from the last step to the first; outputs stay in the order of the inputs.
-      unroll: how many steps to compile into one body, where the loop is a scan.
+      unroll: the number of steps to compile into one body, if the loop is a scan.
       backend: None chooses. "reference" is ``jax.lax.scan``, "hoisted" a scan of the part that cannot leave the loop,
-        and "native" the loop as compiled code for a CPU. A backend that cannot serve raises an error with the reason.
+        "native" the loop as compiled code for a CPU, and "associative" a `linear_scan`. A backend that cannot
+        serve raises an error with the reason.
       remat: a number of steps n: store the carry only before every n-th step, and recompute the rest in the backward
         pass, n steps at a time. "sqrt" sets n to sqrt(T).
 
@@ -89,7 +96,7 @@ def scan(
     """
     init = _arrays(init)
     chosen = _choose(f, init, xs, length, reverse, backend, remat)
-    if chosen.body is None or unroll < 0:  # which is an error of jax.lax.scan
+    if chosen.body is None or unroll < 0:  # jax.lax.scan raises the error
         return _plain(f, init, xs, length, reverse, unroll, remat)
     carry, ys = _run(chosen.body, chosen.plan, bool(reverse), unroll, remat, chosen.consts, init, xs)
     return carry, jax.tree.unflatten(chosen.ys, ys)
@@ -112,11 +119,14 @@ def choose_scan_backend(
       f, init, xs, length, reverse, unroll, backend, remat: as for `scan`.
 
     Returns:
-      ``(name, reason)``: "native", "hoisted" or "reference". The reason names the part of the body that rules out a
-      faster schedule.
+      ``(name, reason)``: "native", "hoisted", "associative" or "reference". The reason names the part of the
+      body that rules out a faster schedule.
 
-    >>> jrnn.choose_scan_backend(lambda c, x: (c + x, c), jnp.zeros(3), jnp.ones((5, 3)))
-    ('reference', 'the body is not read as a recurrent cell: it has no product of its state with weights')
+    >>> name, reason = jrnn.choose_scan_backend(lambda c, x: (jnp.sin(c + x), c), jnp.zeros(3), jnp.ones((5, 3)))
+    >>> name
+    'reference'
+    >>> reason.split(": ")[-1]
+    "what its next state needs has 'sin' of its state, which is not linear"
     """
     chosen = _choose(f, _arrays(init), xs, length, reverse, backend, remat)
     return chosen.name, chosen.reason
@@ -127,14 +137,14 @@ def choose_scan_backend(
 
 @dataclass(frozen=True)
 class _Choice:
-    """The schedule of a body, and the body as a cell, with its constants and the tree of its outputs.
+    """The schedule of a body, and the body as it was read, with its constants and the tree of its outputs.
 
-    ``body`` is None where `jax.lax.scan` runs the function as it is.
+    ``body`` is None if `jax.lax.scan` runs the function unchanged.
     """
 
     name: str
     reason: str
-    body: Body | Parts | None = None
+    body: Body | Parts | Recurrences | None = None
     consts: Any = ()
     ys: Any = None
     plan: schedules.Plan | None = None
@@ -152,7 +162,7 @@ def _choose(
         program, ys, consts = _trace(f, init, xs, length)
         carry = jax.tree.leaves(init)
         try:
-            body = Body(affine.read(program, len(consts), len(carry)))
+            body = read(program, len(consts), len(carry))
         except Refusal as refusal:
             reason = f"the body is not read as a recurrent cell: {refusal}"
             # Running in parts is faster for some bodies and slower for others, so it is never the default.
@@ -168,6 +178,15 @@ def _choose(
         if backend is not None:
             raise ValueError(_cannot(backend, reason)) from None
         return _Choice("reference", reason)
+    if isinstance(body, Recurrences):
+        serves = body.serves(xs, backend)
+        if not isinstance(serves, schedules.Refusal):
+            return _Choice("associative", f"the body is read: {serves}", body, consts, ys)
+        if backend is not None:
+            raise ValueError(_cannot(backend, serves.reason))
+        return _Choice("reference", f"the body is read: {serves.reason}")
+    if backend == "associative":
+        raise ValueError(_cannot(backend, "the body is a recurrent cell that is not linear in its state"))
     found = body.plan(body.shapes(xs, Steps(reverse=bool(reverse), remat=remat)), backend)
     if isinstance(found, schedules.Refusal):
         if backend is not None:
@@ -178,7 +197,7 @@ def _choose(
 
 
 def _arrays(init: Any) -> Any:
-    """A carry whose Python numbers are arrays; what is no number is left to the errors of ``jax.lax.scan``."""
+    """The carry with Python numbers converted to arrays. ``jax.lax.scan`` raises its own errors for other leaves."""
     number = lambda leaf: isinstance(leaf, bool | int | float | complex)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf) if number(leaf) else leaf, init)
 
@@ -211,12 +230,14 @@ def _plain(f: Any, init: Any, xs: Any, length: Any, reverse: Any, unroll: Any, r
 
 # Jitted with the body as a static argument, so that a second eager call with an equal body compiles nothing.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _run(body: Body | Parts, plan: Any, reverse: bool, unroll: Any, remat: Any, consts: Any, init: Any, xs: Any) -> Any:
+def _run(
+    body: Body | Parts | Recurrences, plan: Any, reverse: bool, unroll: Any, remat: Any, consts: Any, init: Any, xs: Any
+) -> Any:
     time = jax.tree.leaves(xs)[0].shape[0]
     steps = Steps(reverse=reverse, remat=remat, unroll=times_in_a_body(time if unroll is True else unroll, time))
     tree: Any
     leaves, tree = jax.tree.flatten(init)
-    if isinstance(body, Parts):
+    if isinstance(body, Parts | Recurrences):
         last, ys = body.run(consts, leaves, xs, steps)
     else:
         last, ys = body.run(plan, consts, leaves, xs, steps)

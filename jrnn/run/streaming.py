@@ -1,4 +1,4 @@
-"""One step at a time, for inputs that arrive while the model runs."""
+"""Runs a model one step at a time, for inputs that arrive while it runs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["stepper"]
 def stepper(layer: Layer) -> Any:
     """The layer's step, compiled, with its state donated: ``step(params, state, x, key=None) -> (state, y)``.
 
-    A call costs as much as a call of any compiled function, and its arithmetic. Applied to the steps of a sequence one
-    after another, it returns the outputs and the state of `jrnn.unroll` where every step is valid and none is reset.
-    With a key, pass it the parameters from `jrnn.draw`, and at step t the key ``jax.random.fold_in(key, t)``.
+    A call costs the overhead of any jitted function plus the arithmetic of the step. Applied to the steps of a sequence
+    one after another, it returns the outputs and the state of `jrnn.unroll`, if every step is valid and none is reset.
+    For a run with a key, pass the parameters from `jrnn.draw` and, at step t, the key ``jax.random.fold_in(key, t)``.
 
     B batch axes (any number, or none), F input features, H output features.
 
@@ -30,16 +30,16 @@ def stepper(layer: Layer) -> Any:
       layer: a layer that has a step. A bidirectional layer has none, since its backward direction needs later steps.
 
     Returns:
-      A jitted function, one and the same for equal layers, with the attributes of one (``lower``, ``trace``). Its ``x``
-      is ``(*B, F)`` (integers ``(*B,)`` for models that begin with `jrnn.embed`), its ``y`` ``(*B, H)``. The state that
-      it is given is donated: its buffers are reused, so continue with the state returned, and copy a state that you
-      want to keep. Over a mesh whose axes are Explicit, shard the first state as ``x`` is sharded, by
+      A jitted function with the usual attributes (``lower``, ``trace``), the same object for equal layers. Its ``x`` is
+      ``(*B, F)`` (integers ``(*B,)`` for models that begin with `jrnn.embed`) and its ``y`` is ``(*B, H)``. The state
+      argument is donated: its buffers are reused, so continue with the state that is returned, and copy a state that
+      you want to keep. On a mesh whose axes are Explicit, shard the first state as ``x`` is sharded, by
       ``jax.device_put(state, PartitionSpec("data"))``, or its buffers cannot be reused.
 
     Raises:
-      TypeError: where the layer has no step.
-      ValueError: from a call whose state lacks the batch axes of ``x``, as for a whole sequence given as one step, or
-        was donated to an earlier call.
+      TypeError: the layer has no step.
+      ValueError: raised by a call, if its state lacks the batch axes of ``x`` (as for a whole sequence given as one
+        step), or was donated to an earlier call.
 
     >>> cell = jrnn.gru(4)
     >>> params = cell.init(jax.random.key(0), 3)
@@ -60,7 +60,7 @@ def stepper(layer: Layer) -> Any:
 
 
 class _Stepper:
-    """A jitted step, whose every other attribute is that of the jitted function."""
+    """A jitted step with an error for donated states. All other attributes are those of the jitted function."""
 
     def __init__(self, layer: Layer, compiled: Any) -> None:
         self._layer, self._compiled = layer, compiled
@@ -79,7 +79,7 @@ class _Stepper:
             raise
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_compiled":  # while it is copied or unpickled
+        if name == "_compiled":  # not set yet while the object is copied or unpickled
             raise AttributeError(name)
         return getattr(self._compiled, name)
 
@@ -91,8 +91,8 @@ def _is_deleted(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
 
 
-# Cached by value, so that a loop that asks for it anew compiles once; the layer is not an argument of the compiled
-# function, which would hash and compare it at every call.
+# Cached by value, so that a loop that calls `stepper` repeatedly compiles once. The layer is not an argument of the
+# jitted function, which would hash and compare it at every call.
 @functools.lru_cache(maxsize=256)
 def _stepper(layer: Layer) -> Any:
     @functools.partial(jax.jit, donate_argnums=1)
@@ -109,9 +109,9 @@ def _stepper(layer: Layer) -> Any:
 
 
 def _is_compiled_whole(layer: Layer, params: Any, state: Any, x: jax.Array) -> bool:
-    """Whether the compiled loop takes the step as well, which is faster than XLA where there is enough to multiply."""
-    # Raises where arguments do not fit.
+    """Whether the native loop runs the step, as a sequence of one step; it is faster than XLA for large matmuls."""
+    # Raises if the arguments do not fit.
     new, _ = jax.eval_shape(layer.step, params, state, x)
     if type(layer).initial_state is Layer.initial_state or not same_form(new, state):
-        return False  # a step that is none of a loop
+        return False  # the step has no state, or changes its form
     return choose_backend(layer, params, x[None])[0] == "native"

@@ -1,4 +1,4 @@
-"""Times the schedules on your own shapes: which is fastest here, and which one `jrnn.unroll` chooses by itself."""
+"""Times the schedules on your own shapes, to compare the fastest with the one that `jrnn.unroll` chooses by default."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WORK = ("forward", "train")
 
 @dataclass(frozen=True)
 class Timing:
-    """A schedule's row: medians of milliseconds, None where there are none; ``reason`` says why it serves, or not.
+    """A schedule's row: median milliseconds, or None; ``reason`` says why there are none.
 
     >>> Timing("hoisted", 1.0, 3.0, "it serves").train_ms
     3.0
@@ -57,12 +57,12 @@ class Tuning:
 
     @property
     def forward(self) -> str | None:
-        """The schedule with the fastest forward pass, to be given as ``backend=``; None where none was timed."""
+        """The schedule with the fastest forward pass, to pass as ``backend=``; None if none was timed."""
         return self._fastest("forward_ms")
 
     @property
     def train(self) -> str | None:
-        """The schedule with the fastest forward and backward pass; None where none has gradients."""
+        """The schedule with the fastest forward and backward pass; None if none has gradients."""
         return self._fastest("train_ms")
 
     def _fastest(self, which: str) -> str | None:
@@ -156,7 +156,7 @@ def tune(
             try:
                 compiled = jax.jit(function).lower(*args).compile()
                 jax.block_until_ready(compiled(*args))
-            except Exception as error:  # whatever a compiler or a device says: the row repeats it
+            except Exception as error:  # any error of a compiler or a device goes into the row
                 reasons[name] = _words(error, work)
                 break
             calls[name, work] = functools.partial(compiled, *args)
@@ -188,7 +188,7 @@ def _gradients(function: Any, weights: Any, params: Any, xs: Any, state: Any, fl
 
 
 def _interleaved(calls: dict[Any, Any], repeats: int, seconds: float) -> dict[Any, float]:
-    """Medians of milliseconds, one sample of each call a turn."""
+    """The median milliseconds of each call, which is sampled once in every turn."""
     samples: dict[Any, list[float]] = {name: [] for name in calls}
     counts: dict[Any, int] = {}
     begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The way in: check the arguments, choose a schedule for each cell, walk the model."""
+"""The entry point: checks the arguments, walks the model, and chooses a schedule for each cell."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def unroll(
       resets: ``(T, *B)`` booleans (see `jrnn.sequence.resets_from_done`).
       reverse: run from the last valid step to the first; outputs stay in input order.
       key: a PRNG key, which turns on dropout, zoneout and other randomness. None runs deterministically, without
-        dropout. A key is an error where the model is known to have no randomness.
-      backend: None chooses (see `choose_backend`). A schedule asked for by name raises where it cannot serve:
+        dropout. A key is an error if the model is known to have no randomness.
+      backend: None chooses (see `choose_backend`). A schedule that is named raises an error if it cannot serve:
 
         - "reference", a plain scan of the cell's step
         - "hoisted", scans from which everything that does not need the state is taken out
@@ -116,7 +116,7 @@ def unroll(
             f"cell: expected a hashable layer, a frozen dataclass of numbers, strings, tuples and functions, "
             f"got {cell!r} ({error}); keep arrays in params and lists as tuples"
         ) from error
-    given = xs, mask  # NumPy arrays, which are traced once they are converted inside jit
+    given = xs, mask  # for checks of values: inside jit, converting NumPy arrays makes them tracers
     xs, batch_shape = _check_xs(cell, xs)
     lengths = _check_lengths(lengths, xs.shape[0], batch_shape)
     mask = _check_flags(mask, "mask", (xs.shape[0], *batch_shape))
@@ -124,7 +124,7 @@ def unroll(
     _check_key(cell, key)
     _check_options(reverse, backend, remat, unroll, start)
     cell.check_values(given[0], lengths, given[1])
-    # In one dtype each, so that equal shapes compile once.
+    # Each argument in one dtype, so that equal shapes compile once.
     start = start.astype(jnp.uint32) if is_traced(start) else np.uint32(start)
     params, xs, state = jax.tree.map(_strongly_typed, (as_tree(params), xs, state))
     return _unroll(
@@ -206,7 +206,7 @@ def _unroll(
 
 
 def _drawn(cell: Layer, params: Any, xs: Any, key: Any, batch_shape: tuple[int, ...]) -> Any:
-    """Parameters with the masks in them that are drawn once per sequence."""
+    """Parameters that include the masks drawn once per sequence."""
     if key is None:
         return params
     return cell.draw(params, jax.random.fold_in(key, SEQUENCE), batch_shape, features_of(cell, xs.shape))
@@ -266,11 +266,11 @@ class Run:
         return layer.walk(self, params, xs, state)
 
     def scan(self, cell: Layer, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
-        """Runs a recurrent layer step by step, by the schedule that suits it."""
+        """Runs a recurrent layer over all steps, on the schedule that is chosen for it."""
         # A cell that is known to have no randomness gets no key, even where other layers of the model use one.
         without = self.steps.key is None or cell.uses_key is False
         steps = self.steps.without_key() if without else self.steps
-        # The type of a loop's carry is fixed, and may include a sharding: that of the inputs, or of a step's result.
+        # The type of a loop's carry is fixed and may include a sharding, which is that of the inputs or of a new state.
         state = placed(state, batch_spec(len(self.batch_shape), sequences=xs), 0)
         state = placed_as(state, check_step(cell, params, one_step(xs), state, steps.key))
         task = Task.of(cell, params, xs, state, steps)
@@ -288,7 +288,7 @@ class Run:
         return select(any_valid, last, state), ys
 
     def _plan(self, task: Task) -> tuple[Any, str, Plan]:
-        """The form that is run, by which schedule, and its plan."""
+        """The form to run, the name of the schedule that runs it, and the plan."""
         note = ""
         if self._reads(task):
             step = read_step(task)
@@ -306,12 +306,12 @@ class Run:
         return task.form, name, replace(plan, reason=plan.reason + note)
 
     def _reads(self, task: Task) -> bool:
-        """Whether a cell's step is read: where it says nothing of its form, and a schedule could use that."""
+        """Whether to read the cell's step: it declares no form, and the backend could use one."""
         some = isinstance(task.xs.shape[0], int) and task.xs.shape[0] > 0
-        return some and self.backend in (None, "hoisted", "native") and task.form is None
+        return some and self.backend in (None, "associative", "hoisted", "native") and task.form is None
 
     def child(self, index: int) -> Run:
-        """The run of a layer's part, with randomness of its own."""
+        """The run of one part of a layer, with its own randomness."""
         return replace(self, steps=self.steps.child(index))
 
     def opposite(self) -> Run:
@@ -338,7 +338,7 @@ _TIME_MAJOR = (
 
 
 def _check_xs(cell: Layer, xs: Any, structs: bool = False) -> tuple[Any, tuple[int, ...]]:
-    """Inputs as an array, or where ``structs`` are allowed as a ``jax.ShapeDtypeStruct``, and their batch shape."""
+    """The inputs as an array, and their batch shape. With ``structs``, a ``jax.ShapeDtypeStruct`` is accepted too."""
     if not (structs and isinstance(xs, jax.ShapeDtypeStruct)):
         try:
             xs = jnp.asarray(xs)
@@ -421,7 +421,7 @@ def _check_options(reverse: Any, backend: Any, remat: Any, unroll: Any, start: A
 
 
 def _strongly_typed(leaf: Any) -> Any:
-    """The same array without JAX's mark that its dtype came from a Python number, which would be a type of its own."""
+    """The same array without a weak type, which would make it a different type for ``jax.jit``."""
     if isinstance(leaf, int | float | complex):
         return np.asarray(leaf, jnp.result_type(leaf))
     return lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf

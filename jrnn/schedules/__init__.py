@@ -1,12 +1,12 @@
-"""How many steps are run: one table of schedules, one signature, one place that chooses.
+"""The schedules, which run a cell over many steps: one table, one signature, and one function that chooses.
 
 A schedule plans a task or says why it cannot, and a plan runs it (see `jrnn.schedules.plan`)::
 
     plan(task) -> Plan | Refusal
     plan(task)(task) -> (state, ys)
 
-`SCHEDULES` lists them in the order in which they are asked, the last resort last; a new one is a new row. Importing
-`jrnn.experimental` adds rows at its end that run only where they are asked for by name.
+`choose` asks the schedules in the order of `SCHEDULES`. The plain scan, which serves every cell, comes last. A new
+schedule is a new row. Importing `jrnn.experimental` appends rows that run only if they are named.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["SCHEDULES", "Plan", "Refusal", "Schedule", "Steps", "Task", "check_b
 
 
 class Schedule(NamedTuple):
-    """A row of the table; one that is not ``automatic`` runs only where it is asked for by name.
+    """A row of the table. A schedule that is not ``automatic`` runs only if it is named.
 
-    ``pays(task)`` says of an automatic one why it is not chosen for a task that it may serve, or None.
+    ``pays(task)`` returns the reason why the schedule is not chosen for a task that it may be able to run, or None.
     """
 
     plan: Callable[[Task], Plan | Refusal]
@@ -46,7 +46,7 @@ EXPERIMENTAL = ("cudnn", "kernel")  # the rows that importing `jrnn.experimental
 
 
 def check_backend(backend: Any, argument: str = "backend") -> None:
-    """Raises ``ValueError`` where a name is not that of a schedule, or of one whose module was not imported."""
+    """Raises ``ValueError`` if a name is not that of a schedule, or if the schedule's module has not been imported."""
     if backend in SCHEDULES:
         return
     if backend in EXPERIMENTAL:
@@ -58,7 +58,7 @@ def check_backend(backend: Any, argument: str = "backend") -> None:
 
 
 def choose(task: Task, backend: str | None = None) -> tuple[str, Plan]:
-    """The schedule that runs a task, and its plan. A named one that cannot serve is an error, never a fallback."""
+    """The schedule that runs a task, and its plan. Raises if a named schedule cannot run the task; never falls back."""
     cell = task.cell
     if backend is not None:
         found = SCHEDULES[backend].plan(task)

@@ -1,16 +1,16 @@
 """The loop of an affine cell, and its derivative with every weight gradient taken out of the loop.
 
-The loop itself runs ``v = h W_hh`` and ``gates``. Its tangent is written as a loop too, linear in what flows::
+The loop itself computes ``v = h W_hh`` and ``gates``. Its tangent is written as a loop too, linear in the tangents::
 
     ds_t = gates'(du_t, dv_t, ds_{t-1})        dv_t = dh_{t-1} W_hh + [h_{t-1} dW_hh]
 
-where the bracket, like ``du = dx W_ih + x dW_ih + db``, is one product for many steps, before their loop. JAX
-transposes that into a backward loop with one product a step, ``dz_t W_hh^T``, and the gradients of all weights as
-products over many steps after it: nothing accumulates inside. Both modes and all higher derivatives follow, since the
-rule is made of ordinary JAX.
+The bracket, like ``du = dx W_ih + x dW_ih + db``, is one matmul for many steps, before their loop. JAX transposes the
+tangent. With ``g_t`` the cotangent of ``v_t``, the backward loop has one matmul a step, ``g_t W_hh^T``. The gradients
+of all weights, such as ``sum_t h_{t-1}^T g_t``, are matmuls over many steps after it: nothing accumulates inside. Both
+modes and all higher derivatives follow, since the rule consists of ordinary JAX operations.
 
-Both loops run chunk by chunk, so that what is only needed within a chunk stays in the cache and is never kept for all
-of T.
+Both loops run in chunks of steps, so that values needed only within a chunk stay in the cache and are never stored for
+all of T.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from jrnn.schedules.steps import Steps, chunked, times_in_a_body
 
 @dataclass(frozen=True)
 class Options:
-    """What is static about a run: it compiles once for each.
+    """The static part of a run, which compiles once for equal options.
 
-    ``sums`` says of each gate whether ``u + v`` is enough; ``forward`` and ``backward`` are the layouts of the loop and
-    of its derivative; ``chunk`` is the number of steps whose products are taken at once; ``keep`` says whether anything
-    is kept for a derivative, and ``read`` whether what the gates read is, or is made again there.
+    ``sums`` says of each gate whether it needs only ``u + v``. ``forward`` and ``backward`` are the layouts of the loop
+    and of its derivative. ``chunk`` is the number of steps whose matmuls are computed at once. ``keep`` says whether
+    the loop returns residuals. ``read`` says whether these include the gate inputs, or the derivative recomputes them.
     """
 
     sums: tuple[bool, ...]
@@ -53,7 +53,7 @@ class Options:
 
 
 class Inputs(NamedTuple):
-    """What the loop is differentiated by."""
+    """The operands that the loop has derivatives with respect to."""
 
     form: AffineForm
     xs: jax.Array
@@ -62,14 +62,14 @@ class Inputs(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a derivative needs of the loop: the state that each step met, and what the gates read if that is kept."""
+    """The residuals of the loop: the state that each step consumes, and the gate inputs or None."""
 
     before: Any
     read: Any
 
 
 def run(options: Any, task: Task) -> tuple[Any, jax.Array]:
-    """An affine form over all steps; ``ys`` in the state's dtype."""
+    """Runs an affine form over all steps. ``ys`` have the dtype of the state."""
     inputs = Inputs(task.form, task.xs, task.state, task.restart)
     last, outs, _ = loop(choose_options(inputs, task.steps), inputs, task.steps)
     return last, side_by_side(outs)
@@ -79,11 +79,12 @@ def run(options: Any, task: Task) -> tuple[Any, jax.Array]:
 
 
 class Limits(NamedTuple):
-    """From which sizes on a choice pays, as measured on two AVX2 cores; N sequences, H units.
+    """The least sizes at which a choice pays, as measured on two AVX2 cores, for N sequences and H units.
 
-    ``sequences`` N and ``units`` N * H for a loop with units first, ``parts`` N * H (and ``parts_sequences`` N) for two
-    parts of it, ``backward`` H for a derivative with units first; ``read`` F + H to keep what the gates read rather
-    than make it again; ``width`` elements of all gates in a chunk, between ``rows`` T * N.
+    - ``sequences``: N for units first. In addition ``units``: N * H for the loop, ``backward``: H for its derivative.
+    - ``parts_sequences`` and ``parts``: N and N * H for a loop with units first in two parts.
+    - ``read``: F + H for storing the gate inputs instead of recomputing them.
+    - ``width``: elements of all gates in a chunk, if its T * N is between the two ``rows``.
     """
 
     sequences: int = 8
@@ -100,16 +101,16 @@ LIMITS = Limits()
 
 
 def choose_options(inputs: Inputs, steps: Steps) -> Options:
-    """How a run over these inputs is laid out."""
+    """The options of a run over these inputs."""
     form, (time, *batch, features) = inputs.form, inputs.xs.shape
     count, hidden = math.prod(batch), form.hidden
     forward: Rows | Units = Rows()
     backward: Rows | Units = Rows()
-    known = isinstance(time, int) and isinstance(count, int)  # not symbols, as in a program that is exported for any
-    # Elsewhere than on a CPU other layouts were never measured, and two parts are twice the launches.
-    quiet = steps.key is None or not form.gates.draws  # where a key is used the axes' order would show
+    known = isinstance(time, int) and isinstance(count, int)  # not symbols, as in a program exported for any size
+    # Units first was measured on CPUs only. On other devices, two parts would launch twice as many kernels.
+    quiet = steps.key is None or not form.gates.draws  # random numbers depend on the order of the axes
     several = known and quiet and count >= LIMITS.sequences and default_device().platform == "cpu"
-    placed = any(map(is_placed, jax.tree.leaves((inputs.xs, inputs.state))))  # other layouts cut or join the batch
+    placed = any(map(is_placed, jax.tree.leaves((inputs.xs, inputs.state))))  # units first reshapes the batch
     if several and not placed and promises.elementwise(form.gates, form.theta, inputs.state):
         in_parts = count % 2 == 0 and count >= LIMITS.parts_sequences and count * hidden >= LIMITS.parts
         forward = Units(2 if in_parts else 1) if count * hidden >= LIMITS.units else Rows()
@@ -121,7 +122,7 @@ def choose_options(inputs: Inputs, steps: Steps) -> Options:
 
 
 def choose_chunk(time: int, count: int, width: int) -> int:
-    """How many steps to take at once: enough rows for a fast product, few enough to stay in the cache."""
+    """The number of steps in a chunk: enough rows for a fast matmul, few enough to stay in the cache."""
     fewest, most = LIMITS.rows
     chunks = max(1, -(-time * count // min(max(LIMITS.width // width, fewest), most)))
     even = [n for n in range(chunks, min(2 * chunks, time) + 1) if time % n == 0]
@@ -133,9 +134,9 @@ def choose_chunk(time: int, count: int, width: int) -> int:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def loop(options: Options, inputs: Inputs, steps: Steps) -> tuple[Any, Any, Any]:
-    """The state after the last step, the fields that the cell emits after every step, and what a derivative needs.
+    """The state after the last step, the fields that the cell emits after every step, and the residuals.
 
-    The last is None unless it is to be kept.
+    The residuals are None without ``options.keep``.
     """
     form, layout, batch = inputs.form, options.forward, inputs.xs.shape[1:-1]
     w_hh = layout.weights(form.w_hh)
@@ -184,7 +185,7 @@ def _loop_jvp(options: Options, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 def tangent(options: Options, inputs: Inputs, steps: Steps, kept: Kept, d: Inputs) -> tuple[Any, Any, Any]:
-    """The derivative of `loop` in the direction ``d``, whose leaves are None where nothing moves."""
+    """The tangents of the results of `loop`, for the tangents ``d`` of its inputs. A zero leaf of ``d`` is None."""
     form, layout, batch = inputs.form, options.backward, inputs.xs.shape[1:-1]
     w_hh = layout.weights_t(form.w_hh)
     (mask,), (restart,) = layout.enter(form.mask), layout.enter(dense(inputs.restart, d.restart))
@@ -202,7 +203,7 @@ def tangent(options: Options, inputs: Inputs, steps: Steps, kept: Kept, d: Input
             return layout.gates(form.gates, theta, *unpack(options.sums, parts), state, key)
 
         # Checkpointed, so that the transposed loop recomputes the gates instead of reading their derivatives from
-        # memory; with all that only rearranges inside, or that would be done in a loop of its own, and kept.
+        # memory. Splits and sums are inside: outside, they would run in a loop of their own, with results stored.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def moved(read: Any, state: Any, theta: Any, dread: Any, dv: Any, ds: Any, dtheta: Any) -> Any:
             parts, dparts = layout.split(read, count), list(layout.split(dread, count))
@@ -222,7 +223,7 @@ def tangent(options: Options, inputs: Inputs, steps: Steps, kept: Kept, d: Input
     def recur(form: AffineForm, h: Any) -> jax.Array:
         return product(fed(h, form.mask), form.w_hh)
 
-    # Checkpointed: what a chunk of the tangent needs is made again backwards, from what the loop kept, chunk by chunk.
+    # Checkpointed: the backward pass recomputes the residuals of the tangent chunk by chunk, from those of the loop.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def segment(ds: Any, given: Any) -> tuple[Any, Any]:
         xs, dxs, before, read, times, valid, resets = given
@@ -244,7 +245,7 @@ def tangent(options: Options, inputs: Inputs, steps: Steps, kept: Kept, d: Input
 
 
 def jvp_of(function: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """`jax.jvp` by the leaves whose tangent is not None; a tangent of zeros where none moves."""
+    """`jax.jvp` with respect to the leaves whose tangent is not None. If all are None, the result's tangent is zero."""
     tree: Any
     leaves, tree = jax.tree.flatten(primals)
     d = tree.flatten_up_to(tangents)
@@ -263,7 +264,7 @@ def jvp_of(function: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 def dense(primal: Any, d: Any) -> Any:
-    """Tangents with zeros where nothing moves."""
+    """Tangents with zeros in place of None."""
     tree: Any
     leaves, tree = jax.tree.flatten(primal)
     moving = tree.flatten_up_to(d)
@@ -271,7 +272,7 @@ def dense(primal: Any, d: Any) -> Any:
 
 
 def fed(h: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """What goes into the recurrent product, of one step or of several."""
+    """The vector of the recurrent matmul, for one step or several: ``h``, times the dropout mask if there is one."""
     return h if mask is None else h * lax.broadcast_to_rank(mask, h.ndim)
 
 

@@ -1,10 +1,15 @@
-"""All steps of a linear cell at once: its coefficients for all T, one `linear_scan`, its outputs for all T.
+"""Runs all steps of a linear cell at once: the coefficients for all T, one `linear_scan`, the outputs for all T.
 
-A step that is not valid is one that keeps the state: ``a`` is 1 and ``b`` is 0 there.
+On a CPU a long sequence runs in chunks, whose coefficients stay in the cache between the matmul, the recurrence and the
+outputs. The backward pass recomputes the coefficients of each chunk: a second matmul takes less time than writing the
+coefficients of all steps to memory and reading them back.
+
+At an invalid step ``a`` is 1 and ``b`` is 0, so that the state is held.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -16,9 +21,11 @@ from jrnn.cells.form import LinearForm
 from jrnn.cells.linear import LinearCell
 from jrnn.schedules.linear import choose_linear, linear_scan
 from jrnn.schedules.plan import Plan, Refusal, Task
-from jrnn.schedules.steps import expand, select
+from jrnn.schedules.steps import chunked, expand, select
 
-__all__ = ["plan", "run"]
+__all__ = ["chunk_of", "plan", "run"]
+
+CHUNK = 2**17  # elements of one coefficient in a chunk: half a megabyte in float32
 
 
 def plan(task: Task) -> Plan | Refusal:
@@ -27,10 +34,18 @@ def plan(task: Task) -> Plan | Refusal:
     h = task.state[0]
     name, reason = choose_linear((task.xs.shape[0], *h.shape), h.dtype, None, task.xs)
     reason = f"the cell is linear in its state, and runs as jrnn.linear_scan ({name}: {reason})"
-    return Plan(run, reason, of_form=True)
+    return Plan(run, reason, chunk_of(task.xs.shape[0], math.prod(h.shape), name), of_form=True)
 
 
-def run(options: Any, task: Task) -> tuple[Any, Any]:
+def chunk_of(time: Any, numbers: int, name: str) -> int | None:
+    """The number of steps in a chunk, for ``numbers`` coefficients a step; None to run all steps at once."""
+    if name != "native" or not isinstance(time, int):
+        return None
+    chunk = max(1, CHUNK // max(1, numbers))
+    return chunk if time > 4 * chunk else None
+
+
+def run(chunk: int | None, task: Task) -> tuple[Any, Any]:
     steps, state = task.steps, task.state
 
     def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
@@ -40,7 +55,9 @@ def run(options: Any, task: Task) -> tuple[Any, Any]:
     if task.xs.shape[0] == 0:
         ys = jax.eval_shape(segment, state, jax.tree.map(_one_step, inputs))[1]
         return state, jnp.zeros((0, *ys.shape[1:]), ys.dtype)
-    return segment(state, inputs)
+    if chunk is None:
+        return segment(state, inputs)
+    return chunked(jax.checkpoint(segment, prevent_cse=False), state, inputs, task.xs.shape[0], chunk, steps.reverse)
 
 
 def _one_step(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -70,7 +87,7 @@ def _segment(
 
 
 class Before:
-    """For each step the valid one before it, in the order in which steps are run."""
+    """For each step, the last valid step before it in the order of the run."""
 
     def __init__(self, time: Any, valid: Any, resets: Any, reverse: bool) -> None:
         self.resets, self.reverse, self.valid = resets, reverse, valid
@@ -87,9 +104,9 @@ class Before:
             self.time = time
 
     def taps(self, xs: jax.Array, past: jax.Array, restart: Any) -> tuple[list[jax.Array], jax.Array]:
-        """The inputs of the steps before each, the oldest first, and those that a step after all of these would see.
+        """The past inputs of each step, the oldest first, and the past inputs of a step that would follow the last.
 
-        ``past (*B, taps, F)`` are the inputs before the first step, and ``restart`` those that a reset leaves.
+        ``past (*B, taps, F)`` are the inputs before the first step. A reset replaces past inputs by ``restart``.
         """
         taps, tap, ends = [], xs, []
         for k in range(1, past.shape[-2] + 1):
@@ -112,7 +129,7 @@ class Before:
         return self._taken(xs, self.last[None], first)[0]
 
     def _taken(self, xs: jax.Array, step: jax.Array, first: jax.Array) -> jax.Array:
-        """``xs`` of the given steps, ``first`` where there is none."""
+        """``xs`` at the given steps, and ``first`` where there is no such step."""
         inside = (step >= 0) & (step < self.time)
         found = jnp.take_along_axis(xs, expand(jnp.clip(step, 0, self.time - 1), xs), axis=0)
         return select(inside, found, jnp.broadcast_to(first, found.shape))

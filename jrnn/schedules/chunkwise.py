@@ -1,4 +1,4 @@
-"""Chunks of steps at once, for cells that say how (those with a matrix for a state); a scan over the chunks."""
+"""A scan over chunks of steps, for cells that compute a whole chunk at once (those whose state is a matrix)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jrnn.cells.base import Cell, compute_params
 from jrnn.schedules.plan import Plan, Refusal, Task
 from jrnn.schedules.steps import chunked, expand
 
-# Steps in a chunk, where remat does not say.
+# The number of steps in a chunk, unless remat asks for fewer.
 LENGTH = 64
 
 
@@ -26,7 +26,7 @@ def plan(task: Task) -> Plan | Refusal:
 
 
 def pays(task: Task) -> Refusal | None:
-    """Wherever it serves; it has nothing to say of the many cells that have no such form."""
+    """It pays wherever it serves. Other cells get a refusal without a reason, which `choose` leaves out."""
     return None if _has_form(task.cell) else Refusal("")
 
 
@@ -42,8 +42,8 @@ def run(options: Any, task: Task) -> tuple[Any, Any]:
     def segment(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
         xs, valid, resets = jax.tree.map(lambda a: jnp.flip(a, 0), inputs) if steps.reverse else inputs
         p = cell.project(params, xs)
-        # A product of a chunk's steps has all of them in it, times zero where one does not see the other: what is not
-        # finite stays out of it, and is put back where the steps one by one would have had it.
+        # The matmuls of a chunk multiply later steps by zero instead of leaving them out. So numbers that are not
+        # finite are replaced by zero, and NaN is put back where a run step by step would have it.
         bad, lost = _unsound(p, xs.ndim - cell.event_ndim), _unsound(state, xs.ndim - cell.event_ndim - 1)
         zero = jnp.zeros((), jnp.float32)
         state, ys = cell.chunk(params, _where(lost, zero, state), _where(bad, zero, p), valid, resets)
@@ -59,18 +59,19 @@ def run(options: Any, task: Task) -> tuple[Any, Any]:
 
 
 def _unsound(tree: Any, lead: int) -> jax.Array:
-    """Where any number of a tree is not finite, over all axes but so many first ones."""
+    """Whether any number of a tree is not finite, reduced over all axes but the first ``lead``."""
     found = [~jnp.isfinite(a).all(tuple(range(lead, a.ndim))) for a in jax.tree.leaves(tree)]
     return functools.reduce(jnp.logical_or, found)
 
 
 def _spoilt(bad: jax.Array, lost: jax.Array, resets: jax.Array | None) -> jax.Array:
-    """The steps ``(C, *B)`` whose state has met what is not finite since the last reset, or since before the chunk."""
+    """The steps ``(C, *B)`` whose state depends on a number that is not finite: since the last reset, such a number
+    was in an input, or in the state before the chunk."""
     times = expand(jnp.arange(bad.shape[0], dtype=jnp.int32), bad)
     last = lax.cummax(jnp.where(bad, times, jnp.where(lost[None], -1, -2)), axis=0)
     return last >= (-1 if resets is None else lax.cummax(jnp.where(resets, times, -1), axis=0))
 
 
 def _where(flags: jax.Array, value: jax.Array, tree: Any) -> Any:
-    """A tree with one number where flags ``(...)`` hold for its leaves ``(..., ·)``."""
+    """A tree of leaves ``(..., ·)``, with ``value`` where flags ``(...)`` hold."""
     return jax.tree.map(lambda a: jnp.where(expand(flags, a), value.astype(a.dtype), a), tree)

@@ -1,4 +1,4 @@
-"""The scan of what needs the state, with the projection of all T inputs taken out of the loop."""
+"""A scan of the part of the step that needs the state. The projections of all T inputs are computed before it."""
 
 from __future__ import annotations
 

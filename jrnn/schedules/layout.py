@@ -1,7 +1,7 @@
-"""How the arrays of a loop lie in memory.
+"""The memory layouts of the arrays of a loop.
 
-Features last, ``(*B, H)`` a step, is how they come. Units first, ``(H, N)`` a step for N sequences, keeps each gate in
-one piece and lets the recurrent product stream the weights: faster on a CPU where the gates are known to take it.
+Arrays come with features last, ``(*B, H)`` for a step. With units first, ``(H, N)`` for a step of N sequences, each
+gate is contiguous and the recurrent matmul streams the weights. That can be faster on a CPU, if the gates allow it.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from jrnn.schedules.steps import select as select_rows
 
 @dataclass(frozen=True)
 class Rows:
-    """Features last, as they come."""
+    """Features last, the layout in which arrays come."""
 
     def enter(self, tree: Any, steps: bool = False, flags: bool = False) -> tuple[Any, ...]:
-        """Arrays of one step, or of ``steps``, in this layout: a tree for each part of the batch.
+        """Arrays of one step, or with ``steps`` of several, in this layout: one tree for each part of the batch.
 
-        ``flags`` have no axis of features.
+        ``flags`` says that the arrays have no axis of features.
         """
         return (tree,)
 
     def leave(self, parts: tuple[Any, ...], batch: tuple[int, ...], steps: bool = False) -> Any:
-        """The whole batch again, features last."""
+        """The parts of the batch joined again, features last."""
         return parts[0]
 
     def select(self, flags: Any, new: Any, old: Any) -> Any:
         return select_rows(flags, new, old)
 
     def weights(self, w: jax.Array) -> jax.Array:
-        """Weights ``(H, K)`` as `product` wants them."""
+        """Weights ``(H, K)`` in the form that `product` takes."""
         return w
 
     def product(self, h: jax.Array, w: jax.Array) -> jax.Array:
@@ -47,16 +47,16 @@ class Rows:
         return product(h, w)
 
     def weights_t(self, w: jax.Array) -> jax.Array:
-        """Weights ``(H, K)`` as `product_t` wants them: made once, or XLA would transpose them at every step."""
+        """Weights ``(H, K)`` in the form that `product_t` takes: made once, or XLA transposes them at every step."""
         return w.T
 
     def product_t(self, h: jax.Array, w: jax.Array) -> jax.Array:
-        """``h W`` again, written so that its transpose with respect to h is the fast product."""
+        """``h W`` again, written so that its transpose with respect to h is fast."""
         h = h.astype(w.dtype)
         return lax.dot_general(h, w, (((h.ndim - 1,), (1,)), ((), ())), preferred_element_type=stable(w.dtype))
 
     def split(self, z: jax.Array, count: int) -> tuple[jax.Array, ...]:
-        """An array for each gate."""
+        """One array for each gate."""
         return tuple(jnp.split(z, count, axis=-1))
 
     def gates(self, gates: Gates, theta: Any, u: Any, v: Any, state: Any, key: Any) -> Any:
@@ -65,9 +65,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class Units:
-    """Units first, and the batch in so many parts, whose steps are independent of each other.
+    """Units first, with the batch cut into ``parts`` that do not depend on each other.
 
-    XLA runs the elementwise operations of a loop on one thread; with two parts there are two to run.
+    XLA runs the elementwise operations of a loop on one thread. With two parts, two threads can run them.
     """
 
     parts: int = 1
@@ -109,5 +109,5 @@ class Units:
         return tuple(jnp.split(z, count, axis=-2))
 
     def gates(self, gates: Gates, theta: Any, u: Any, v: Any, state: Any, key: Any) -> Any:
-        # An elementwise function does not mind that the axes are swapped, if vectors are given an axis for sequences.
+        # Swapping the axes does not change an elementwise function, if vectors get a trailing axis for sequences.
         return gates.combine(jax.tree.map(lambda a: a[:, None], theta), u, v, state, None)

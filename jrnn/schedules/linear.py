@@ -1,16 +1,16 @@
 """The diagonal linear recurrence ``h[t] = a[t] * h[t-1] + b[t]``, one step after another or in parallel over time.
 
-Its derivative in a direction is a recurrence with the same coefficients, and the transpose of that is one that runs
-the other way. With ``d`` for tangents, and ``g`` for the cotangent of ``h``::
+Its tangent is a recurrence with the same coefficients, and the transpose of the tangent is one in the other direction.
+With ``d`` for tangents, and ``g`` for the cotangent of ``h``::
 
     dh[t] = a[t] * dh[t-1] + (da[t] * h[t-1] + db[t])
     l[t]  = g[t] + a[t+1] * l[t+1]
 
     cotangents:  l[t] * h[t-1] of a[t],  l[t] of b[t],  a[0] * l[0] of h0
 
-So ``a`` and ``h`` are all that is kept for the gradient, however ``h`` was computed. The three recurrences are three
-operations here, `Scan`, `Tangent` and `Adjoint`. Their rules are made of each other, so that derivatives of every order
-and kind follow. Where ``resets[t]`` holds, ``h[t-1]`` is zero in all of them.
+The residuals of the gradient are therefore ``a`` and ``h``, whatever backend computed ``h``. The recurrence, its
+tangent and its transpose are the operations `Scan`, `Tangent` and `Adjoint`. Their derivative rules use one another, so
+derivatives of every order follow, in both modes. Where ``resets[t]`` holds, ``h[t-1]`` is zero in all three.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from jrnn.schedules.native.operation import Operation
 
 __all__ = ["BACKENDS", "choose_linear", "linear_scan"]
 
-BACKENDS = ("sequential", "associative", "native")
-# From how many numbers on the compiled recurrence is chosen by default, to be worth a compilation of two seconds.
+BACKENDS = ("sequential", "associative", "chunked", "native")
+# The least number of elements of h for which the compiled recurrence is the default: compiling it takes two seconds.
 NUMBERS = 2**13
 
 
@@ -50,32 +50,35 @@ def linear_scan(
 
     T time, B batch axes (any number, or none), H features.
 
-    ``a`` and ``b`` broadcast against each other as in NumPy. So a decay that is the same at every step is ``(H,)``, and
-    one for all features of a step ``(T, *B, 1)``.
+    ``a`` and ``b`` broadcast against each other as in NumPy. A decay that is the same at every step may have the shape
+    ``(H,)``, and one that all features of a step share ``(T, *B, 1)``.
 
-    Derivatives of every order are exact, in forward and in reverse mode. For a gradient only ``a`` and ``h`` are kept,
-    whatever the backend.
+    Derivatives of every order are exact, in forward and in reverse mode. The residuals of a gradient are ``a`` and
+    ``h``, with every backend.
 
     Args:
-      a: coefficients, ``(T, *B, H)`` or what broadcasts to it: floats or complex numbers.
-      b: ``(T, *B, H)``, likewise. 16-bit floats are computed with in float32, and so is what is kept for the gradient.
-      h0: what comes before the first step, ``(*B, H)``; None for zeros.
-      resets: booleans ``(T, *B)``: h is zero before step t where ``resets[t]`` holds, so that no value, NaN included,
-        and no gradient passes. Its shape is that of ``h`` up to any axis.
-      reverse: run from the last step to the first: ``h[t] = a[t] * h[t+1] + b[t]``, and ``h0`` comes after the last.
+      a: coefficients, floats or complex numbers whose shape is ``(T, *B, H)`` or broadcasts to it.
+      b: the terms that are added, of such a shape too. 16-bit floats are converted to float32 for the computation, and
+        the residuals are float32 as well.
+      h0: the value before the first step, ``(*B, H)``; None for zeros.
+      resets: booleans ``(T, *B)``. Where ``resets[t]`` holds, h is set to zero before step t: no value (NaN included)
+        and no gradient passes. The shape may be that of ``h`` without any number of its last axes.
+      reverse: run from the last step to the first: ``h[t] = a[t] * h[t+1] + b[t]``, with ``h0`` after the last step.
       backend: None chooses.
 
         - "sequential", a `jax.lax.scan`
-        - "associative", a `jax.lax.associative_scan`: log2(T) rounds, each on all of what is left at once. Products of
-          coefficients appear by themselves, so these must not overflow: it is meant for ``abs(a) <= 1``
-        - "native", compiled code for a CPU, which reads and writes each array once. A C++ compiler on this machine
-          makes it (see `jrnn.native`)
+        - "associative", a `jax.lax.associative_scan`: log2(T) rounds, each parallel over time. It multiplies
+          coefficients by each other. These products must not overflow: it is meant for ``abs(a) <= 1``
+        - "chunked", sqrt(T) chunks side by side in one `jax.lax.scan`, a scan over the final values of the chunks, and
+          a pass that adds the value before each chunk: 2 sqrt(T) steps. It multiplies coefficients by each other too
+        - "native", code for a CPU that reads and writes each array once, compiled by the C++ compiler of this machine
+          (see `jrnn.native`)
 
     Returns:
-      ``h (T, *B, H)``, in the dtype of ``a`` and ``b``; complex where one of them is.
+      ``h (T, *B, H)``, in the dtype of ``a`` and ``b``; complex if one of them is.
 
     Raises:
-      ValueError, TypeError: where an argument does not fit, by name; where the backend cannot serve.
+      ValueError, TypeError: an argument does not fit (the message names it), or the backend cannot serve.
 
     >>> jrnn.linear_scan(jnp.array([0.5, 0.5, 0.5]), jnp.ones(3))
     Array([1.  , 1.5 , 1.75], dtype=float32)
@@ -114,12 +117,12 @@ def linear_scan(
 
 
 def choose_linear(shape: Any, dtype: Any, backend: str | None = None, arrays: Any = ()) -> tuple[str, str]:
-    """Which backend of `linear_scan` runs a recurrence of the given shape, and why, or why not the one asked for."""
+    """The backend of `linear_scan` that runs a recurrence of the given shape, and why, or why not the named one."""
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend: expected None or one of {list(BACKENDS)}, got {backend!r}")
-    if backend in ("sequential", "associative"):
-        if backend == "associative" and not isinstance(shape[0], int):
-            return "sequential", f"T is a symbol, {shape[0]}, and the rounds of an associative scan depend on it"
+    if backend in ("sequential", "associative", "chunked"):
+        if backend != "sequential" and not isinstance(shape[0], int):
+            return "sequential", f"T is a symbol, {shape[0]}, and how an {backend} scan is divided depends on it"
         return str(backend), "asked for by name"
     platform = default_device().platform
     if platform != "cpu":
@@ -146,7 +149,7 @@ def choose_linear(shape: Any, dtype: Any, backend: str | None = None, arrays: An
 
 
 def _in_one_dtype(**arguments: Any) -> tuple[list[Any], Any]:
-    """Arguments as arrays of one dtype, in which to compute, and that of the result."""
+    """The arguments as arrays of the dtype to compute in, and the dtype of the result."""
     arrays: dict[str, Any] = {}
     for name, value in arguments.items():
         try:
@@ -184,7 +187,7 @@ def is_float(dtype: Any) -> bool:
 def _run(a: Any, b: Any, h0: Any, resets: Any, name: str, reverse: bool, dtype: Any) -> jax.Array:
     shape = lax.broadcast_shapes(a.shape, b.shape)
     constant = a.ndim < len(shape) or (_is_constant(a) and not _is_constant(b))
-    # A coefficient that is the same at every step is kept as one step of all columns.
+    # A coefficient that is the same at every step keeps a time axis of size one.
     a = jnp.broadcast_to(a.reshape((1,) * (len(shape) - a.ndim) + a.shape), (1 if constant else shape[0], *shape[1:]))
     b = jnp.broadcast_to(b, shape)
     if shape[0] == 0 or any(isinstance(size, int) and size == 0 for size in shape):
@@ -192,12 +195,12 @@ def _run(a: Any, b: Any, h0: Any, resets: Any, name: str, reverse: bool, dtype: 
     if h0 is None:
         h0 = jnp.zeros(shape[1:], b.dtype)
     if any(knows_mesh(leaf) for leaf in (a, b, h0)) or not operation.available():
-        # How an array lies over a mesh is a part of its type, of which an operation knows nothing.
+        # The type of an array includes its sharding over a mesh, for which the operations have no rule.
         return plain(name, reverse, a, b, varying_as(h0, a, b, resets), resets).astype(dtype)
     batch = max(1, len(shape) - 1) if resets is None else resets.ndim
 
     def folded(array: Any, lead: int) -> Any:
-        """Batch axes, and those after them, made one each."""
+        """The array with its batch axes merged into one, and the axes after them into another."""
         cut = lead + batch - 1
         return array.reshape(*array.shape[:lead], math.prod(array.shape[lead:cut]), math.prod(array.shape[cut:]))
 
@@ -206,7 +209,7 @@ def _run(a: Any, b: Any, h0: Any, resets: Any, name: str, reverse: bool, dtype: 
 
 
 def _is_constant(a: Any) -> bool:
-    """Whether an array with a time axis has one step alone."""
+    """Whether an array with a time axis has only one step."""
     return isinstance(a.shape[0], int) and a.shape[0] == 1
 
 
@@ -215,13 +218,15 @@ def bind(kind: Any, operands: Any, name: str, reverse: bool, **static: Any) -> A
     return kind(tree, name, reverse, **static).bind(leaves)
 
 
-# --- in plain JAX, on arrays of any shape, a of one step or of all -----------------------------------------------
+# --- in plain JAX, on arrays of any shape; the time axis of a may have size one ----------------------------------
 
 
 def plain(name: str, reverse: bool, a: Any, b: Any, h0: Any, resets: Any) -> jax.Array:
     if name == "associative":
         return associative(reverse, a, b, h0, resets)
-    if name == "native" and isinstance(b.shape[0], int):  # exported, or for another platform
+    if name == "chunked":
+        return chunked(reverse, a, b, h0, resets)
+    if name == "native" and isinstance(b.shape[0], int):  # an exported program, or another platform
         return lax.platform_dependent(
             a, b, h0, resets,
             cpu=functools.partial(sequential, reverse),
@@ -238,7 +243,7 @@ def sequential(reverse: bool, a: Any, b: Any, h0: Any, resets: Any) -> jax.Array
         if reset is not None:
             h = jnp.where(_expand(reset, h), jnp.zeros((), h.dtype), h)
         h = (a[0] if constant else a_t) * h + b_t
-        if reset is not None:  # where a is NaN too, as backwards in time it may be of the step after
+        if reset is not None:  # a_t may be NaN, which a product with zero would propagate
             h = jnp.where(_expand(reset, h), b_t, h)
         return h, h
 
@@ -256,10 +261,47 @@ def associative(reverse: bool, a: Any, b: Any, h0: Any, resets: Any) -> jax.Arra
         (a1, b1, _), (a2, b2, reset) = one, other
         if reset is None:
             return a1 * a2, a2 * b1 + b2, None
-        # What a reset replaces may be NaN, which a product with zero would pass on.
+        # A value that a reset replaces may be NaN, which a product with zero would propagate.
         return jnp.where(reset, a2, a1 * a2), jnp.where(reset, b2, a2 * b1 + b2), one[2] | reset
 
     return lax.associative_scan(combine, (a, b, flags), reverse=reverse)[1]
+
+
+def chunked(reverse: bool, a: Any, b: Any, h0: Any, resets: Any) -> jax.Array:
+    """Runs all chunks side by side from zero, with the products of their coefficients; then adds the value before each.
+
+    For a chunk of the steps s, ..., and ``k[t]`` its recurrence from zero: ``h[t] = (a[t] ... a[s]) * h[s-1] + k[t]``.
+    """
+    time = b.shape[0]
+    size = math.isqrt(time - 1) + 1
+    count = -(-time // size)
+
+    def cut(array: Any) -> Any:
+        """``(T, ...)`` as ``(size, count, ...)``: all chunks side by side, with padding at the end of the run."""
+        padding = (count * size - time, 0) if reverse else (0, count * size - time)
+        array = jnp.pad(array, (padding, *((0, 0),) * (array.ndim - 1)))
+        return jnp.swapaxes(array.reshape(count, size, *array.shape[1:]), 0, 1)
+
+    def step(carry: Any, inputs: Any) -> Any:
+        product, h, seen = carry
+        a_t, b_t, reset = inputs
+        product, h = a_t * product, a_t * h + b_t
+        if reset is not None:
+            seen = seen | reset
+            h, product = (jnp.where(_expand(reset, h), other, x) for x, other in ((h, b_t), (product, zero)))
+        return (product, h, seen), (product, h, seen)
+
+    zero = jnp.zeros((), b.dtype)
+    steps = cut(jnp.broadcast_to(a, b.shape)), cut(b), None if resets is None else cut(resets)
+    zeros = jnp.zeros_like(steps[1][0])
+    none = None if resets is None else jnp.zeros_like(cut(resets)[0])
+    start = varying_as((zeros + 1, zeros, none), *steps)
+    (product, h, reset), (products, hs, seen) = lax.scan(step, start, steps, None, reverse)
+    begins = before(sequential(reverse, product, h, h0, reset), h0, None, reverse)
+    moved = products * begins
+    hs = hs + (moved if seen is None else jnp.where(_expand(seen, moved), zero, moved))
+    hs = jnp.swapaxes(hs, 0, 1).reshape(count * size, *b.shape[1:])
+    return hs[count * size - time :] if reverse else hs[:time]
 
 
 def _expand(flags: Any, like: Any) -> Any:
@@ -267,7 +309,7 @@ def _expand(flags: Any, like: Any) -> Any:
 
 
 def before(h: Any, h0: Any, resets: Any, reverse: bool) -> jax.Array:
-    """What each step begins with: h of the step before it, zero where that is reset."""
+    """The value that each step starts from: h of the step before it, or zero at a reset."""
     h = jnp.concatenate([h[1:], h0[None]] if reverse else [h0[None], h[:-1]])
     return h if resets is None else jnp.where(_expand(resets, h), jnp.zeros((), h.dtype), h)
 
@@ -281,7 +323,7 @@ class _Linear(Operation):
     reverse: bool
 
     def call(self, which: str, results: Any, *operands: Any) -> Any:
-        """The compiled function on all operands, resets last."""
+        """Calls a compiled function on all operands, of which resets are the last."""
         *arrays, resets = operands
         flags = jnp.zeros((0,), jnp.bool_) if resets is None else resets
         return jax.ffi.ffi_call(getattr(build.load_linear(), which), results)(*arrays, flags, reverse=int(self.reverse))
@@ -306,7 +348,7 @@ class Scan(_Linear):
         a, resets, _, h0 = operands
         da, _, db, dh0 = tangents
         h = bind(Scan, operands, self.name, self.reverse)
-        if da is None:  # then h is not needed, nor kept
+        if da is None:  # the tangent does not use h, which is then no residual
             db, dh0 = (jnp.zeros_like(x) if d is None else d for x, d in zip(operands[2:], (db, dh0), strict=True))
             return h, bind(Scan, (a, resets, db, dh0), self.name, self.reverse)
         return h, bind(Tangent, (a, h, h0, resets, (da, db, dh0)), self.name, self.reverse)
@@ -321,7 +363,7 @@ class Scan(_Linear):
 
 @dataclass(frozen=True)
 class Tangent(_Linear):
-    """``(a, h, h0, resets, d)`` to the derivative of h in the direction ``d = (da, db, dh0)``, each may be None."""
+    """``(a, h, h0, resets, d)`` to the tangent of h for tangents ``d = (da, db, dh0)``, each of which may be None."""
 
     def forms(self, a: Any, h: Any, h0: Any, resets: Any, d: Any) -> Any:
         return _form(h)
@@ -337,7 +379,7 @@ class Tangent(_Linear):
 
     def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
         out = bind(Tangent, operands, self.name, self.reverse)
-        if not jax.tree.leaves(tangents[:4]):  # linear in what moves
+        if not jax.tree.leaves(tangents[:4]):  # only d has a tangent, and the operation is linear in it
             return out, bind(Tangent, (*operands[:4], tangents[4]), self.name, self.reverse)
         return out, _moved(self.plain, operands, tangents)
 
@@ -353,9 +395,9 @@ class Tangent(_Linear):
 
 @dataclass(frozen=True)
 class Adjoint(_Linear):
-    """``(a, h, h0, resets, g)`` to the gradients of a, b and h0, those that are ``moving``; None for others.
+    """``(a, h, h0, resets, g)`` to the gradients with respect to a, b and h0; None for those that are not ``moving``.
 
-    h is None where a does not move.
+    h is None if a is not ``moving``.
     """
 
     moving: tuple[bool, bool, bool]
@@ -368,7 +410,7 @@ class Adjoint(_Linear):
 
     def plain(self, a: Any, h: Any, h0: Any, resets: Any, g: Any) -> Any:
         def following(array: Any) -> Any:
-            """That of the step after each, zero after the last."""
+            """The value of the next step for each step, and zero for the last."""
             none = jnp.zeros_like(array[:1])
             return jnp.concatenate([none, array[:-1]] if self.reverse else [array[1:], none])
 
@@ -404,7 +446,7 @@ class Adjoint(_Linear):
 
 
 def _moved(function: Any, operands: Any, tangents: Any) -> Any:
-    """The derivative of a function in the direction of those tangents that are not None."""
+    """The tangents of the results of a function, for the tangents of its operands that are not None."""
     tree: Any
     leaves, tree = jax.tree.flatten(operands)
     moving = tree.flatten_up_to(tangents)

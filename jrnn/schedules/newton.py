@@ -1,19 +1,22 @@
-"""All steps of any cell at once, by Newton's method over the whole sequence (DEER; Lim et al. 2024).
+"""Runs all steps of any cell at once, by Newton's method over the whole sequence (DEER; Lim et al. 2024).
 
-The states ``s[t] = F[t](s[t-1])`` of all steps are the root of one system of equations. From a guess ``s`` of all of
-them, each iteration solves the equations linearised there, which is one linear recurrence::
+The states ``s[t] = F[t](s[t-1])`` of all steps are the root of one system of equations. From a guess ``s`` of all
+states, each iteration solves the equations linearised at ``s``, which form one linear recurrence::
 
     d[t] = J[t] d[t-1] + F[t](s[t-1]) - s[t]        J[t] the Jacobian of F[t] at s[t-1]        then s[t] + d[t]
 
-States of at most `DENSE` numbers take the whole Jacobian, and an associative scan of matrices. Larger ones take its
-diagonal (quasi-DEER; Gonzalez et al. 2024), and `linear_scan`. Where the residual of a sequence grew in an iteration,
-its Jacobians are halved in the next, and restored by doubling: towards the iteration of ``F`` alone, which is exact
-after as many iterations as there are steps.
+For states of at most `DENSE` numbers, ``J[t]`` is the whole Jacobian and the recurrence an associative scan of
+matrices. For larger states, ``J[t]`` is its diagonal (quasi-DEER; Gonzalez et al. 2024) and the recurrence a
+`linear_scan`. If the residual of a sequence grew in an iteration, its Jacobians are halved in the next; otherwise
+halved Jacobians are doubled again. With Jacobians of zero the method iterates ``F``, which is exact after T iterations.
 
-It has converged where no residual ``F[t](s[t-1]) - s[t]`` is larger than rounding makes it: then the states are as good
-as those of a scan, which rounds at each step too. Sequences that have not after `ITERATIONS` are run by a scan, inside
-the same program. The derivative is that of the equations at their root: the same linear recurrence, with the whole
-Jacobian.
+A sequence has converged if no residual ``F[t](s[t-1]) - s[t]`` exceeds rounding error. Its states are then as accurate
+as those of a scan, which rounds at each step too. Sequences that have not converged after `ITERATIONS` are run by a
+scan, inside the same program. The derivative is that of the equations at their root, ``s[t] = F[t](s[t-1])``::
+
+    ds[t] = J[t] ds[t-1] + (dF[t])(s[t-1])        dF[t] the tangent of F[t] at fixed s[t-1]
+
+which is the same linear recurrence, with the whole Jacobian.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from jrnn.schedules.steps import expand, select
 
 __all__ = ["DENSE", "ITERATIONS", "Solution", "plan", "run", "solve"]
 
-DENSE = 16  # numbers of a state whose Jacobians are taken whole
+DENSE = 16  # the largest number of elements of a state for which whole Jacobians are used
 ITERATIONS = 40
 ROUNDING = 32  # units in the last place that a residual may have
 
@@ -59,7 +62,7 @@ def plan(task: Task) -> Plan | Refusal:
 
 
 class Given(NamedTuple):
-    """What the equations are about; ``restart``, ``valid`` and ``resets`` may be None."""
+    """The data of the equations. ``restart``, ``valid`` and ``resets`` may be None."""
 
     params: Any
     xs: Any
@@ -70,8 +73,8 @@ class Given(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """States after every step, ``(T, *B, ...)``; for each sequence the largest residual, in units of rounding at the
-    size of the state, and whether it converged; and the iterations that were made."""
+    """The states after every step, ``(T, *B, ...)``. For each sequence, its largest residual, in units of the rounding
+    error of the state, and whether it converged. The number of iterations."""
 
     states: Any
     residual: jax.Array
@@ -94,12 +97,12 @@ def run(options: Any, task: Task) -> tuple[Any, Any]:
 
 
 def _steps(cell: Any, params: Any, states: Any, xs: jax.Array) -> tuple[Any, Any]:
-    """One step of every time, each from a state of its own."""
+    """One step at every time, each from its own state."""
     return jax.vmap(lambda state, x: cell.step(params, state, x))(states, xs)
 
 
 def before(states: Any, given: Given, reverse: bool) -> Any:
-    """The state that each step begins with, from those after each."""
+    """The state that each step starts from, given the states after every step."""
 
     def shifted(after: Any, first: Any) -> Any:
         return jnp.concatenate([after[1:], first[None]] if reverse else [first[None], after[:-1]])
@@ -111,7 +114,7 @@ def before(states: Any, given: Given, reverse: bool) -> Any:
 
 
 def image(cell: Any, given: Given, old: Any) -> Any:
-    """``F``: the state after each step, from that before it."""
+    """``F``: the state after each step, given the state before it."""
     new, _ = _steps(cell, given.params, old, given.xs)
     return new if given.valid is None else select(given.valid, new, old)
 
@@ -141,11 +144,11 @@ def _tree(vectors: jax.Array, like: Any) -> Any:
     return jax.tree.unflatten(tree, found)
 
 
-# --- its root, and the derivative of that ------------------------------------------------------------------------
+# --- the root of the equations, and its derivative ---------------------------------------------------------------
 
 
 def solve(cell: Any, reverse: bool, given: Given) -> Solution:
-    """The states after every step, and how they were found."""
+    """Solves the equations for the states after every step."""
     states, rest = _root(cell, reverse, given)
     return Solution(states, *rest)
 
@@ -199,7 +202,7 @@ def _scan(cell: Any, reverse: bool, given: Given) -> Any:
 
 
 def _along(cell: Any, given: Given, old: Any, direction: Any) -> Any:
-    """The Jacobian of each step times a direction."""
+    """The product of each step's Jacobian with a direction."""
     return jax.jvp(lambda old: image(cell, given, old), (old,), (direction,))[1]
 
 
@@ -214,7 +217,7 @@ def _units(old: Any, lead: tuple[int, ...]) -> tuple[jax.Array, Any]:
 
 
 def _jacobians(cell: Any, given: Given, old: Any) -> jax.Array:
-    """``(T, *B, n, n)``, zero where a reset comes between."""
+    """The Jacobians of all steps, ``(T, *B, n, n)``, which are zero at resets."""
     lead = _batch(cell, given.xs)
     eye, of = _units(old, lead)
     columns = jax.vmap(lambda unit: _vector(_along(cell, given, old, of(unit)), lead))(eye)
@@ -223,12 +226,12 @@ def _jacobians(cell: Any, given: Given, old: Any) -> jax.Array:
 
 
 def _newton(cell: Any, reverse: bool, given: Given, old: Any, damping: jax.Array, rest: jax.Array) -> jax.Array:
-    """``d`` of one iteration."""
+    """The update ``d`` of one iteration."""
     lead, n = _batch(cell, given.xs), rest.shape[-1]
     if n <= DENSE:
         return _matrix_scan(damping[..., None, None] * _jacobians(cell, given, old), rest, reverse)
     eye, of = _units(old, lead)
-    # One unit after another: together they would take n times the memory.
+    # One unit after another, since all at once would take n times the memory.
     diagonal = lax.map(lambda unit: jnp.sum(unit * _vector(_along(cell, given, old, of(unit)), lead), -1), eye)
     return linear_scan(damping[..., None] * jnp.moveaxis(diagonal, 0, -1), rest, resets=given.resets, reverse=reverse)
 
@@ -275,7 +278,7 @@ def _no_tangent(leaf: jax.Array) -> Any:
 
 
 def _carried(cell: Any, reverse: bool, given: Given, old: Any, direct: Any) -> Any:
-    """``d[t] = J[t] d[t-1] + direct[t]`` step by step, where Jacobians are too large to be written down."""
+    """``d[t] = J[t] d[t-1] + direct[t]`` step by step, for Jacobians that are too large to store."""
 
     def body(d: Any, inputs: Any) -> Any:
         x, valid, resets, state, b = inputs

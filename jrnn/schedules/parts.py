@@ -1,16 +1,15 @@
-"""The loop of any step in parts, with the gradients of the weights of its products taken out of it.
+"""Runs any step in parts, with the gradients of the weights of its matmuls taken out of the loop.
 
-The step is given by its parts (see `jrnn.jaxprs.sites`): the loop computes, from the state ``s`` and what it is given
-from outside ``p``, products ``z_k = a_k(s, p, z_1, ..., z_{k-1}) W_k`` at its sites, and the new state from these.
+The parts of the step come from `jrnn.jaxprs.sites`. From the state ``s`` and the inputs ``p``, the loop computes the
+products ``z_k = a_k(s, p, z_1, ..., z_{k-1}) W_k`` at its sites, and from these the new state.
 
-The derivative of the loop in a direction is a loop too. A site contributes::
+The tangent of the loop is a loop too. With ``g_k`` the cotangent of ``z_k``, a site contributes::
 
-    dz_k = da_k W_k + [a_k dW_k]
+    dz_k = da_k W_k + [a_k dW_k]            transposed:   g_k W_k^T  to a_k,   sum_t a_k^T g_k  to W_k
 
-where the bracket is one product for all steps, before the loop, since every ``a_k`` is known from the run. JAX
-transposes that into a backward loop with the products ``dz_k W_k^T``, and the gradient of the weights as one product
-for all steps after it, ``sum_t a_k^T dz_k``: nothing is accumulated inside. Both modes and all higher derivatives
-follow, since the rule is made of ordinary JAX.
+The bracket is one product for all steps, before the loop, since the run stores every ``a_k``. Its transpose, the
+gradient of the weights, is therefore one product for all steps after the backward loop: nothing is accumulated inside.
+Both modes and all higher derivatives follow, since the rule consists of ordinary JAX operations.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ __all__ = ["Parts", "scan", "trace"]
 
 @dataclass(frozen=True)
 class Parts:
-    """A step that is no cell, cut into what leaves the loop and what stays in it."""
+    """A step that is not a cell, split into the operations that leave the loop and those that stay in it."""
 
     form: Sites
 
@@ -79,7 +78,7 @@ class Parts:
 def scan(
     f: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: Any, length: Any, reverse: bool, unroll: int
 ) -> tuple[Any, Any]:
-    """`jax.lax.scan`, in parts where the body has products of its state with weights."""
+    """`jax.lax.scan`, run in parts if the body has matmuls of its state with weights."""
     leaves, tree = jax.tree.flatten(init)
     inputs = jax.tree.leaves(xs)
     if not inputs or not isinstance(inputs[0].shape[0], int) or not inputs[0].shape[0]:
@@ -95,7 +94,7 @@ def scan(
 
 
 def of_one_step(a: Any) -> Any:
-    """The type of the input of one step, from that of all steps."""
+    """The shape and dtype of one step's input, from the input of all steps."""
     aval = jax.typeof(a)
     weak = getattr(aval, "weak_type", False)
     return jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype, weak_type=weak)
@@ -106,11 +105,11 @@ def trace(f: Callable[[Any, Any], Any], init: Any, x: Any, operands: Any = ()) -
 
     Args:
       f: the step.
-      init, x: its arguments, as arrays or by shape.
-      operands: other arrays that it will be run on.
+      init, x: its arguments, as arrays or as shapes.
+      operands: other arrays that the run will use.
 
     Raises:
-      Refusal: where it cannot be run in parts, with the reason.
+      Refusal: the step cannot be run in parts, with the reason.
     """
     if not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(init)):
         raise Refusal("its carry has leaves that are not arrays")
@@ -118,7 +117,7 @@ def trace(f: Callable[[Any, Any], Any], init: Any, x: Any, operands: Any = ()) -
         raise Refusal("its operands lie on a mesh")
     try:
         closed, out = jax.make_jaxpr(f, return_shape=True)(init, x)
-    except Exception as error:  # which is raised again, in its own words, where it is run as it is
+    except Exception as error:  # running the step unchanged raises the same error
         raise Refusal(f"it cannot be traced ({type(error).__name__})") from error
     if closed.effects:
         raise Refusal("it has effects, which stay in order")
@@ -145,7 +144,7 @@ def trace(f: Callable[[Any, Any], Any], init: Any, x: Any, operands: Any = ()) -
 
 @dataclass(frozen=True)
 class Plan:
-    """What is static about a run; ``keep`` says whether a derivative needs what the run computes."""
+    """The static part of a run. ``keep`` says whether the run returns residuals for a derivative."""
 
     form: Sites
     time: int
@@ -155,7 +154,7 @@ class Plan:
 
 
 class Inputs(NamedTuple):
-    """What the loop is differentiated by: invariant values, inputs ``(T, ...)`` and the state, each a tuple."""
+    """The operands that the loop has derivatives with respect to, each a tuple; ``inputs`` are ``(T, ...)``."""
 
     invariant: Any
     inputs: Any
@@ -163,7 +162,7 @@ class Inputs(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Of each step, the state before it, and of each site what was multiplied and what came out."""
+    """The residuals of every step: the state before it, and the vector and the product at each site."""
 
     state: Any
     vectors: Any
@@ -171,7 +170,7 @@ class Kept(NamedTuple):
 
 
 def step(plan: Plan, invariant: Any, inputs: Any, state: Any, site: Any) -> tuple[Any, Any]:
-    """One step: the new state and what is emitted. ``site(k, vector, weights, op)`` is the product at site k."""
+    """One step: the new state and the emitted values. ``site(k, vector, weights, op)`` is the product at site k."""
     form = plan.form
     env = dict(zip(form.invariant, invariant, strict=True)) | dict(zip(form.inputs, inputs, strict=True))
     env.update(enumerate(state, form.consts))
@@ -196,7 +195,7 @@ def product(form: Sites, k: int, vector: Any, weights: Any, op: Any) -> Any:
 
 
 def outside(program: Program, ops: Iterable[Op], env: dict[int, Any]) -> None:
-    """Operations that run for all steps at once; of products, the transpose with respect to the weights is fast."""
+    """Runs operations for all steps at once. The transpose of matmuls with respect to the weights is fast (`weigh`)."""
     for op in ops:
         if is_plain(program, op):
             x, w = (env[a] if isinstance(a, int) else a.value for a in op.ins)
@@ -206,7 +205,7 @@ def outside(program: Program, ops: Iterable[Op], env: dict[int, Any]) -> None:
 
 
 def is_plain(program: Program, op: Op) -> bool:
-    """Whether an operation is ``x @ w``, over the last axis of x and the first of two of w."""
+    """Whether an operation is ``x @ w``, over the last axis of x and the first of the two axes of w."""
     if op.name != "dot_general":
         return False
     x, w, out = (program.form(a) for a in (*op.ins, *op.outs))
@@ -217,7 +216,7 @@ def is_plain(program: Program, op: Op) -> bool:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def loop(plan: Plan, given: Inputs) -> tuple[Any, Any, Any]:
-    """The last state, what is emitted, and what a derivative needs if it is to be kept."""
+    """The state after the last step, the emitted values, and the residuals, which are None without ``plan.keep``."""
     count = len(plan.form.sites)
 
     def body(state: Any, inputs: Any) -> tuple[Any, Any]:
@@ -246,12 +245,12 @@ def _loop_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 def tangent(plan: Plan, given: Inputs, kept: Kept, d: Inputs) -> tuple[Any, Any, Kept]:
-    """The derivative of `loop` in the direction ``d``, whose leaves are None where nothing moves.
+    """The tangents of the results of `loop`, for the tangents ``d`` of its inputs. A zero leaf of ``d`` is None.
 
-    Of results that are no floats it is an empty array.
+    The tangent of a result that is not a float is None.
     """
     form = plan.form
-    # Of the weights of a site all that happens at the site is in its bracket.
+    # The bracket of a site covers the tangent of its weights there. Inside the loop, only their other uses need it.
     elsewhere = form.shared()
     dinvariant = [t if name in elsewhere else None for name, t in zip(form.invariant, d.invariant, strict=True)]
     moves = dict(zip(form.invariant, d.invariant, strict=True))
@@ -268,7 +267,7 @@ def tangent(plan: Plan, given: Inputs, kept: Kept, d: Inputs) -> tuple[Any, Any,
     dstate = tuple(_dense(s, t) for s, t in zip(given.state, d.state, strict=True))
 
     def body(dstate: Any, inputs: Any) -> tuple[Any, Any]:
-        # Checkpointed, so that the transposed loop makes the gates again instead of reading them from memory.
+        # Checkpointed, so that the transposed loop recomputes the gates instead of reading them from memory.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def moved(dstate: Any, inputs: Any) -> Any:
             p, dp, before, products, brackets = inputs
@@ -301,10 +300,10 @@ def tangent(plan: Plan, given: Inputs, kept: Kept, d: Inputs) -> tuple[Any, Any,
 
 
 def _site(multiply: Any) -> Any:
-    """A site whose product is known: its derivative is that of the vector, and the bracket's.
+    """A site with its product ``made`` given. Its tangent is ``da W`` plus the tangent of the bracket.
 
-    That is so in the direction of `tangent` alone. ``here`` always moves in that direction, so that the rule is applied
-    there even where nothing else moves: a derivative of higher order then differentiates what the rule gives.
+    This rule is meant for the jvp in `tangent` alone. There ``here`` always has a tangent, so that JAX applies the rule
+    even if nothing else has one: a derivative of higher order then differentiates the result of the rule.
     """
 
     @jax.custom_jvp
@@ -319,7 +318,7 @@ def _site(multiply: Any) -> Any:
     return site
 
 
-# --- leaves that do not move -------------------------------------------------------------------------------------
+# --- leaves without a tangent ------------------------------------------------------------------------------------
 
 
 def _is_float(a: Any) -> bool:
@@ -331,15 +330,15 @@ def _still(t: Any) -> bool:
 
 
 def _floats(tree: Any) -> Any:
-    """None in the place of leaves that are no floats."""
+    """The tree with None in place of every leaf that is not a float."""
     return jax.tree.map(lambda a: a if _is_float(a) else None, tree)
 
 
 def _dense(primal: Any, t: Any) -> Any:
-    """A tangent with zeros where nothing moves; None of what is no float."""
+    """A tangent, as zeros if it is None; None for a primal that is not a float."""
     return None if not _is_float(primal) else jnp.zeros_like(primal) if t is None else t
 
 
 def _whole(out: Any, t: Any) -> Any:
-    """A tangent as JAX wants it, of a result that may be no float."""
+    """A tangent of the type that JAX expects, for a result that may not be a float."""
     return np.zeros(jnp.shape(out), jax.dtypes.float0) if not _is_float(out) else t

@@ -1,4 +1,4 @@
-"""The tasks that schedules are asked to plan, their plans and refusals, and the work that all plans have in common."""
+"""Tasks, the plans that schedules make for them, refusals, and the work that all plans have in common."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["Plan", "Refusal", "Task"]
 )
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One loop over time: what a schedule is asked to plan, and what its plan runs on.
+    """One loop over time: the argument of a schedule's ``plan``, and of the plan when it runs.
 
-    ``cell`` and ``params`` are the cell's own step. ``form`` is what is known of it, of weights that are cast to the
-    dtype of products, or None. A step that was read has a form alone. ``restart`` is the state that a reset restores,
-    None where nothing resets; ``xs (T, *B, ...)`` are zero at steps that are not valid.
+    ``cell`` and ``params`` define the cell's own step. ``form`` is the form of that step, with its weights cast to the
+    dtype of matmuls, or None. A step that was read from its trace has only a form. ``restart`` is the state that a
+    reset restores, or None if there are no resets. ``xs (T, *B, ...)`` are zero at invalid steps.
 
-    To plan takes shapes and dtypes alone.
+    Planning uses only shapes and dtypes.
     """
 
     cell: Any
@@ -44,35 +44,35 @@ class Task:
 
     @classmethod
     def of(cls, cell: Any, params: Any, xs: Any, state: Any, steps: Steps) -> Task:
-        """The loop over a cell, without what a reset restores."""
+        """The loop over a cell, with ``restart`` left None."""
         return cls(cell, params, cell.form(compute_params(params, xs.dtype)), xs, state, None, steps)
 
     @property
     def affine(self) -> AffineForm | None:
-        """The form, if it is affine."""
+        """The form if it is affine, else None."""
         return self.form if isinstance(self.form, AffineForm) else None
 
     @property
     def batch(self) -> tuple[int, ...]:
-        """``*B``, of an affine form."""
+        """The batch shape ``*B``; the form is affine."""
         return self.xs.shape[1:-1]
 
 
 class Refusal(NamedTuple):
-    """Why a schedule cannot run a task, or is not chosen for it."""
+    """The reason why a schedule cannot run a task, or is not chosen for it."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a task is run: ``run(options, task)`` gives the last state and ``ys``.
+    """How a task is run: ``run(options, task)`` returns the state after the last step, and ``ys``.
 
-    At steps that are not valid these outputs may be anything.
+    The values of these ``ys`` at invalid steps are unspecified.
 
-    ``run`` is a function of a module and ``options`` are static: a plan compiles once for equal ones. With ``of_form``
-    it runs the form of the task, and otherwise the cell's own step. A ``flat`` plan runs an affine form of one batch
-    axis and at least one step of one sequence. A plan that ``recomputes`` implements ``steps.remat`` itself.
+    ``run`` is a module-level function and ``options`` are static, so equal plans compile once. A plan with ``of_form``
+    runs the form of the task; any other runs the cell's own step. A ``flat`` plan runs an affine form with one batch
+    axis, at least one step and at least one sequence. A plan that ``recomputes`` implements ``steps.remat`` itself.
     """
 
     run: Callable[[Any, Task], tuple[Any, Any]]
@@ -83,12 +83,12 @@ class Plan:
     recomputes: bool = False
 
     def __call__(self, task: Task) -> tuple[Any, Any]:
-        """The state after the last step, and ``ys``, zero at steps that are not valid."""
+        """The state after the last step, and ``ys``, which are zero at invalid steps."""
         return _run(self, replace(task, cell=None, params=None) if self.of_form else replace(task, form=None))
 
 
-# A function of its own, so that equal layers on inputs of equal shapes are traced, differentiated and lowered once for
-# all of them. XLA inlines it: what runs is what would run without.
+# Jitted by itself, so that equal layers with inputs of equal shapes are traced, differentiated and lowered only once.
+# XLA inlines the function, so the compiled program is the same as without it.
 @functools.partial(jax.jit, static_argnums=0)
 def _run(plan: Plan, task: Task) -> tuple[Any, Any]:
     if not plan.flat:
@@ -112,7 +112,7 @@ def _checkpointed(plan: Plan, task: Task) -> tuple[Any, Any]:
 
 
 def _flat(task: Task) -> Task:
-    """The task with one batch axis."""
+    """The task with its batch axes merged into one."""
     count, batch = math.prod(task.batch), len(task.batch)
 
     def rows(tree: Any, lead: int = 0) -> Any:

@@ -1,6 +1,6 @@
-"""What may be assumed of a cell's gates: what the cell promises, and what can be read from the traced gates.
+"""The properties of a cell's gates that schedules rely on: declared by the cell, or read from the traced gates.
 
-Gates that were read from a user's step are elementwise operations to begin with, and need not be traced again.
+Gates that were read from a user's step consist of elementwise operations already, and are not traced again.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jrnn.jaxprs.per_unit import PerUnit, Unread
 
 
 def elementwise(cell: Any, theta: Any, state: Any) -> bool:
-    """Whether the gates act on each unit by itself, however the axes of their operands stand, and theta is vectors.
+    """Whether the gates act on each unit separately, in any order of the axes, and theta consists of vectors.
 
-    Where the gates and their derivative can be read, this is what was read, unless the cell declares the contrary.
-    Where they cannot be read, it is what the cell declares.
+    If the gates and their derivative can be read, their trace decides, unless the cell declares
+    ``elementwise=False``. If they cannot be read, the cell's declaration decides.
     """
     if cell.elementwise is False or any(jnp.ndim(leaf) != 1 for leaf in jax.tree.leaves(theta)):
         return False
@@ -29,7 +29,7 @@ def elementwise(cell: Any, theta: Any, state: Any) -> bool:
 
 
 def sums(cell: Any, theta: Any, state: Any) -> tuple[bool, ...]:
-    """For each gate, whether it uses only ``u + v``."""
+    """For each gate, whether it uses u and v only in the sum ``u + v``."""
     if cell.additive is not None or any(jnp.ndim(leaf) != 1 for leaf in jax.tree.leaves(theta)):
         return tuple(cell.sums)
     return _sums(cell, Forms.of(theta, state))
@@ -39,8 +39,8 @@ def sums(cell: Any, theta: Any, state: Any) -> tuple[bool, ...]:
 
 
 class Forms(NamedTuple):
-    """What ``theta`` and the state are: the tree of both, the dtypes of its leaves, how many of these are theta's, the
-    batch shape and H."""
+    """The structure of ``(theta, state)``, the dtypes of its leaves, the number of leaves of theta, the batch shape
+    and H."""
 
     tree: Any
     dtypes: tuple[str, ...]
@@ -55,7 +55,7 @@ class Forms(NamedTuple):
         return cls(tree, tuple(str(leaf.dtype) for leaf in leaves), len(jax.tree.leaves(theta)), tuple(batch), hidden)
 
     def arguments(self, parts: int, batch: tuple[Any, ...], turned: bool = False) -> tuple[Any, list[tuple[Any, ...]]]:
-        """``((parts, theta, state), axes)`` for `PerUnit.read`; ``turned`` is units first, as in `layout.Units`."""
+        """``((parts, theta, state), axes)`` for `PerUnit.read`. ``turned`` puts units first, as in `layout.Units`."""
         vector: tuple[Any, Any] = ((self.hidden,), ("units",))
         full: tuple[Any, Any] = ((*batch, self.hidden), (*range(len(batch)), "units"))
         if turned:
@@ -66,7 +66,7 @@ class Forms(NamedTuple):
         return (part, *self.tree.unflatten(leaves)), [full[1]] * parts + [axes for _, axes in kinds]
 
     def batches(self) -> list[tuple[int, ...]]:
-        """Batch shapes to read gates at, at one of which at least no size is another's by accident."""
+        """Batch shapes to read the gates at. At least one has an axis longer than 1, and no axis of size H."""
         if not all(isinstance(size, int) and size > 0 for size in self.batch):  # symbols, or no sequence
             return [(3,)]
         tells = max(self.batch, default=1) > 1 and self.hidden not in self.batch
@@ -78,7 +78,7 @@ def program(
 ) -> tuple[int, ...]:
     """The places of the results of ``gates(parts, theta, state)`` and of its transpose, read at a batch shape.
 
-    They are the new state and, from its gradient, those of parts, theta and state.
+    The results of the gates are the new state. The transpose maps its cotangent to those of parts, theta and state.
     """
     arguments, axes = forms.arguments(parts, batch, turned)
     states = len(forms.dtypes) - forms.thetas
@@ -103,17 +103,17 @@ def _is_elementwise(cell: Any, forms: Forms) -> bool:
         return cell.elementwise is True and _turns(cell, forms)
     try:
         return program(unit, gates, 2 * count, forms, (3,), turned=True) == found
-    except Unread:  # they name an axis
+    except Unread:  # the gates refer to an axis by its number
         return False
 
 
 def _turns(cell: Any, forms: Forms) -> bool:
-    """Whether the gates can be called with units first: not where they name an axis, or write out a shape."""
+    """Whether the gates can be called with units first. They cannot if they name an axis or write out a shape."""
     gates = len(cell.sums)
     (parts, theta, state), _ = forms.arguments(2 * gates, (3,), turned=True)
     try:
         new = jax.eval_shape(lambda *a: cell.combine(a[1], a[0][:gates], a[0][gates:], a[2], None), parts, theta, state)
-    except Exception:  # then they stay as they are, and the run itself says what is wrong, if anything is
+    except Exception:  # the gates keep their layout, and the run itself raises the error, if there is one
         return False
     return same_form(new, state)
 
@@ -127,14 +127,14 @@ def _sums(cell: Any, forms: Forms) -> tuple[bool, ...]:
             parts, theta, state
         )
         program, consts = flatten(traced)
-    except Exception:  # the run itself says what is wrong
+    except Exception:  # the run itself raises the error
         return tuple(cell.sums)
     first = len(consts)
     return tuple(_is_summed(program, first + i, first + gates + i) for i in range(gates))
 
 
 def _is_summed(program: Program, u: int, v: int) -> bool:
-    """Whether two variables are each used once, as the two terms of one sum."""
+    """Whether two variables are each used exactly once, as the two terms of the same sum."""
     if u in program.results or v in program.results:
         return False
     users = [op for op in program.ops if u in op.ins or v in op.ins]

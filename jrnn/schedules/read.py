@@ -1,6 +1,6 @@
-"""What the gates of an affine cell read: u, with v in it where the sum is enough, then the other v.
+"""The packed gate inputs of an affine cell: u, with v added where the gate needs only the sum, then the other v.
 
-``sums`` says of each gate whether ``u + v`` is enough (see `promises.sums`); slots and parts follow from it.
+``sums`` says of each gate whether it needs only ``u + v`` (see `promises.sums`). Parts and slots follow from it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ __all__ = ["pack", "parts", "slots", "unpack"]
 
 
 def parts(sums: tuple[bool, ...]) -> int:
-    """How many arrays the gates read: u + v where that is enough, else u and v."""
+    """The number of arrays in the gate inputs: one for a gate that needs only ``u + v``, two for any other gate."""
     return 2 * len(sums) - sum(sums)
 
 
 def slots(sums: tuple[bool, ...]) -> tuple[int, ...]:
-    """Where each gate's recurrent part is among what the gates read: in its input part where the sum is enough.
+    """The index of each gate's recurrent part v in the gate inputs: that of ``u + v`` if the gate needs only the sum.
 
     >>> slots((True, False, True))
     (0, 3, 2)
@@ -29,13 +29,13 @@ def slots(sums: tuple[bool, ...]) -> tuple[int, ...]:
 
 
 def unpack(sums: tuple[bool, ...], read: Any) -> tuple[Any, Any]:
-    """``(u, v)`` for the gates, one array each, from what they read: v is zero where it is in the sum."""
+    """``(u, v)`` from the gate inputs, one array for each gate. v is zero where it is already added to u."""
     u = read[: len(sums)]
     return u, tuple(jnp.zeros_like(u[g]) if slot == g else read[slot] for g, slot in enumerate(slots(sums)))
 
 
 def pack(sums: tuple[bool, ...], u: Any, v: jax.Array) -> jax.Array:
-    """What the gates read of ``u`` (one array, or one a gate) and ``v``, side by side."""
+    """The gate inputs, concatenated, from ``u`` (one array, or one for each gate) and ``v``."""
     if all(sums):
         return (u if isinstance(u, jax.Array) else jnp.concatenate(u, -1)) + v
     us, vs = (tuple(jnp.split(a, len(sums), -1)) if isinstance(a, jax.Array) else a for a in (u, v))

@@ -1,4 +1,4 @@
-"""The plain scan of the cell's own step: serves every cell, and is what the other schedules are held to."""
+"""The plain scan of the cell's own step. It serves every cell, and the other schedules are tested against it."""
 
 from __future__ import annotations
 

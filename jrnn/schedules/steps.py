@@ -1,4 +1,4 @@
-"""What a schedule is told about the steps it runs, and the loop over time that all of them share."""
+"""The steps of a run (their validity, resets, order and keys), and the loop over time that all schedules share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jrnn._core.checks import describe, same_form
 from jrnn._core.devices import placed_as
 from jrnn.jaxprs.flat import calls
 
-# Times are folded in as 32-bit unsigned integers; the last of them is kept for what is drawn once per sequence.
+# Times are folded into keys as 32-bit unsigned integers. The largest is reserved for draws once per sequence.
 SEQUENCE = 0xFFFFFFFF
 
 
@@ -26,13 +26,13 @@ SEQUENCE = 0xFFFFFFFF
 )
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """How to run steps: which are valid, where to restart, in which order, with which randomness and memory.
+    """The steps of a run: which are valid, where the state is reset, and their order, randomness and memory.
 
     ``valid`` and ``resets`` are ``(T, *B)`` booleans or None. ``key`` is the run's key, ``start`` the absolute time of
     the first step and ``path`` the position of the layer in the model: the key of a step is ``key`` with the time and
-    then each index of the path folded in. The numbers of a path may be traced.
+    then each index of the path folded in. The indices of a path may be traced.
 
-    A pytree, equal in its tree for layers that differ in their place alone.
+    The class is a pytree. Layers that differ only in their position have the same tree structure.
     """
 
     valid: jax.Array | None = None
@@ -51,7 +51,7 @@ class Steps:
         return replace(self, key=None, start=0, path=())
 
     def opposite(self) -> Steps:
-        """The same steps run from the other end, where a boundary is met at the last valid step before it."""
+        """The same steps run from the other end. A reset at t becomes a reset at the last valid step before t."""
         resets = self.resets
         if resets is not None and resets.shape[0]:
             length = resets.shape[0]
@@ -59,7 +59,7 @@ class Steps:
             if self.valid is None:
                 resets = jnp.concatenate([edge, resets[:-1]] if self.reverse else [resets[1:], edge])
             else:
-                # Steps that are not valid lie between two steps that are neighbours all the same.
+                # Two valid steps are neighbours even if invalid steps lie between them.
                 times = expand(jnp.arange(length, dtype=jnp.int32), resets)
                 if self.reverse:
                     seen = lax.cummax(jnp.where(self.valid, times, -1), axis=0)
@@ -73,7 +73,7 @@ class Steps:
         return replace(self, reverse=not self.reverse, resets=resets)
 
     def meets(self) -> jax.Array:
-        """``(*B)``: whether the given state meets a step, the first valid one, before a reset replaces it."""
+        """``(*B)``: whether the given state reaches the first valid step, and is not replaced by a reset there."""
         if self.valid is None:
             raise ValueError("valid: expected booleans, got None")
         if self.resets is None:
@@ -88,7 +88,7 @@ class Steps:
         return jnp.arange(length, dtype=jnp.uint32) + jnp.asarray(self.start).astype(jnp.uint32)
 
     def chunk(self, length: int) -> int | None:
-        """Steps between those whose state is kept, None where all are."""
+        """The number of steps from one stored state to the next, or None if every state is stored."""
         if self.remat is None or length < 2:
             return None
         return max(1, round(length**0.5)) if self.remat == "sqrt" else min(int(self.remat), length)
@@ -103,24 +103,24 @@ class Steps:
 
 
 def expand(flags: jax.Array, like: jax.Array) -> jax.Array:
-    """``(*B)`` booleans, with axes added to broadcast against ``(*B, ...)``."""
+    """``(*B)`` booleans with trailing axes added, to broadcast against ``(*B, ...)``."""
     return flags.reshape(flags.shape + (1,) * (like.ndim - flags.ndim))
 
 
 def select(flags: jax.Array, new: Any, old: Any) -> Any:
-    """``new`` where flags hold and ``old`` elsewhere, leaf by leaf; never a product, which would pass NaN on."""
+    """``new`` where flags hold and ``old`` elsewhere, leaf by leaf. Never by a product, which would propagate NaN."""
     return jax.tree.map(lambda n, o: jnp.where(expand(flags, o), n, o), new, old)
 
 
 def restarts(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> Any:
-    """The state that a reset restores, or None where nothing resets; of parameters that are not yet rounded."""
+    """The state that a reset restores, or None if there are no resets. The parameters are those before rounding."""
     if steps.resets is None:
         return None
     return placed_as(cell.initial_state(params, xs.shape[1 : xs.ndim - cell.event_ndim]), state)
 
 
 def zeroed(valid: jax.Array, tree: Any) -> Any:
-    """Zeros at what is not valid, leaf by leaf."""
+    """The leaves of a tree with zeros where ``valid`` is false."""
     return jax.tree.map(lambda a: jnp.where(expand(valid, a), a, jnp.zeros((), a.dtype)), tree)
 
 
@@ -134,10 +134,9 @@ def scan(
     step: Callable[..., tuple[Any, jax.Array]],
     loop: Callable[..., tuple[Any, Any]] = lax.scan,
 ) -> tuple[Any, jax.Array]:
-    """``step(params, state, p, key)`` over what ``project(params, xs)`` gives.
+    """Runs ``step(params, state, p, key)`` over the results ``p`` of ``project(params, xs)``.
 
-    At steps that are not valid the state is held, and outputs may be anything. ``loop`` runs a body as `jax.lax.scan`
-    does.
+    At invalid steps the state is held, and the outputs are unspecified. ``loop`` has the interface of `jax.lax.scan`.
     """
 
     def body(state: Any, inputs: Any) -> tuple[Any, jax.Array]:
@@ -155,12 +154,12 @@ def scan(
 
 
 def times_in_a_body(unroll: int, count: Any) -> int:
-    """How many of ``count`` steps a body holds; a count may be a symbol, as in a program exported for any length."""
+    """The number of steps in a loop body, at most ``count``, which is a symbol in a program exported for any length."""
     return max(1, min(unroll, count)) if unroll > 1 else 1
 
 
 def checkpointed(run: Callable[[Any, Any, Steps], Any], xs: Any, state: Any, steps: Steps) -> tuple[Any, Any]:
-    """``run(xs, state, steps)``, in chunks whose insides are recomputed backwards (Chen et al. 2016), as steps ask."""
+    """``run(xs, state, steps)``, in chunks that the backward pass recomputes (Chen et al. 2016) if ``remat`` is set."""
     length = jax.tree.leaves(xs)[0].shape[0]
     chunk = steps.chunk(length)
     if chunk is None:
@@ -189,7 +188,7 @@ def chunked(segment: Any, state: Any, inputs: Any, length: int, chunk: int, reve
         state, ys = lax.scan(segment, state, chunks, count, reverse)
         return state, jax.tree.map(lambda y: y.reshape(count * chunk, *y.shape[2:]), ys)
 
-    # The steps that fill no chunk run last, whichever end is last.
+    # The steps that do not fill a chunk run last, in either direction.
     if not rest:
         return whole(state, 0)
     if reverse:
@@ -208,10 +207,10 @@ def check_remat(remat: Any) -> None:
 
 
 def check_step(cell: Any, params: Any, x: Any, state: Any, key: Any) -> Any:
-    """The form of the state after a step.
+    """The shapes and dtypes of the state after a step.
 
-    Raises where structure, shapes and dtypes are not those of the state before, and where the step draws what is drawn
-    once per sequence.
+    Raises if its structure, shapes or dtypes differ from those of the state before the step. Also raises if the step
+    itself draws randomness that is drawn once per sequence.
     """
     traced, (new, _) = jax.make_jaxpr(cell.step, return_shape=True)(params, state, x, key)
     if calls(traced, "draw_in_step"):  # see `jrnn.cells.base.draw_in_step`

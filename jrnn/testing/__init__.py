@@ -1,17 +1,17 @@
-"""The sequence contract as functions: every law, for any cell or layer, yours included.
+"""The laws of the sequence contract as functions that check any cell or layer, including your own.
 
     jrnn.testing.check_cell(MyCell(8), in_features=3)
 
-runs all laws that apply. It raises AssertionError with the law, the leaf that differs, and by how much. Each law is
-also a function by itself, and `LAWS` lists them.
+checks all laws that apply. It raises AssertionError with the law, the leaf that differs, and by how much. Each law is
+also a separate function, and `LAWS` lists them.
 
-The results of `jrnn.unroll` are compared with those of `fold`, which reads the contract literally: a Python loop over
-``cell.step`` with NumPy, and backpropagation through time written out by hand. So every law covers values and every
-gradient, with respect to parameters, inputs and the initial state, for ragged lengths, masks, resets, both directions,
-and with a key.
+The results of `jrnn.unroll` are compared with those of `fold`, a literal implementation of the contract: a Python loop
+over ``cell.step`` with NumPy, and backpropagation through time written out by hand. So every law covers the values and
+all gradients with respect to parameters, inputs and the initial state, for ragged lengths, masks, resets, both
+directions, and with a key.
 
-Shapes are tiny, and compiling a program takes a thousand times longer than running it once. The traced program is
-therefore interpreted, one operation after another, unless ``jit=True``; `check_jit` always compiles.
+Shapes are tiny, and compiling a program takes a thousand times longer than running it once. Unless ``jit=True``, the
+traced program is therefore interpreted, one operation after another. `check_jit` always compiles.
 
 T time, B batch axes (any number, or none), F input features, H output features.
 """

@@ -1,4 +1,4 @@
-"""A bench: a cell, parameters without zeros, and seeded trials, for the laws to run."""
+"""The bench that a law runs on: a cell, parameters without zeros, and seeded trials."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jrnn.testing.trials import BATCH, TIME, Run, Trial, has_gradient, inexact
 
 
 class Bench:
-    """Everything a law needs: a cell, parameters without zeros, and trials made of seeded random numbers."""
+    """Everything that a law needs: a cell, parameters without zeros, and trials with seeded random numbers."""
 
     def __init__(self, law: str, cell: Any, in_features: Any, dtype: Any, seed: int, jit: bool, params: Any) -> None:
         if not isinstance(cell, Layer):
@@ -31,7 +31,7 @@ class Bench:
         self.tolerance = 3e-5 if self.dtype == np.float32 else 1e-11
         self.rng = np.random.default_rng(seed)
         self.params = jax.tree.map(self._cast, _initialised(cell, in_features, seed, jnp.result_type(float)))
-        # Zeros would hide errors in the factors of biases, peepholes and learned states.
+        # Parameters of zero, such as biases, peepholes and learned states, would hide errors in their factors.
         self.params = self.noisy(self.params) if params is None else jax.tree.map(self._cast, params)
         self.may_draw = cell.uses_key is not False
 
@@ -42,7 +42,7 @@ class Bench:
         return leaf.astype(np.result_type(self.dtype, np.complex64) if np.iscomplexobj(leaf) else self.dtype)
 
     def normal(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
-        """Standard normal numbers, of both parts where the dtype is complex."""
+        """Standard normal numbers. For a complex dtype, both parts are."""
         dtype = self.dtype if dtype is None else np.dtype(dtype)
         values = self.rng.normal(size=shape)
         if dtype.kind == "c":
@@ -65,7 +65,7 @@ class Bench:
         return call(Initial(self.cell, batch), self.params, None)
 
     def trial(self, batch: Any = (BATCH,), time: Any = TIME, key: Any = None, **fields: Any) -> Trial:
-        """Ragged lengths (0 and T among them), a mask with holes, resets anywhere, a state of its own."""
+        """A trial with ragged lengths (including 0 and T), a mask with holes, random resets and a random state."""
         lengths = np.resize(np.array([time, max(time - 2, 0), 0, max(time - 1, 0)], np.int32), batch)
         mask = self.rng.random((time, *batch)) < 0.75
         resets = self.rng.random((time, *batch)) < 0.4
@@ -83,13 +83,13 @@ class Bench:
         return tuple(self.normal(a.shape, a.dtype) for a in inexact(out)[0])
 
     def draws(self) -> Iterator[Any]:
-        """Without a key, and with one where the layer may use it."""
+        """The keys to run with: None, and a key if the layer may use one."""
         yield None
         if self.may_draw:
             yield jax.random.key(self.seed + 7)
 
     def last_draw(self) -> Iterator[Any]:
-        """With a key where the layer may use it, without one elsewhere."""
+        """A key if the layer may use one, else None."""
         *_, key = self.draws()
         yield key
 

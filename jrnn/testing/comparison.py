@@ -1,4 +1,4 @@
-"""Whether two pytrees agree, and where they do not."""
+"""The comparison of two pytrees, which reports where they differ."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 
 def compare(got: Any, expected: Any, tolerance: float, about: str) -> None:
-    """Raises AssertionError where two pytrees differ, with the leaf, the place and by how much.
+    """Raises AssertionError if two pytrees differ, with the leaf, the index and the difference.
 
-    Leaves must agree in shape, in dtype, in which elements are NaN, and in the others to
-    ``tolerance * (1 + largest expected magnitude)``; a tolerance of 0 asks for equality.
+    Leaves must agree in shape, in dtype and in which elements are NaN. All other elements must agree to
+    ``tolerance * (1 + largest expected magnitude)``. A tolerance of 0 requires equality.
 
     >>> jrnn.testing.compare({"h": jnp.ones(2)}, {"h": jnp.ones(2)}, 0.0, "equal")
     >>> jrnn.testing.compare({"h": jnp.ones(2)}, {"h": jnp.array([1.0, 2.0])}, 1e-6, "a law")

@@ -1,4 +1,4 @@
-"""The laws of the sequence contract, a function each, and `check_cell`, which runs them all."""
+"""The laws of the sequence contract, one function for each, and `check_cell`, which checks all of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jrnn.testing.trials import BATCH, TIME, Run, Second, Trial, Vmap, has_gradi
 
 
 def _law(function: Callable[[Bench], None]) -> Callable[..., None]:
-    """A law of a bench as a public function of a cell."""
+    """Turns a law, which is a function of a bench, into a public function of a cell."""
 
     @functools.wraps(function)
     def check(
@@ -49,7 +49,7 @@ def _law(function: Callable[[Bench], None]) -> Callable[..., None]:
 
 @_law
 def check_step_equals_unroll(bench: Bench) -> None:
-    """``unroll`` equals ``step`` folded in Python (see `fold`), with everything given and with nothing given.
+    """``unroll`` equals a fold over ``step`` in Python (see `fold`), with all optional arguments and with none.
 
     Arguments are those of `check_cell`; raises AssertionError.
 
@@ -80,7 +80,7 @@ def check_draws(bench: Bench) -> None:
     """
     *_, key = bench.draws()
     try:
-        bench.trial(key=key)  # traces a run with the key, which refuses
+        bench.trial(key=key)  # traces a run with the key, which raises if the law is broken
     except TypeError as error:
         if not str(error).startswith(("cell: ", "params: ")):
             raise
@@ -89,10 +89,11 @@ def check_draws(bench: Bench) -> None:
 
 @_law
 def check_padding(bench: Bench) -> None:
-    """The contents of padding, NaN and infinity included, change no output, no state and no gradient.
+    """The contents of padding, including NaN and infinity, change no output, no state and no gradient.
 
-    Outputs there and gradients of padded inputs are exactly zero, resets there are ignored, and a sequence with its
-    invalid steps cut out gives the same. Arguments are those of `check_cell`; raises AssertionError.
+    Outputs at padding and gradients with respect to padded inputs are exactly zero. Resets at padding are ignored. A
+    sequence without its invalid steps gives the same results. Arguments are those of `check_cell`; raises
+    AssertionError.
 
     >>> jrnn.testing.check_padding(jrnn.elman(2))
     """
@@ -139,8 +140,8 @@ def _expand(flags: np.ndarray, like: np.ndarray) -> np.ndarray:
 def check_zero_length(bench: Bench) -> None:
     """Sequences of length 0 return the state they were given; T = 0 and an empty batch are legal.
 
-    Outputs are zero, the gradient of the state is its cotangent, and nothing else has a gradient. Arguments are those
-    of `check_cell`; raises AssertionError.
+    Outputs are zero, the gradient with respect to the state is its cotangent, and all other gradients are zero.
+    Arguments are those of `check_cell`; raises AssertionError.
 
     >>> jrnn.testing.check_zero_length(jrnn.elman(2))
     """
@@ -171,16 +172,16 @@ def check_zero_length(bench: Bench) -> None:
 def check_resets(bench: Bench) -> None:
     """A reset restores the initial state before the step, and no value (NaN included) and no gradient crosses it.
 
-    The parts on both sides of a reset equal runs of their own. A state of NaN, reset at each sequence's first step,
-    changes no output and no gradient; NaN inputs before a reset change no output after it. Arguments are those of
-    `check_cell`; raises AssertionError.
+    The steps after a reset equal a separate run. A state of NaN that is reset at each sequence's first step changes no
+    output and no gradient. NaN inputs before a reset change no output after it. Arguments are those of `check_cell`;
+    raises AssertionError.
 
     >>> jrnn.testing.check_resets(jrnn.elman(2))
     """
     cut = TIME // 2
     after = np.arange(TIME) >= cut
     # All arguments are given, so that the traced program of other laws is reused. A layer that is not causal gets no
-    # state, since its backward direction would start from it after the reset.
+    # state, since its backward direction would start from this state, after the reset.
     no_padding = {
         "state": bench.initial((BATCH,)) if bench.cell.causal else None,
         "lengths": np.full(BATCH, TIME, np.int32),
@@ -194,7 +195,7 @@ def check_resets(bench: Bench) -> None:
         zero = tuple(map(np.zeros_like, whole.cotangents[:-1]))
         whole = whole._replace(resets=resets, cotangents=(*zero, ys_bar))
         got = bench.run(whole)
-        # A run of the second part by itself has the outputs of the whole run, and the gradients of these outputs.
+        # A separate run of the second part has the outputs of the whole run, and their gradients.
         last = Trial(whole.params, whole.xs[cut:], key=key, start=whole.start + cut, cotangents=(*zero, ys_bar[cut:]))
         part = bench.fold(last)
         about = f"outputs after a reset, {_keyed(key)}"
@@ -205,7 +206,7 @@ def check_resets(bench: Bench) -> None:
         if got["gradient of xs"] is not None:
             before = got["gradient of xs"][:cut]
             bench.compare(before, np.zeros_like(before), f"{about}: gradient of inputs before it", exact=True)
-            # NaN before the reset: outputs after it, and their gradients of inputs after it, are untouched.
+            # NaN before the reset changes neither the outputs after it nor the gradients of the inputs after it.
             spoilt = whole.xs.copy()
             spoilt[:cut] = np.nan
             nan = bench.run(whole._replace(xs=spoilt))
@@ -213,9 +214,9 @@ def check_resets(bench: Bench) -> None:
             mine, clean = nan["gradient of xs"][cut:], got["gradient of xs"][cut:]
             bench.compare(mine, clean, f"NaN before a reset, {_keyed(key)}: gradient of xs after it")
     if not bench.cell.causal:
-        return  # the backward direction meets its state after the last step, where no reset can be
+        return  # the backward direction starts from its state after the last step, where there can be no reset
     for reverse in (False, True):
-        # The first step of each sequence that is valid, its first two times or later, is reset.
+        # The first valid step of each sequence, at t = 0, 1 or 2, is reset.
         late = np.arange(BATCH) % 3
         mask = np.arange(TIME)[:, None] >= late
         resets = np.arange(TIME)[:, None] == late
@@ -236,10 +237,10 @@ def check_resets(bench: Bench) -> None:
 
 @_law
 def check_reverse(bench: Bench) -> None:
-    """``reverse=True`` runs from the last valid step to the first, outputs in input order, padding at the end.
+    """``reverse=True`` runs from the last valid step to the first; outputs stay in input order, padding at the end.
 
-    It equals turning each sequence round, running forward and turning the outputs back. Arguments are those of
-    `check_cell`; raises AssertionError.
+    It equals reversing each sequence, running forward, and reversing the outputs. Arguments are those of `check_cell`;
+    raises AssertionError.
 
     >>> jrnn.testing.check_reverse(jrnn.elman(2))
     """
@@ -268,9 +269,9 @@ def check_reverse(bench: Bench) -> None:
 
 @_law
 def check_chunks(bench: Bench) -> None:
-    """Two chunks, the second from the first one's state, equal one run, gradients through both, randomness too.
+    """Two chunks, where the second starts from the state of the first, equal one run, in gradients and randomness too.
 
-    A bidirectional layer has no such law: its backward direction needs the steps that follow. Arguments are those of
+    The law does not apply to a bidirectional layer, whose backward direction needs later steps. Arguments are those of
     `check_cell`; raises AssertionError.
 
     >>> jrnn.testing.check_chunks(jrnn.elman(2))
@@ -312,7 +313,7 @@ def check_chunks(bench: Bench) -> None:
 
 @_law
 def check_remat(bench: Bench) -> None:
-    """``remat`` changes memory and nothing else, where T is no multiple of the chunk as well.
+    """``remat`` changes only the memory that is used, also if T is not a multiple of the chunk.
 
     Arguments are those of `check_cell`; raises AssertionError.
 
@@ -327,10 +328,10 @@ def check_remat(bench: Bench) -> None:
 
 @_law
 def check_backends(bench: Bench) -> None:
-    """Every backend that serves the layer equals the plain scan, and ``unroll`` of several steps a single one.
+    """Every backend that can run the layer equals the plain scan, and so does a loop with ``unroll=3``.
 
-    A backend that cannot serve it refuses with ValueError, which is no failure. Arguments are those of `check_cell`;
-    raises AssertionError.
+    A backend that cannot run the layer raises ValueError, which does not break the law. Arguments are those of
+    `check_cell`; raises AssertionError.
 
     >>> jrnn.testing.check_backends(jrnn.elman(2))
     """
@@ -408,7 +409,7 @@ def check_vmap(bench: Bench) -> None:
 
 @_law
 def check_jit(bench: Bench) -> None:
-    """Compiled equals eager: values, and every gradient.
+    """A jitted run equals an eager run, in values and in every gradient.
 
     Arguments are those of `check_cell`; raises AssertionError.
 
@@ -424,9 +425,9 @@ def check_jit(bench: Bench) -> None:
 def check_derivatives(bench: Bench) -> None:
     """Derivatives of a nonlinear loss are right, with NaN in padding: grad, jvp, grad of grad and jvp of grad.
 
-    The gradient is that of `fold`, the jvp its product with a direction; the two second derivatives agree with each
-    other and, in float64, with differences of the gradients of `fold`. Arguments are those of `check_cell`; raises
-    AssertionError.
+    The gradient equals that of `fold`, and the jvp equals its product with a direction. The two second derivatives
+    agree with each other. In float64, they also agree with finite differences of the gradients of `fold`. Arguments are
+    those of `check_cell`; raises AssertionError.
 
     >>> jrnn.testing.check_derivatives(jrnn.elman(2), dtype="float64")
     """
@@ -462,11 +463,11 @@ def check_derivatives(bench: Bench) -> None:
 
 @_law
 def check_state_dtype(bench: Bench) -> None:
-    """The state keeps the structure, shapes and dtypes of ``initial_state``, and ``y`` comes in the dtype of ``xs``.
+    """The state keeps the structure, shapes and dtypes of ``initial_state``, and ``y`` has the dtype of ``xs``.
 
-    With bfloat16 and float16 inputs the state and all gradients of parameters stay float32, and outputs are near the
-    float32 ones; a cell may refuse such inputs with an error. Arguments are those of `check_cell`; raises
-    AssertionError.
+    With bfloat16 and float16 inputs, the state and all gradients of parameters stay float32. With bfloat16, the results
+    are close to those in float32. A cell may refuse such inputs with an error. Arguments are those of `check_cell`;
+    raises AssertionError.
 
     >>> jrnn.testing.check_state_dtype(jrnn.elman(2))
     """
@@ -482,7 +483,7 @@ def check_state_dtype(bench: Bench) -> None:
         raise AssertionError(f"{name}: expected a final state {expected}, got {shapes(full['state'])}")
     if bench.cell.event_ndim == 0:
         return
-    # Complex outputs stay as wide as the state, and are not rounded to the dtype of 16-bit inputs.
+    # Complex outputs have the precision of the state, and are not rounded to the dtype of 16-bit inputs.
     is_complex = np.iscomplexobj(full["ys"])
     wanted = np.result_type(bench.dtype, np.complex64) if is_complex else bench.dtype
     if full["ys"].dtype != wanted:
@@ -516,7 +517,7 @@ def check_state_dtype(bench: Bench) -> None:
 
 @_law
 def check_compiles_once(bench: Bench) -> None:
-    """A second call with an equal cell and other values compiles nothing and traces nothing, eager or jitted.
+    """A second call with an equal cell and other values is neither traced nor compiled again, eager or jitted.
 
     Arguments are those of `check_cell`; raises AssertionError.
 
@@ -543,7 +544,7 @@ def check_compiles_once(bench: Bench) -> None:
             "by value?"
         )
     Run(bench.cell)(first)
-    # Only this thread's compilations: others may be at work.
+    # Only the compilations of this thread, since other threads may compile, too.
     here, compiled = threading.get_ident(), []
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
@@ -561,7 +562,7 @@ def check_compiles_once(bench: Bench) -> None:
 
 @_law
 def check_hashing(bench: Bench) -> None:
-    """A layer is a value: frozen, hashable, equal to an equal one, no pytree; its parameters are plain pytrees.
+    """A layer is a frozen, hashable value that equals its copies and is not a pytree; its parameters are plain pytrees.
 
     Arguments are those of `check_cell`; raises AssertionError.
 
@@ -634,12 +635,12 @@ def check_cell(
     Args:
       cell: anything that `jrnn.unroll` runs.
       in_features: F; None for models that begin with `jrnn.embed`.
-      dtype: "float32" or "float64", of parameters, inputs and states; float64 compares to 1e-11. It is switched on for
-        the duration of the call alone.
-      seed: of parameters, data and keys.
-      jit: whether to compile every program; slower, and the same unless a compiler is wrong.
-      params: parameters to use; None for ``cell.init`` with noise added, so that nothing is zero.
-      laws: which laws; None for all of `LAWS`.
+      dtype: "float32" or "float64", the dtype of parameters, inputs and states. In float64, results must agree to
+        1e-11, and float64 is enabled only for the duration of the call.
+      seed: the seed of parameters, data and keys.
+      jit: whether to compile every program. This is slower, and the results are the same unless a compiler is wrong.
+      params: the parameters to use; None for those of ``cell.init`` with noise added, so that nothing is zero.
+      laws: the laws to check; None for all of `LAWS`.
 
     Raises:
       AssertionError: a law does not hold; the message names the law, the leaf that differs, and by how much.

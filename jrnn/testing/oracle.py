@@ -1,4 +1,11 @@
-"""The sequence contract read literally: a Python loop over ``cell.step``, and its gradients by hand."""
+"""A literal implementation of the sequence contract: a Python loop over ``cell.step``, and its gradients by hand.
+
+With g the cotangent of the state after step t, v whether step t is valid and r whether it is reset, the loop and its
+pullback are::
+
+    s'  = r ? initial : s            g', dx, dparams += pullback of step at (v ? g : 0, v ? dy : 0)
+    s,y = v ? step(s', x) : (s', 0)  dinitial += r ? g' : 0          g = (v ? 0 : g) + (r ? 0 : g')
+"""
 
 from __future__ import annotations
 
@@ -15,7 +22,7 @@ from jrnn.cells.base import Layer, features_of
 from jrnn.compose.combine import Bidirectional, Highway, Residual, Stack, stepless
 from jrnn.testing.trials import Trial, has_gradient, inexact, only_inexact, results, with_gradients
 
-_ONCE = 0xFFFFFFFF  # the number that is folded into a key for randomness drawn once per sequence
+_ONCE = 0xFFFFFFFF  # the time that is folded into the key of draws once per sequence
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class _Keys:
-    """A key for each step; for a part of a layer that has no step of its own, with the part's index folded in."""
+    """A key for each step. If a layer has no step of its own, the index of its part is folded in, too."""
 
     time: int
     path: tuple[int, ...]
@@ -85,7 +92,7 @@ class _Keys:
 
 @dataclass(frozen=True)
 class _Mix:
-    """The output of a combinator without a step from its input and its parts' outputs, and the gradients of it."""
+    """The output of a combinator without a step, from its input and the outputs of its parts; and its gradients."""
 
     layer: Layer
 
@@ -114,7 +121,7 @@ class _Flow(NamedTuple):
         return self._replace(path=(*self.path, index))
 
     def opposite(self) -> _Flow:
-        """The other direction begins afresh at the last valid step before a boundary, as it meets it."""
+        """The flow in the other direction, where a reset at t becomes one at the last valid step before t."""
         resets = np.zeros_like(self.resets)
         order = list(range(len(resets)))[:: -1 if self.reverse else 1]
         for b in np.ndindex(*resets.shape[1:]):
@@ -144,7 +151,7 @@ def add_trees(a: Any, b: Any) -> Any:
 
 
 def _fold_steps(layer: Layer, params: Any, xs: Any, state: Any, flow: _Flow) -> Any:
-    """Python's fold over ``layer.step``, and the pullback by which backpropagation through time goes."""
+    """A fold over ``layer.step`` in Python, and its pullback, which is backpropagation through time."""
     time, batch = len(xs), flow.valid.shape[1:]
     initial = call(Initial(layer, batch), params, None)
     keys = [None] * time if flow.key is None else call(_Keys(time, flow.path), flow.key, flow.start)
@@ -181,12 +188,12 @@ def _fold_steps(layer: Layer, params: Any, xs: Any, state: Any, flow: _Flow) -> 
     return state, np.stack(ys) if time else None, pull
 
 
-# The combinators that `_fold_layers` reads by itself, without running their `walk`.
+# The combinators that `_fold_layers` implements itself, without running their `walk`.
 _READ = (Stack.walk, Bidirectional.walk, Residual.walk, Highway.walk)
 
 
 class _Walking:
-    """A run over time, as a combinator's `walk` meets it, in which ``part`` runs the parts."""
+    """A run over time, in the interface that a combinator's `walk` expects. ``part`` runs the parts."""
 
     def __init__(self, flow: _Flow, part: Callable[..., Any]) -> None:
         self.flow, self.part = flow, part
@@ -213,11 +220,11 @@ class _Walking:
 
 
 def _fold_walk(layer: Any, params: Any, xs: Any, state: Any, flow: _Flow) -> Any:
-    """The same for a combinator known by its `walk` alone.
+    """The fold for a combinator of which only the `walk` is known.
 
-    Its walk is run once with each part folded. For the pullback the walk is a function of the parts' results that gives
-    the arguments of each part and the final results: the gradient of a part's result comes from all that is computed
-    from it, so that the parts are gone through from the last to the first.
+    The walk is run once, with each part folded. For the pullback, the walk is seen as a function from the results of
+    the parts to their arguments and to the final results. The gradient of a part's result comes from everything that
+    is computed from it, so the pullbacks of the parts are called from the last to the first.
     """
     ends: list[Any] = []
     pulls: list[Any] = []
@@ -233,7 +240,7 @@ def _fold_walk(layer: Any, params: Any, xs: Any, state: Any, flow: _Flow) -> Any
     point, rebuild = inexact((params, xs, state, ends))
 
     def around(point: Any) -> tuple[list[list[Any]], list[Any]]:
-        """The arguments of each part, and what the layer returns: floats of each."""
+        """The float leaves of the arguments of each part, and those of the results of the layer."""
         params, xs, state, ends = rebuild(point)
         arguments: list[list[Any]] = []
         left = iter(ends)
@@ -269,7 +276,7 @@ def _as_numpy(leaf: Any) -> Any:
 
 
 def _fold_layers(layer: Any, params: Any, xs: Any, state: Any, flow: _Flow) -> Any:
-    """The same for layers without a step, which are made of layers that have one."""
+    """The fold for any layer. A layer without a step consists of layers that have one."""
     if not stepless(layer):
         return _fold_steps(layer, params, xs, state, flow)
     if type(layer).walk not in _READ:
@@ -293,7 +300,7 @@ def _fold_layers(layer: Any, params: Any, xs: Any, state: Any, flow: _Flow) -> A
 
         return tuple(states), xs, pull_stack
     if isinstance(layer, Bidirectional):
-        # Leaves of a dict come in the order of its names: backward before forward.
+        # The leaves of a dict are in the order of its names: backward before forward.
         parts = {
             "backward": (layer.backward, params["backward"], state["backward"], flow.child(1).opposite()),
             "forward": (layer.forward, params["forward"], state["forward"], flow.child(0)),
@@ -329,11 +336,11 @@ def _fold_layers(layer: Any, params: Any, xs: Any, state: Any, flow: _Flow) -> A
 
 
 def fold(cell: Layer, trial: Trial, *, reverse: bool = False) -> dict[str, Any]:
-    """The sequence contract read literally: a Python loop over ``cell.step`` in NumPy, gradients by hand.
+    """A literal implementation of the sequence contract: a NumPy loop over ``cell.step``, with gradients by hand.
 
-    Steps are taken in the order of processing. At a step that is not valid nothing happens, a reset included; else a
-    reset replaces the state, then the step is taken under the key of its absolute time. A layer without a step is made
-    of parts that have one: a bidirectional layer's backward part treats a reset at t as the boundary before it.
+    Steps run in the order of processing. An invalid step changes nothing, and a reset there is ignored. At a valid
+    step, a reset first replaces the state; then the step runs with the key of its absolute time. A layer without a step
+    consists of parts that have one. In a bidirectional layer's backward part, a reset at t is the boundary before t.
 
     Args:
       cell: a cell or layer.
@@ -341,7 +348,7 @@ def fold(cell: Layer, trial: Trial, *, reverse: bool = False) -> dict[str, Any]:
       reverse: as for `jrnn.unroll`.
 
     Returns:
-      a dict of NumPy trees: ``state``, ``ys``, and with ``trial.cotangents`` the gradients.
+      A dict of NumPy trees: ``state``, ``ys``, and with ``trial.cotangents`` the gradients.
 
     >>> cell = jrnn.elman(4)
     >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3))

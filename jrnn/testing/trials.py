@@ -1,4 +1,4 @@
-"""The functions that the laws run: `jrnn.unroll` with its gradients, as functions of a `Trial`, equal by value."""
+"""The functions that the laws run: `jrnn.unroll` with its gradients, as functions of a `Trial`, compared by value."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ BATCH = 4
 
 
 class Trial(NamedTuple):
-    """Arguments of one unroll, with cotangents of its state and outputs (None: values alone are wanted).
+    """The arguments of one unroll, with the cotangents of its state and outputs.
 
-    ``xs (T, *B, F)`` or integers ``(T, *B)``; ``lengths (*B,)``, ``mask`` and ``resets (T, *B)`` or None;
-    ``cotangents`` a tuple: one for each float leaf of the state, then that of ``ys``.
+    ``xs`` are ``(T, *B, F)`` or integers ``(T, *B)``. ``lengths (*B,)``, ``mask`` and ``resets (T, *B)`` may be None.
+    ``cotangents`` is a tuple with one for each float leaf of the state, then that of ``ys``; None for values only.
 
     >>> jrnn.testing.Trial({}, jnp.ones((5, 3))).resets is None
     True
@@ -38,7 +38,7 @@ class Trial(NamedTuple):
     cotangents: Any = None
 
     def flags(self, batch: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Valid steps and the resets among them, ``(T, *B)`` booleans, NumPy."""
+        """The valid steps and the resets at valid steps, NumPy booleans ``(T, *B)``."""
         time = self.xs.shape[0]
         valid = np.ones((time, *batch), bool)
         if self.lengths is not None:
@@ -51,7 +51,7 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """`unroll` with its gradients, as a function of a trial that compares by value, so that programs are reused."""
+    """`unroll` with its gradients, as a function of a trial. Compares by value, so that traced programs are reused."""
 
     cell: Layer
     reverse: bool = False
@@ -72,7 +72,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Vmap:
-    """The same, vmapped over the batch axis of a trial; each sequence has its own key where there is one."""
+    """A run that is vmapped over the batch axis of a trial. If there are keys, each sequence has its own."""
 
     run: Run
 
@@ -87,10 +87,10 @@ class Vmap:
 
 @dataclass(frozen=True)
 class Second:
-    """A nonlinear loss of state and outputs: gradient, jvp, jvp of gradient and gradient of gradient along a vector.
+    """Derivatives of a nonlinear loss of state and outputs along a vector: grad, jvp, jvp of grad and grad of grad.
 
-    The loss is real. Of a complex number z, JAX's gradient is the g for which the loss changes by the real part of
-    ``g * dz``.
+    The loss is real. JAX's gradient with respect to a complex number z is the g for which the loss changes by the real
+    part of ``g * dz``.
     """
 
     run: Run
@@ -113,12 +113,12 @@ class Second:
 
 
 def has_gradient(leaf: Any) -> bool:
-    """Whether a leaf is of floats or of complex numbers."""
+    """Whether a leaf consists of floats or complex numbers."""
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def inexact(tree: Any) -> tuple[list[Any], Callable[[Any], Any]]:
-    """The float and complex leaves, which have gradients, and how to put others in their place."""
+    """The float and complex leaves, which have gradients, and a function that rebuilds the tree with other leaves."""
     leaves, treedef = jax.tree.flatten(tree)
     where = [i for i, leaf in enumerate(leaves) if has_gradient(leaf)]
 

@@ -1,6 +1,6 @@
-"""The table of JAX's primitive operations: one row for each, and in it all that jrnn knows of the operation.
+"""The table of JAX's primitive operations. The row of an operation holds all that jrnn knows about it.
 
-An operation that has no row makes the part of a program that it stands in opaque. It is never guessed at.
+An operation without a row makes its part of a program opaque. Its properties are never guessed.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ class Primitive(NamedTuple):
 
     Attributes:
       name: the name that JAX gives the primitive.
-      elementwise: whether it acts on each element by itself, in whatever order the axes of its operands stand.
+      elementwise: whether it acts on each element separately, for any order of the axes of its operands.
       rearranges: whether each element of its results is an element of its operands.
-      mappable: whether it is the same, and as cheap, for all steps at once as for one step after another.
+      mappable: whether it can run for all steps at once, with the same result and no more work than step by step.
       same: whether the values of its results are those of its operands (its derivative may differ).
-      linear: the places of operands in each of which it is linear while the others are held.
-      sums: the places of operands in all of which together it is linear.
-      calls: the name of the parameter that holds a program that it does nothing but call.
-      transparent: whether the call may be replaced by that program: it has no derivative, and no rule for batches, of
-        its own.
+      linear: the indices of the operands in each of which it is linear while the others are fixed.
+      sums: the indices of the operands in which it is jointly linear.
+      calls: the name of the parameter that holds a program, if the operation only calls this program.
+      transparent: whether the call may be replaced by the program, because it has no derivative and no batching rule
+        of its own.
       floats, ints, masks: the C++ of the operation on vectors of float32, of 32-bit integers and of booleans: a
         template of its operands, or a function of its parameters and operands.
-      kinds: the same for operands of several dtypes: a function of the parameters, the dtypes of operands and result,
-        and the operands, that gives None where the C++ is not known.
+      kinds: the C++ for operands of several dtypes: a function of the parameters, the dtypes of operands and result,
+        and the operands, that returns None if there is no C++.
       numpy: the operation in NumPy: a ufunc, or a function of its parameters and operands.
-      pallas: True if every kernel language that is used has it, or a function of its parameters and operands that
-        writes it in operations that every language has.
+      pallas: True if every kernel language that is used has the operation; or a function of its parameters and operands
+        that expresses it in operations that every language has.
     """
 
     name: str
@@ -70,12 +70,12 @@ def _mappable(name: str, **known: Any) -> Primitive:
 
 
 def _library(name: str, function: str, **known: Any) -> Primitive:
-    """A function of floats that is the C library's, lane by lane: right, and not fast."""
+    """A function of floats from the C library, applied lane by lane: correct, but not fast."""
     return _elementwise(name, floats=cpp.library(function), **known)
 
 
 _ROWS = (
-    # Of one operand.
+    # One operand.
     _elementwise("abs", floats="vabs({0})", numpy=np.abs, pallas=True),
     _library("acos", "acosf"),
     _library("acosh", "acoshf"),
@@ -124,7 +124,7 @@ _ROWS = (
     _elementwise("stop_gradient", same=True, numpy=host.same, pallas=pallas.same),
     _library("tan", "tanf"),
     _elementwise("tanh", floats="vtanh({0})", numpy=np.tanh, pallas=True),
-    # Of two or three.
+    # Two or three operands.
     _elementwise("add", sums=(0, 1), floats="{0} + {1}", ints="{0} + {1}", numpy=np.add, pallas=True),
     _elementwise("add_any", sums=(0, 1), floats="{0} + {1}", ints="{0} + {1}", numpy=np.add, pallas=pallas.add),
     _elementwise("and", ints="{0} & {1}", masks="{0} & {1}", numpy=np.bitwise_and, pallas=True),
@@ -150,7 +150,7 @@ _ROWS = (
     _elementwise("shift_right_logical", numpy=np.right_shift),
     _elementwise("sub", sums=(0, 1), floats="{0} - {1}", ints="{0} - {1}", numpy=np.subtract, pallas=True),
     _elementwise("xor", ints="{0} ^ {1}", masks="{0} ^ {1}", numpy=np.bitwise_xor, pallas=True),
-    # That move elements.
+    # Operations that move elements.
     _rearranging("broadcast_in_dim", numpy=host.broadcast, pallas=True),
     _rearranging("concatenate", numpy=host.concatenate),
     _rearranging("expand_dims"),
@@ -160,7 +160,7 @@ _ROWS = (
     _rearranging("squeeze", numpy=host.squeeze),
     _rearranging("transpose", numpy=host.transpose),
     _rearranging("unstack"),
-    # That move elements in ways that are not followed, or combine several.
+    # Operations that move elements in ways that the readers do not follow, or that combine several elements.
     _mappable("argmax", numpy=host.argmax),
     _mappable("argmin"),
     _mappable("complex"),
@@ -215,7 +215,7 @@ _ROWS = (
     _mappable("weigh", numpy=host.matmul),  # see `jrnn._core.products`
     _mappable("zeros_like"),
     _mappable("zeta"),
-    # That only call another program.
+    # Operations that only call another program.
     _mappable("checkpoint", calls="jaxpr", transparent=True),
     _mappable("closed_call", calls="call_jaxpr", transparent=True),
     _mappable("core_call", calls="call_jaxpr", transparent=True),
@@ -226,9 +226,9 @@ _ROWS = (
     _mappable("custom_jvp_call", calls="call_jaxpr"),
     Primitive("custom_vjp_call", calls="call_jaxpr"),
     Primitive("custom_vmap_call", calls="call"),
-    # Not the same, or not as cheap, for all steps at once. Others are so too, and stand in no row: a `cond` would take
-    # both branches, and the derivative of the one that was not meant may be NaN; a `while` would run as long as the
-    # longest; some generators of random numbers give other numbers under `vmap`.
+    # Operations that are not mappable. There are others, which have no row: under `vmap`, a `cond` takes both branches,
+    # and the derivative of the branch not chosen may be NaN; a `while` runs as long as its longest member; and some
+    # random number generators give different numbers.
     Primitive("optimization_barrier", same=True),
     Primitive("random_bits", numpy=host.bits),
     Primitive("random_fold_in", numpy=host.fold_in),
@@ -239,5 +239,5 @@ TABLE = {row.name: row for row in _ROWS}
 
 
 def primitive(name: str) -> Primitive:
-    """The row of a primitive; one in which nothing is known where the table has none."""
+    """The row of a primitive, or a row without known properties if the table has none."""
     return TABLE.get(name) or Primitive(name)

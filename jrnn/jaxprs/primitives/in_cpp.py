@@ -1,4 +1,4 @@
-"""Operations in C++ on vectors (see `schedules/native/vectors.h`), where a template of the operands does not do."""
+"""Operations in C++ on vectors (see `schedules/native/vectors.h`) that a template of the operands cannot express."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 __all__ = ["BOOL", "FLOAT", "INT", "KINDS", "UINT"]
 
-# The type of a vector of each dtype. A boolean is a mask: a vector of integers that are 0 or -1.
+# The vector type of each dtype. A vector of booleans is a mask: a vector of integers that are 0 or -1.
 FLOAT, INT, UINT, BOOL = map(np.dtype, (np.float32, np.int32, np.uint32, np.bool_))
 KINDS = {FLOAT: "vf", INT: "vi", UINT: "vu", BOOL: "vi"}
 
-# From one kind to another.
+# Conversions from one kind to another.
 _CONVERSIONS = {
     (FLOAT, INT): "vint({0})", (FLOAT, BOOL): "{0} != 0.0f", (INT, FLOAT): "__builtin_convertvector({0}, vf)",
     (INT, BOOL): "{0} != 0", (BOOL, FLOAT): "{0} ? splat(1) : splat(0)", (BOOL, INT): "-{0}",
@@ -45,7 +45,7 @@ def library(function: str) -> Callable[..., str]:
 
     def text(params: Any, *values: str) -> str:
         arguments = ("float a", "float b")[: len(values)]
-        # XLA takes numbers too small to be normal as zero; the logarithm of the C library looks at their bits.
+        # XLA treats subnormal numbers as zero, but the logarithm of the C library does not.
         given = "a == 0 ? 0.0f : a" if function == "logf" else ", ".join("ab"[: len(values)])
         return f"each([]({', '.join(arguments)}) {{ return __builtin_{function}({given}); }}, {', '.join(values)})"
 
@@ -58,7 +58,7 @@ def round(params: Any, x: str) -> str:
 
 
 def power(params: Any, x: str) -> str:
-    """The product of the squares that XLA takes it from, so that it rounds as that does."""
+    """A power as the product of the same squares as in XLA, so that it rounds in the same way."""
     exponent = params["y"]
     left, square, factors = abs(exponent), x, []
     while left:

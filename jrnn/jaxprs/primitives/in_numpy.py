@@ -1,6 +1,6 @@
-"""Operations in NumPy, where a ufunc does not do: functions of an operation's parameters and operands.
+"""Operations in NumPy that are not ufuncs: functions of an operation's parameters and operands.
 
-JAX's usual keys, two 32-bit words each, are one 64-bit number here.
+A key of JAX's default kind, two 32-bit words, is represented as one 64-bit number.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def broadcast(params: Any, x: Any, *_: Any) -> Any:
     inner = [1] * len(shape)
     for axis, dim in enumerate(dims):
         inner[dim] = x.shape[axis]
-    out = np.empty(shape, x.dtype)  # quicker than a view of so few elements
+    out = np.empty(shape, x.dtype)  # faster than a view for so few elements
     out[...] = x.reshape(inner)
     return out
 
@@ -152,7 +152,7 @@ def dot(params: Any, x: Any, y: Any) -> Any:
     return np.einsum(f"{''.join(x_names)},{''.join(y_names)}->{''.join(batch + free)}", x, y)
 
 
-# --- randomness: Threefry-2x32 in 20 rounds (Salmon et al. 2011), as JAX uses it for its usual keys --------------
+# --- randomness: Threefry-2x32 in 20 rounds (Salmon et al. 2011), as in JAX's default keys -----------------------
 
 
 def packed(words: Any) -> Any:
@@ -182,7 +182,7 @@ def split_keys(params: Any, keys: Any) -> Any:
 
 
 def _words(numbers: Any) -> tuple[Any, Any]:
-    """Upper and lower half of 64-bit numbers."""
+    """The upper and the lower half of 64-bit numbers."""
     return (numbers >> np.uint64(32)).astype(np.uint32), numbers.astype(np.uint32)
 
 
@@ -192,7 +192,7 @@ def _number(words: tuple[Any, Any]) -> Any:
 
 
 def _threefry(keys: Any, counts: Any) -> tuple[Any, Any]:
-    """Two words for each key and count, both of 64 bits: two words each."""
+    """The two words of Threefry for each key and count, which are 64-bit numbers: two words each."""
     first, second = _words(keys)
     schedule = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
     x, y = _words(counts)

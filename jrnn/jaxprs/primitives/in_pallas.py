@@ -1,6 +1,6 @@
-"""Operations that not every kernel language has, by those that each has.
+"""Operations that some kernel languages lack, expressed in operations that every kernel language has.
 
-Near zero `log1p` and `expm1` keep an absolute error of rounding and not a relative one.
+Near zero, `log1p` and `expm1` have a small absolute error, but not a small relative error.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The loop of an affine cell as a compiled function for the CPU: every product, the gates and all gradients in one.
 
-XLA runs a loop as a list of operations, about ten a step, on arrays that go through memory. Here one function written
-in C++ holds the whole loop (`kernel.cc`) and calls the cell's own gates, compiled for it (`emit.py`, `cell.cc`); XLA
-calls it as one operation (`calls.py`). The machine's C++ compiler makes the loop once and the gates once for each cell
-(`build.py`, `cache.py`). On a CPU it is the default wherever it serves and pays.
+XLA runs about ten operations for each step of a loop, on arrays that go through memory. Here one C++ function runs the
+whole loop (`kernel.cc`) and calls the gates of the cell, which are compiled for it (`emit.py`, `cell.cc`). XLA calls
+the function as one operation (`calls.py`). The machine's C++ compiler compiles the loop once, and the gates once for
+each cell (`build.py`, `cache.py`). On a CPU this schedule is the default wherever it serves and pays.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from jrnn.schedules.plan import Plan, Refusal, Task
 
 __all__ = ["pays", "plan"]
 
-# From how much on it is chosen by default: floating-point operations, to be worth a compilation; and steps of all
-# sequences, since the weights are packed anew in each call, which costs as much as some of these. Not so where few
-# steps of few sequences read them in place (`forward.h`): there STEP operations are enough.
+# The least sizes for which the schedule is chosen by default: WORK floating-point operations, to be worth a
+# compilation, and ROWS steps over all sequences, to be worth packing the weights, which every call does anew. A call of
+# few steps and few sequences reads the weights in place (`forward.h`): there STEP operations are enough.
 WORK, ROWS, STEP = 2**20, 32, 2**18
 FEW_STEPS, FEW_SEQUENCES, WHOLE_BLOCKS = 4, 3, 32
 
 
 def pays(task: Task) -> Refusal | None:
-    """Why it is not chosen where nobody asked for it; None where it is, if it serves."""
+    """The reason why the schedule is not chosen by default; None if it is chosen, provided that it serves."""
     if task.affine is None:
         return Refusal("the cell is not affine")
     if jax.device_count() > 1:
@@ -99,13 +99,13 @@ def plan(task: Task) -> Plan | Refusal:
 
 
 def read_gates(form: AffineForm, state: Any) -> tuple[tuple[bool, ...], str]:
-    """Of each gate whether it uses only ``u + v``, and the gates in C++."""
+    """For each gate, whether it uses only ``u + v``; and the gates in C++."""
     sums = promises.sums(form.gates, form.theta, state)
     return sums, emit.header(form.gates, promises.Forms.of(form.theta, state), sums)
 
 
 def run(options: Options, task: Task) -> tuple[Any, jax.Array]:
-    """16-bit inputs and weights are as exact in float32, in which this processor multiplies faster."""
+    """Runs the compiled loop. 16-bit inputs and weights are converted to float32, which is exact and here faster."""
     form = task.form
     inputs, w_hh, xs = jax.tree.map(_float32, (form.inputs, form.w_hh, form.entering(task.xs)))
     form = replace(form, inputs=inputs, w_hh=w_hh, input_mask=None, mask=None)

@@ -1,4 +1,7 @@
-// The derivative of the loop: its steps from the last to the first, and the gradients of weights, chunk by chunk.
+// The transpose of the loop's tangent. Each step, from the last to the first, with g the cotangent of the state s_t:
+//   (du, dv, dtheta, g) <- gates_vjp(g + dafter_t),   g.h += mask * (dv W_hh^T),   at a reset: drestart += g, g <- 0
+// and for a whole chunk of steps at once:
+//   dx = du W_ih^T,   dW_ih = sum_t x_t^T du_t,   dW_hh = sum_t (mask * h_{t-1})^T dv_t,   db = sum_t du_t
 
 #pragma once
 
@@ -10,19 +13,19 @@ struct Backward {
   const float *x, *w_ih, *w_hh;
   const uint8_t *valid, *resets;
   const float* mask;
-  Inputs theta, state, restart, after, dlast, dafter;  // dafter: null where a state is not put out
+  Inputs theta, state, restart, after, dlast, dafter;  // dafter: null for a state that is not an output
   const float* parts;
   long parts_row;
-  long kept_rows;  // sequences to a step of parts and after
+  long kept_rows;  // the number of sequences in parts and after
   float *dx, *dw_ih, *db, *dw_hh;  // dx may be null
   Outputs dtheta, dstate, drestart;
-  bool more = false;  // whether these, of dx and dstate apart, are added to what is there
+  bool more = false;  // whether results other than dx and dstate are added to the values in place
 };
 
-// out (M, UB) += A B for the gradient of weights, where the last block of units may be short.
+// out (M, UB) += A B for the gradient of weights. The last block of units may be short.
 void accumulate(const Run& run, long M, long K, const float* A, const float* B, long ub, bool fresh, float* out) {
   const long n = std::min<long>(UB, run.H - ub * UB);
-  // The tile below is next, and its rows are pages apart.
+  // Prefetches the tile below, which is the next one: its rows are pages apart.
   if (!fresh)
     for (long r = M; r < 2 * M; ++r)
       for (long j = 0; j < UB; j += 16) __builtin_prefetch(out + r * run.width + j, 1, 2);
@@ -47,7 +50,7 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
   const long S = cell.states, thetas = cell.thetas, h_state = cell.hidden_state;
   const bool apart = run.apart;
   const long K = blocks * G * UB, row = padded(K), hidden = blocks * UB;
-  // Many rows, so that gradients of weights, which are far, are added to seldom.
+  // Many rows, so that the gradients of weights, which lie in far memory, are updated rarely.
   const long chunk = std::max(1L, std::min(T, 320 / N)), most = chunk * N;
   const long f_blocks = (F + UB - 1) / UB, f_strips = (F + MR - 1) / MR, h_strips = (H + MR - 1) / MR;
   const size_t sizes[] = {size_t(most * row), apart ? size_t(most * row) : 0, size_t(S * N * hidden),
@@ -95,7 +98,7 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
       const long count = std::min(chunk, T - start), low = run.reverse ? start : T - start - count;
       for (long i = start; i < start + count; ++i) {
         const long t = run.time(T - 1 - i), before = run.time(T - 2 - i);
-        const bool opens = i == T - 1;  // the first step of the loop, the last of its derivative
+        const bool opens = i == T - 1;  // the first step of the loop, and the last one here
         const uint8_t* valid = f.valid ? f.valid + t * N : nullptr;
         const uint8_t* resets = f.resets ? f.resets + t * N : nullptr;
         for (long s = 0; s < S; ++s) {
@@ -109,7 +112,7 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
                        dv + place + b0 * G * UB, row});
         part.group.wait();
         float* dh = carry + (h_state * N + n0) * hidden;
-        float* through = f.mask ? masked + n0 * hidden : dh;  // what comes through the product, apart from the rest
+        float* through = f.mask ? masked + n0 * hidden : dh;  // the cotangent through the product, before the mask
         if (n1 - n0 <= FEW) {
           narrow(n1 - n0, K, dv + place, row, p_hh + b0 * K * UB, at, b1 - b0, dh, hidden, through, hidden);
         } else {
@@ -122,7 +125,7 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
                             f.mask ? nullptr : to, hidden, to, hidden);
             });
           }
-          // What others took of these units is read below, and by the gates of the next step.
+          // Other threads may have computed a part of these units, which is read below and in the next step.
           part.group.wait();
         }
         for (long n = n0; n < n1 && f.mask; ++n)
@@ -138,7 +141,7 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
               }
       }
 
-      // Of the chunk at once: the gradients of weights, by columns, and of the inputs, by rows.
+      // For the whole chunk at once: the gradients of weights, by columns, and of the inputs, by rows.
       const long rows = count * N;
       const bool fresh = start == 0 && !f.more;
       {

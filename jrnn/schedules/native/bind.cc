@@ -1,4 +1,4 @@
-// The loop as XLA calls it.
+// The functions of the loop that XLA calls.
 
 #include <exception>
 
@@ -32,7 +32,7 @@ XLA_FFI_Error* call(XLA_FFI_CallFrame* frame, const Cell* cell, Run run) {
 
 }  // namespace
 
-// What a cell's library calls (see cell.cc).
+// The functions that a cell's library calls (see cell.cc).
 extern "C" {
 XLA_FFI_Error* jrnn_enter_forward(XLA_FFI_CallFrame* frame, const Cell* cell) {
   return call(frame, cell, run_forward);

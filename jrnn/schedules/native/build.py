@@ -1,4 +1,4 @@
-"""Compiles the loop, once for this machine, and each cell's gates, with its C++ compiler; makes them known to XLA."""
+"""Compiles the loop once for this machine, and the gates once for each cell; registers the functions with XLA."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jrnn.schedules.native import cache
 
 __all__ = ["available", "load", "load_linear"]
 
-# Not -ffast-math: a NaN must stay one.
+# Not -ffast-math, which does not preserve NaN.
 FLAGS = ("-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
 # The files of each library, and how each is optimised. All files are compiled at the same time, and the first result
 # waits for them. The code that takes most of the run time is in products.cc; for the rest of the loop -O3 made no
@@ -54,7 +54,7 @@ def compiler() -> str | None:
 
 
 def available() -> tuple[bool, str]:
-    """Whether kernels can be compiled here, and why not; the first call in a process loads or compiles the loop."""
+    """Whether kernels can be compiled here, and if not, why. The first call in a process loads or compiles the loop."""
     if reason := _missing():
         return False, reason
     try:
@@ -65,7 +65,7 @@ def available() -> tuple[bool, str]:
 
 
 def _missing() -> str | None:
-    """Why nothing can be compiled here, as far as that is known without an attempt."""
+    """The reason why nothing can be compiled here, as far as it is known without an attempt; else None."""
     if os.environ.get("JRNN_NATIVE") == "0":
         return "switched off by JRNN_NATIVE=0"
     if platform.system() != "Linux":
@@ -100,7 +100,7 @@ _kernels: dict[str, Kernel] = {}  # registered with XLA, by name, for the life o
 
 
 def load(header: str) -> Kernel:
-    """The kernel for a cell's header (see `emit.header`), compiled unless it was before.
+    """The kernel for a cell's header (see `emit.header`), compiled at its first use.
 
     Raises:
       RuntimeError: it cannot be compiled or loaded. The reason is found once, and is the same at every later call.
@@ -126,7 +126,7 @@ def load(header: str) -> Kernel:
 
 
 def load_linear() -> Linear:
-    """The linear recurrence, compiled unless it was before.
+    """The linear recurrence, compiled at its first use.
 
     Raises:
       RuntimeError: it cannot be compiled or loaded. The reason is found once, and is the same at every later call.
@@ -164,7 +164,7 @@ def _kernel_name(header: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _libraries(header: str, path: str, directories: tuple[Path, ...]) -> tuple[ctypes.CDLL, ctypes.CDLL] | str:
-    """The loop and a cell's gates, or why one of them cannot be had. Both are compiled at the same time."""
+    """The loop and a cell's gates, or why one of them is missing. Both are compiled at the same time."""
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(_loop, path, directories)
         cell = _loaded(_cell_library(header, path), directories)
@@ -176,7 +176,7 @@ def _libraries(header: str, path: str, directories: tuple[Path, ...]) -> tuple[c
 
 @functools.lru_cache(maxsize=8)
 def _loop(path: str, directories: tuple[Path, ...]) -> ctypes.CDLL | str:
-    """The loop, or why it cannot be had, in one line."""
+    """The loop, or in one line the reason why it is missing."""
     found = _loaded(_loop_library(path), directories)
     if not isinstance(found, str):
         return found
@@ -197,8 +197,8 @@ class Library:
 
     @property
     def name(self) -> str:
-        # The processor too, since the code is for the one that it is compiled on; and "sealed", since the file ends in
-        # a digest of itself.
+        # The processor is included because the code is compiled for it, and "sealed" because the file ends in a digest
+        # of its content.
         flags = (*FLAGS, *itertools.chain(*self.sources.values()))
         depends = ("sealed", *self.files.values(), _version(self.compiler), *flags, self.version, _processor())
         return f"jrnn_{self.stem}_{_digest(*depends)}.so"
@@ -229,7 +229,7 @@ def _digest(*parts: str) -> str:
 
 
 def _loaded(library: Library, directories: tuple[Path, ...]) -> ctypes.CDLL | str:
-    """A library from the first directory that has it or can hold it, or why from none."""
+    """A library from the first directory that holds it or can be written to, or the reasons why there is none."""
     reasons = []
     for directory in directories:
         try:
@@ -259,7 +259,7 @@ def _loaded_from(library: Library, directory: Path) -> ctypes.CDLL:
 
 
 def _compile(library: Library, target: Path) -> None:
-    """Compiles a library and puts it in place whole; another process may have put the same there meanwhile."""
+    """Compiles a library and moves it into place as a whole. Another process may have put the same library there."""
     with cache.work(target.parent) as folder:
         for name, text in library.files.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -274,8 +274,8 @@ def _compile(library: Library, target: Path) -> None:
 
 
 def _run(commands: list[tuple[str, ...]]) -> None:
-    """Runs commands at the same time; raises where one fails."""
-    # In English, in which "error:" can be found, and whatever its encoding.
+    """Runs commands at the same time; raises if one fails."""
+    # Messages in English, so that "error:" can be found, in any encoding.
     environment = {**os.environ, "LC_ALL": "C"}
     running = [
         subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", env=environment)
@@ -285,7 +285,7 @@ def _run(commands: list[tuple[str, ...]]) -> None:
         errors = [process.communicate()[1] for process in running]
     finally:
         for process in running:
-            process.kill()  # nothing where it has ended
+            process.kill()  # has no effect on a process that has ended
     for command, process, error in zip(commands, running, errors, strict=True):
         if process.returncode:
             raise RuntimeError(f"the C++ compiler failed: {error[:4000]}\n{' '.join(command)}")

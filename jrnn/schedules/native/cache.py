@@ -1,7 +1,7 @@
 """The directory of compiled libraries: where it is, which libraries may be loaded from it, and how it stays small.
 
 A library is code that this process will run. So it is loaded only from a directory and a file that nobody but the user
-(or root) can write to, and only if it is whole: a SHA-256 digest of its content stands at its end, after everything
+(or root) can write to, and only if it is complete: the file ends in a SHA-256 digest of its content, after everything
 that the loader reads.
 """
 
@@ -22,8 +22,8 @@ __all__ = ["cache_directory", "check_private", "clear_cache", "directories", "fa
 
 # The bytes of libraries that a directory may hold. A cell takes about 17 thousand, the loop about 110 thousand.
 LIMIT = 64 * 2**20
-# The age, in seconds, from which a folder of a compilation was left by a process that was killed. A compilation takes
-# seconds, and changes its folder as it goes.
+# The age, in seconds, from which on the folder of a compilation is taken as left by a killed process. A compilation
+# takes seconds, and keeps changing its folder.
 ABANDONED = 3600.0
 LIBRARIES, FOLDERS = "jrnn_*.so", "jrnn_tmp_"
 
@@ -87,7 +87,7 @@ def directories() -> tuple[Path, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _absolute(named: str) -> Path:
-    """The directory, found once for each name: so that it stays where it is when the working directory changes."""
+    """The directory, resolved once for each name, so that it stays the same when the working directory changes."""
     try:
         return Path(named).expanduser().absolute()
     except RuntimeError as error:
@@ -103,7 +103,7 @@ def _trusted() -> tuple[int, int]:
 def check_private(directory: Path) -> None:
     """Makes a directory if it does not exist; raises OSError if it cannot be made or other users can write to it."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for found in (directory.lstat(), directory.stat()):  # of a link, its own owner too
+    for found in (directory.lstat(), directory.stat()):  # of a link, the owner of the link too
         if found.st_uid not in _trusted():
             raise PermissionError(f"{directory} belongs to another user, who could put libraries into it")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -119,10 +119,10 @@ def seal(content: bytes) -> bytes:
 
 
 def fault(path: Path) -> str | None:
-    """Why a library must not be loaded, or None if it may.
+    """The reason why a library must not be loaded, or None if it may be loaded.
 
     Raises:
-      FileNotFoundError: it is not there.
+      FileNotFoundError: there is no such file.
     """
     try:
         with path.open("rb") as file:

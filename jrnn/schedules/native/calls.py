@@ -26,10 +26,10 @@ __all__ = ["Flags", "Inputs", "Options", "loop"]
 
 @dataclass(frozen=True)
 class Options:
-    """The static part of a run: the fields of the state that are outputs, for which gates ``u + v`` is enough, the C++
-    of the gates, and the direction.
+    """The static part of a run.
 
-    With ``chunks``, only the state before each chunk is a residual.
+    ``emits`` are the fields of the state that are outputs. ``sums`` says of each gate whether it needs only ``u + v``.
+    ``header`` is the C++ of the gates. With ``chunks``, only the state before each chunk is a residual.
     """
 
     emits: tuple[str, ...]
@@ -64,7 +64,7 @@ class Options:
 class Inputs(NamedTuple):
     """The operands that the loop has derivatives with respect to.
 
-    The form has no masks. ``restart`` is None where no step resets.
+    The form has no masks. ``restart`` is None if no step resets.
     """
 
     xs: Any
@@ -74,7 +74,7 @@ class Inputs(NamedTuple):
 
 
 class Flags(NamedTuple):
-    """The masks of a run, each None where there is none.
+    """The masks of a run, each of which may be None.
 
     ``valid`` and ``resets`` are booleans ``(T, N)``. ``mask (N, H)`` is the dropout mask that ``h`` is multiplied by
     before the recurrent product; only the loop in plain JAX has a derivative with respect to it.

@@ -1,6 +1,6 @@
-// A cell's gates over a tile. Compiled once for each cell, with cell.h, which emit.py writes and which gives
-//   GATES, SUMS (gates that read u + v), PARTS (GATES, and one more for each gate that reads u and v apart), SLOT[g]
-//   (where v of gate g goes among the parts), STATES, HIDDEN_STATE (which of them is h), THETAS, TABLES (constant
+// A cell's gates over a tile. Compiled once for each cell, with cell.h, which emit.py writes and which defines
+//   GATES, SUMS (gates that use only u + v), PARTS (GATES, and one more for each gate that uses u and v separately),
+//   SLOT[g] (the index of v of gate g among the parts), STATES, HIDDEN_STATE (the index of h), THETAS, TABLES (constant
 //   arrays), and the functions load_tables(unit, tables), gates(theta, parts, state, tables, new) and
 //   gates_vjp(theta, parts, state, dnew, tables, dtheta, dparts, dstate) on vectors.
 
@@ -63,7 +63,7 @@ void backward(const BackwardTile& t) {
       for (int s = 0; s < STATES; ++s) old[s] = load(from[s] + n * t.H + unit, lanes);
       for (int j = 0; j < PARTS; ++j) part[j] = load(parts + j * UB);
       gates_vjp(theta, part, old, dnew, table, dtheta, dpart, dold);
-      if (lanes < VL) {  // a lane that is no unit may hold anything, NaN too
+      if (lanes < VL) {  // lanes beyond the last unit may hold anything, even NaN
         for (int j = 0; j < PARTS; ++j) dpart[j] = first(dpart[j], lanes);
         for (int s = 0; s < STATES; ++s) dold[s] = first(dold[s], lanes);
       }
@@ -80,7 +80,7 @@ void backward(const BackwardTile& t) {
 
 constexpr Cell cell{GATES, SUMS, PARTS, STATES, HIDDEN_STATE, THETAS, SLOT, forward, backward};
 
-// The ways into the loop (see bind.cc), which has a library of its own.
+// The entry points of the loop (see bind.cc), which is a library of its own.
 typedef void* (*Entry)(void* frame, const Cell*);
 Entry enter_forward, enter_backward;
 

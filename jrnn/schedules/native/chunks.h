@@ -1,4 +1,4 @@
-// A run in chunks: only the states before each are kept, and the rest is made again for the derivative.
+// A run in chunks of steps: only the states before each chunk are stored, and the derivative recomputes the rest.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace {
 
-// Some steps of a run, from `start` on.
+// The steps of a run from `start` on.
 template <class Call>
 Call beginning(const Run& run, Call f, long start) {
   f.x += start * run.N * run.F;
@@ -16,14 +16,14 @@ Call beginning(const Run& run, Call f, long start) {
   return f;
 }
 
-// `together` chunks of `length` steps are a group; steps that fill none are run last, and all of theirs is kept.
+// A group is `together` chunks of `length` steps. The steps that fill no group run last, with all residuals stored.
 struct Chunks {
   const Run& run;
   long length, together;
   long groups() const { return run.T / (length * together); }
   long rest() const { return run.T - groups() * together * length; }
   long rest_start() const { return run.reverse ? 0 : run.T - rest(); }
-  // Where a chunk begins, by its place in the order in which they are run.
+  // The first step in time of the i-th chunk that is run.
   long start(long i) const { return run.reverse ? run.T - (i + 1) * length : i * length; }
   Run steps(long count, long sequences) const {
     Run some = run;
@@ -32,8 +32,8 @@ struct Chunks {
   }
 };
 
-// What is kept of a run in chunks: the states (groups, together, N, H) that chunks met; the one that the rest met, and
-// all that its derivative needs.
+// The residuals of a run in chunks: the states (groups, together, N, H) before each chunk; the state before the steps
+// that do not fill a group, and all residuals of these steps.
 struct Met {
   Outputs states, rest_state, rest_after;
   float* rest_parts;
@@ -64,7 +64,7 @@ void forward_in_chunks(const Chunks& chunks, const Forward& f, const Met& met) {
     if (f.after[s]) std::memcpy(f.after[s] + chunks.rest_start() * size, met.rest_after[s], 4 * rest * size);
 }
 
-// `b` is that of the forward run, `work` has room for what a group makes again.
+// `b` is the bias, and `work` has room for the recomputed residuals of a group.
 void backward_in_chunks(const Chunks& chunks, const Backward& f, const Met& met, const float* b, float* work) {
   const Run& run = chunks.run;
   const Cell& cell = run.cell;
@@ -101,7 +101,7 @@ void backward_in_chunks(const Chunks& chunks, const Backward& f, const Met& met,
                  (2 * S + 1) * Scratch::rounded(wide * H));
   float* xs = beside.take(length * wide * run.F);
   uint8_t* marks = reinterpret_cast<uint8_t*>(beside.take(length * wide / 2 + 1));
-  const auto tiled = [&](const float* from) {  // the same for each of the chunks
+  const auto tiled = [&](const float* from) {  // repeated for each chunk of a group
     float* to = from ? beside.take(wide * H) : nullptr;
     for (long i = 0; i < together && from; ++i) std::memcpy(to + i * size, from, 4 * size);
     return to;
@@ -112,7 +112,7 @@ void backward_in_chunks(const Chunks& chunks, const Backward& f, const Met& met,
   }
   again.mask = tiled(f.mask);
   for (long group = chunks.groups() - 1; group >= 0; --group) {
-    // Its chunks side by side.
+    // The inputs of the chunks of the group side by side.
     for (long i = 0; i < together; ++i) {
       const long start = chunks.start(group * together + i);
       for (long t = 0; t < length; ++t) {

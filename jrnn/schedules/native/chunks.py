@@ -1,7 +1,7 @@
 """A run that stores the state before each chunk of steps, and recomputes the other residuals in the backward pass.
 
-Since every chunk begins at a stored state, several chunks can be recomputed side by side, as sequences of one batch. A
-few sequences take hardly longer than one, because the time of a step is that of reading the weights.
+Since every chunk starts from a stored state, several chunks can be recomputed side by side, as sequences of one batch.
+A few sequences take hardly longer than one, because the time of a step is mostly the time to read the weights.
 """
 
 from __future__ import annotations

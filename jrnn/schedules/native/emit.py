@@ -1,7 +1,7 @@
-"""A cell's gates, and their derivative, as C++ on vectors: what the kernel is compiled with.
+"""Writes a cell's gates, and their derivative, as C++ on vectors, from which the cell's library is compiled.
 
-Gates that act on each unit by itself are one program for every unit (see `jrnn.jaxprs.per_unit`), and each operation of
-that program is one statement on a vector of units.
+Gates that act on each unit separately are one program for every unit (see `jrnn.jaxprs.per_unit`). Each operation of
+that program becomes one statement on a vector of units.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Unserved", "header"]
 
 
 class Unserved(Exception):
-    """Why gates cannot be written in C++."""
+    """The reason why gates cannot be written in C++."""
 
 
 def header(cell: Any, forms: promises.Forms, sums: tuple[bool, ...]) -> str:
@@ -32,11 +32,11 @@ def header(cell: Any, forms: promises.Forms, sums: tuple[bool, ...]) -> str:
 
     Args:
       cell: an affine cell.
-      forms: what ``theta`` and the state are, all float32.
-      sums: of each gate, whether it reads ``u + v``.
+      forms: the structure, shapes and dtypes of ``theta`` and the state, all float32.
+      sums: for each gate, whether it uses only ``u + v``.
 
     Raises:
-      Unserved: where the gates do not act on each unit by itself, or use an operation that is not known here.
+      Unserved: the gates do not act on each unit separately, or use an operation that has no C++ in the table.
     """
     if isinstance(cell.combine, ReadGates):
         return _of_program(cell.combine.program, _field(forms), forms.thetas)
@@ -45,7 +45,7 @@ def header(cell: Any, forms: promises.Forms, sums: tuple[bool, ...]) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _of_program(gates: Gates, hidden: int, thetas: int) -> str:
-    """The same of gates that were read from a step, which are a program for one unit to begin with."""
+    """The header for gates that were read from a step, which are a program for one unit already."""
     unit, sums, states = PerUnit(), gates.summed, len(gates.leaves)
     count = count_parts(sums)
     part, theta, old, dnew = _arguments(unit, (count, thetas, states, states))
@@ -69,7 +69,7 @@ def _of_program(gates: Gates, hidden: int, thetas: int) -> str:
 
 
 def _field(forms: promises.Forms) -> int:
-    """The place of h among the fields of the state."""
+    """The index of h among the fields of the state."""
     return list(forms.tree.unflatten(range(len(forms.dtypes)))[1]._fields).index("h")
 
 
@@ -80,10 +80,10 @@ def _arguments(unit: PerUnit, sizes: tuple[int, ...]) -> list[list[int]]:
 
 @functools.lru_cache(maxsize=256)
 def _of_function(cell: Any, forms: promises.Forms, sums: tuple[bool, ...]) -> str:
-    """The same of gates that are a function of whole arrays.
+    """The header for gates that are a function of whole arrays.
 
-    The gates are read at the shapes at hand, so what they make of H is right. They are called on other batch shapes
-    too (a sequence at a time in C++, all batch axes as one in plain JAX), so they must make nothing of the batch shape.
+    The gates are read at the shapes of this run, so they may use H as a number. They also run at other batch shapes
+    (one sequence at a time in C++, one merged batch axis in plain JAX), so they must not depend on the batch shape.
     """
     if cell.elementwise is False:
         raise Unserved("its gates are not elementwise over H, as the cell declares")
@@ -96,7 +96,7 @@ def _of_function(cell: Any, forms: promises.Forms, sums: tuple[bool, ...]) -> st
     try:
         both = read(())
         same = all(read(batch) == both for batch in forms.batches())
-        # What runs without a derivative is written differently from it by some functions of JAX.
+        # The forward pass is read separately: some functions of JAX trace differently under differentiation.
         forward, backward = unit.read(gates, *forms.arguments(count, ())), both[states:]
     except Unread as error:
         raise Unserved(f"its gates cannot be read as elementwise over H: {error}") from error
@@ -117,7 +117,7 @@ def _header(
 ) -> str:
     """The text, from the places of the new state, and of the cotangents of parts, theta and state.
 
-    ``sizes`` are the numbers of parts, theta and fields of the state, ``field`` is the place of h among the latter.
+    ``sizes`` are the numbers of parts, of vectors of theta and of fields of the state; ``field`` is the index of h.
     """
     count, thetas, states = sizes
     arguments = [
@@ -153,7 +153,7 @@ _PARAMETERS = {
 def _function(
     name: str, unit: PerUnit, results: tuple[int, ...], arguments: list[str], ends: list[str], tables: Any
 ) -> list[str]:
-    """A program for one unit as a C++ function of vectors of units; adds the constant arrays that it uses to tables."""
+    """A program for one unit as a C++ function of vectors of units. Adds its constant arrays to ``tables``."""
     names: dict[int, str] = {}
     lines: list[str] = []
     for place in unit.live(results):
@@ -183,7 +183,7 @@ def _function(
 
 
 def _tables(unit: PerUnit, tables: dict[int, str], hidden: int) -> list[str]:
-    """The constant arrays, bit by bit, with zeros after the last unit; and a function that loads vectors of them."""
+    """The bits of the constant arrays, padded with zeros to whole blocks; and a function that loads vectors of them."""
     lines = []
     for place, name in tables.items():
         operation = unit.operations[place]

@@ -1,5 +1,5 @@
-// What every function that XLA calls begins with, through the C interface to XLA's foreign functions: the C++ interface
-// takes seconds to compile. It is compiled for one version of jaxlib, whose header it needs.
+// The code shared by all functions that XLA calls. It uses the C interface to XLA's foreign functions, since the C++
+// interface takes seconds to compile. It is compiled for one version of jaxlib, whose header it needs.
 
 #pragma once
 
@@ -19,7 +19,7 @@ XLA_FFI_Error* failure(const XLA_FFI_CallFrame& frame, XLA_FFI_Error_Code code, 
   return frame.api->XLA_FFI_Error_Create(&args);
 }
 
-// XLA asks a function that it is told of which version of the interface it was compiled for.
+// When a function is registered, XLA asks it for the version of the interface that it was compiled for.
 XLA_FFI_Error* describe(XLA_FFI_Metadata& metadata) {
   metadata.api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
   metadata.traits = 0;

@@ -1,4 +1,4 @@
-// The loop: all steps of a run, with both products and the gates of each.
+// The loop over all steps of a run: the two matmuls and the gates.
 
 #pragma once
 
@@ -12,15 +12,15 @@ using Outputs = std::vector<float*>;
 struct Forward {
   const float *x, *w_ih, *b, *w_hh;
   const uint8_t *valid, *resets;  // (T, N) or null
-  const float* mask;              // (N, H) or null: what h is multiplied by on its way into the recurrent product
+  const float* mask;              // (N, H) or null: the dropout mask on h in the recurrent product
   Inputs theta, state, restart;
   Outputs last;
-  float* parts;   // (T, N, parts_row) or null: what the gates read, for the derivative
-  Outputs after;  // (T, N, H): the states after each step; null, but for h, where nobody asks for them
+  float* parts;   // (T, N, parts_row) or null: the gate inputs, as residuals
+  Outputs after;  // (T, N, H): the states after each step; null if not needed, except for h
   long parts_row;
 };
 
-// Few steps of few sequences read the weights where they are: to pack them would take longer than to use them.
+// A call of few steps and few sequences reads the weights unpacked: packing them would take longer than using them.
 inline bool reads_in_place(const Run& run) { return run.T <= 4 && run.N <= FEW && run.H % UB == 0; }
 
 Weights forward_weights(const Run& run) {
@@ -39,7 +39,7 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
   const long chunk = std::max(1L, std::min(T, 96 / most_rows));
   const bool far = 4 * (F + H) * run.width > NEAR, in_place = reads_in_place(run);
   const long u_row = padded(blocks * G * UB);
-  const long at_once = most_rows > FEW ? 1 : most_blocks;  // blocks of units whose gates follow their product
+  const long at_once = most_rows > FEW ? 1 : most_blocks;  // blocks in one product, before their gates
   const size_t tile_size = most_rows * at_once * P * UB;
   const size_t u_size = chunk * most_rows * u_row;
   const size_t own = Scratch::rounded(tile_size) + Scratch::rounded(most_rows * H);
@@ -71,7 +71,7 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
     float* tile = mine[id];
     float* fed = tile + Scratch::rounded(tile_size);
     Inputs& old = olds[id];   // states before the step, (N, H)
-    Outputs& now = news[id];  // and after it
+    Outputs& now = news[id];  // states after the step
     Panels at;
     for (long p = 0; p < at_once * G; ++p) {
       const long g = p % G, slot = cell.slot[g];
@@ -81,7 +81,7 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
 
     for (long start = 0; start < T; start += chunk) {
       const long count = std::min(chunk, T - start), low = run.reverse ? T - start - count : start;
-      // The input product of some blocks and rows, for all steps of the chunk.
+      // The input product for some blocks and rows, for all steps of the chunk.
       const auto project = [&](long first, long end, long r0, long r1) {
         for (long p = first * G; p < end * G; ++p) {
           const float *panel = p_ih + p * F * UB, *next = far ? panel + F * UB : nullptr;
@@ -93,7 +93,7 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
                        us + (i * rows + r0) * u_row + p * UB, u_row, next);
         }
       };
-      // Both products of a step, onto the bias.
+      // The bias plus both products, for one step.
       const auto product = [&](long first, long end, const float* x, const float* h, float* parts, long row) {
         for (long n = 0; n < rows; ++n)
           for (long p = 0; p < (end - first) * P; ++p)
@@ -119,7 +119,7 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
           }
           h = fed;
         }
-        // Some blocks and rows of the step.
+        // The step for some blocks and rows.
         const auto advance = [&](long ub, long end, long r0, long r1) {
           const float *u = us + ((t - low) * rows + r0) * u_row + ub * G * UB, *from = h + r0 * H;
           float* parts = f.parts ? f.parts + (t * N + n0 + r0) * f.parts_row + ub * P * UB : tile;
@@ -138,11 +138,11 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
                 std::memcpy(parts + n * row + (p / G * P + p % G) * UB, u + n * u_row + p * UB, 4 * UB);
           cell.forward({n0 + r0, n0 + r1, ub, end, H, valid, resets, p_theta, hidden, parts, row, old.data(),
                         f.restart.data(), now.data()});
-          // Nobody reads what lengthens a row, but it is returned, and memory that was never written may hold NaN.
+          // The padding of a row is never read, but it is returned, and memory that was never written may hold NaN.
           for (long n = 0; n < r1 - r0 && f.parts && end == blocks; ++n)
             std::fill(parts + n * row + (end - ub) * P * UB, parts + n * row + row - ub * P * UB, 0.0f);
         };
-        // Of few rows each thread has one piece, of as many blocks as the others.
+        // With few rows, each thread has one piece, with an equal number of blocks.
         const long pieces = at_once == 1 ? split.pieces() : part.units;
         for (;;) {
           const auto [p0, p1] = part.steps.take(i + 1, pieces, part.unit);

@@ -1,10 +1,10 @@
 // The loop of an affine cell and its derivative, for one CPU, in float32: everything but the cell's gates (cell.cc).
-// Here is the way in, from operands and results in order; forward.h, backward.h and chunks.h are what is run.
+// This file sorts operands and results and calls the loops in forward.h, backward.h and chunks.h.
 //
-// Compiled once for a machine, with bind.cc. T steps, N sequences, F features, H units. Units are taken in blocks of UB;
-// what the library owns is laid out by row (a step of a sequence), block, gate: [row][block][gate][UB]. Weights are packed
-// once a call into panels of UB columns, but for calls of few steps. Threads share the batch, the units, or both; those
-// that share units meet at a barrier at each step.
+// Compiled once for a machine, with bind.cc. T steps, N sequences, F features, H units. Units are processed in blocks
+// of UB. The library's own arrays are laid out by row (a step of a sequence), block, gate: [row][block][gate][UB]. A
+// call packs the weights into panels of UB columns, unless it has few steps. Threads share the batch, the units, or
+// both. Threads that share units meet at a barrier at each step.
 
 #include "kernel.h"
 
@@ -15,10 +15,10 @@
 
 namespace {
 
-// Operands or results in order; those without elements are null.
+// Takes operands or results in order; an array without elements is null.
 struct Arrays {
   const Array* next;
-  bool fresh = false;  // whether they are yet to be written
+  bool fresh = false;  // results, which are written for the first time
   template <class Type = float>
   Type* take() {
     const Array& array = *next++;

@@ -1,8 +1,8 @@
-// The diagonal linear recurrence h[t] = a[t] * h[t-1] + b[t] and its gradient, as XLA calls them. Memory is what bounds
-// both, so that each array is read once and each result written once, past the caches where it is large.
+// The diagonal linear recurrence h[t] = a[t] * h[t-1] + b[t] and its gradient, as functions that XLA calls. Both are
+// bound by memory, so each array is read once and each result is written once, past the caches if it is large.
 //
-// Arrays are (T, B, W): N = B * W columns that do not depend on each other. a may be (1, B, W), the same at every step.
-// resets is (T, B), without elements where nothing is reset. A complex number is two reals.
+// Arrays are (T, B, W): N = B * W independent columns. a may be (1, B, W), the same at every step. resets is (T, B), or
+// has no elements if there are no resets. A complex number is two reals.
 
 #include <algorithm>
 #include <cstdint>
@@ -65,7 +65,7 @@ V times(V x, V y, std::false_type) {
   return x * y;
 }
 
-// Real and imaginary parts in turn: (xr yr - xi yi, xr yi + xi yr).
+// The complex product of interleaved real and imaginary parts: (xr yr - xi yi, xr yi + xi yr).
 template <class R, int W, class V = typename Vector<R, W>::type>
 V times(V x, V y, std::true_type) {
   V real, imaginary, turned, sign;
@@ -80,7 +80,7 @@ V times(V x, V y, std::true_type) {
   return real * y + imaginary * turned * sign;
 }
 
-// Rows of arrays, the first of them and what lies from one to the next.
+// The rows of an array: a pointer to the first row, and the distance from one row to the next.
 template <class P>
 struct Rows {
   P* at;
@@ -89,7 +89,7 @@ struct Rows {
   Rows from(long i, long columns) const { return {at ? at + i * step + columns : nullptr, step}; }
 };
 
-// Some steps of some columns. `carry` holds h before the first of them, and after them h of the last.
+// Some steps of some columns. `carry` holds h before the first of these steps, and afterwards h of the last.
 template <class R>
 struct Forward {
   static constexpr int arrays = 3;
@@ -106,13 +106,13 @@ struct Forward {
   }
 };
 
-// The same backwards: `carry` holds the gradient of h of these steps by what comes after them, then that of h before
-// them. `before` is h before each step.
+// The same steps backwards. With l[t] = dh[t] + a[t+1] * l[t+1]: db[t] = l[t] and da[t] = l[t] * h[t-1], where `before`
+// is h[t-1]. `carry` holds a[t+1] * l[t+1] of the step after these, and afterwards a[t] * l[t] of the first of them.
 template <class R>
 struct Backward {
   static constexpr int arrays = 5;
   Rows<const R> a, before, dh;
-  Rows<R> da, db;  // da null, and before too, where nobody wants it; summed onto what is there where a is the same at every step
+  Rows<R> da, db;  // da and before are null if not needed; if a is the same at every step, da is a sum
 
   Backward from(long t, long c) const {
     return {a.from(t, c), before.from(t, c), dh.from(t, c), da.from(t, c), db.from(t, c)};
@@ -135,7 +135,7 @@ struct Backward {
   }
 };
 
-// All steps of W * K columns, the carry in registers.
+// All steps of W * K columns, with the carry in registers.
 template <int W, int K, bool complex, class R, class Work>
 void strip(const Work& work, long steps, long c, R* carry) {
   typename Vector<R, W>::type held[K];
@@ -165,10 +165,10 @@ void wide(const Work& work, long steps, long columns, R* carry) {
   }
 }
 
-constexpr long WIDE = 128;                // columns from which on a step is as long as memory likes it
-constexpr long TILE = 128 << 10;          // bytes of all arrays that few columns are gone through at a time
-constexpr long STREAMED = 8 << 20;        // bytes of a result that no cache is to hold
-constexpr long SHARE = 1 << 15;           // numbers that are worth a thread
+constexpr long WIDE = 128;                // columns of a step that is long enough for the memory's full speed
+constexpr long TILE = 128 << 10;          // bytes of all arrays in a tile of few columns
+constexpr long STREAMED = 8 << 20;        // bytes from which on a result bypasses the caches
+constexpr long SHARE = 1 << 15;           // numbers for which another thread pays
 
 template <bool complex, class R, class Work>
 void tile(const Work& work, long steps, long columns, R* carry, bool stream) {
@@ -187,10 +187,10 @@ void tile(const Work& work, long steps, long columns, R* carry, bool stream) {
 
 // --- whole calls -------------------------------------------------------------------------------------------------
 
-// Columns c0 to c1, in reals, and which of them a reset of a step is about.
+// The resets of each step among the columns c0 to c1, in reals.
 struct Resets {
   const uint8_t* flags;  // (T, B) or null
-  long sequences, width, c0, c1;  // width: reals of a sequence
+  long sequences, width, c0, c1;  // width: the number of reals of a sequence
 
   bool any(long t) const {
     if (!flags) return false;
@@ -202,7 +202,7 @@ struct Resets {
     for (long s = c0 / width; s <= (c1 - 1) / width; ++s)
       if (flags[t * sequences + s]) work(std::max(c0, s * width), std::min(c1, (s + 1) * width));
   }
-  // `to` begins at column c0, `from` at the first of all.
+  // `to` begins at column c0, `from` at column 0.
   template <class R>
   void clear(long t, R* to) const {
     each(t, [&](long first, long last) { std::fill(to + first - c0, to + last - c0, R(0)); });
@@ -218,7 +218,7 @@ struct Sizes {
   bool constant, reverse;         // a is the same at every step
 };
 
-// work(c0, c1) on all columns, by threads that take whole cache lines each.
+// Runs work(c0, c1) over all columns, on threads that take whole cache lines each.
 template <class R, class Function>
 void share_columns(const Sizes& sizes, Function work) {
   const long line = 64 / sizeof(R), lines = (sizes.columns + line - 1) / line;
@@ -256,7 +256,7 @@ void forward(const Sizes& sizes, const R* a, const R* b, const R* h0, const uint
       long next = flags ? i + 1 : T;
       while (!reset && next < T && !resets.any(begin + way * next)) ++next;
       tile<complex>(all.from(i, c0), next - i, c1 - c0, carry, stream && !reset);
-      if (reset) {  // h is b, whatever a is
+      if (reset) {  // h is b, even if a is NaN
         resets.copy(t, b + t * N, h + t * N + c0);
         resets.copy(t, b + t * N, carry);
       }
@@ -268,7 +268,7 @@ void forward(const Sizes& sizes, const R* a, const R* b, const R* h0, const uint
 template <bool complex, class R>
 void backward(const Sizes& sizes, const R* a, const R* h0, const R* h, const R* dh, const uint8_t* flags, R* da, R* db,
               R* dh0) {
-  // From the last step to the first: i counts these, and the step itself is begin + way * i.
+  // From the last step to the first: i counts the steps in this order, and the step itself is begin + way * i.
   const long T = sizes.time, N = sizes.columns, way = sizes.reverse ? 1 : -1, begin = sizes.reverse ? 0 : T - 1;
   const bool stream = streams(sizes, sizeof(R), {da, db});
   share_columns<R>(sizes, [&](long c0, long c1) {
@@ -287,7 +287,7 @@ void backward(const Sizes& sizes, const R* a, const R* h0, const R* h, const R* 
     for (long i = 0; i < T;) {
       const long t = begin + way * i;
       const bool reset = resets.any(t);
-      if (!reset && i < T - 1) {  // as many steps as have the step before them as it lies
+      if (!reset && i < T - 1) {  // all steps up to the next reset, whose h before them is in memory
         long next = flags ? i + 1 : T - 1;
         while (next < T - 1 && !resets.any(begin + way * next)) ++next;
         tile<complex>(all.from(i, c0), next - i, columns, carry, stream);
@@ -309,7 +309,7 @@ void backward(const Sizes& sizes, const R* a, const R* h0, const R* h, const R* 
   });
 }
 
-// --- the way in --------------------------------------------------------------------------------------------------
+// --- the functions that XLA calls --------------------------------------------------------------------------------
 
 template <class R>
 R* data(const Array& array) {

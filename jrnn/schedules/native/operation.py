@@ -1,4 +1,4 @@
-"""An operation that is one call of compiled code on a CPU, and the same program in plain JAX elsewhere.
+"""An operation that calls compiled code on a CPU, and runs the same program in plain JAX elsewhere.
 
 This is the only part of the native schedule that needs more than JAX's public API: a primitive of its own, with rules
 for derivatives in both modes, for batching, and for the lowering on each platform. (A ``jax.custom_vjp`` has no forward
@@ -21,7 +21,7 @@ __all__ = ["Operation", "available"]
 
 @functools.lru_cache(maxsize=1)
 def available() -> bool:
-    """Whether this version of JAX has all that is used here; a warning where it has not."""
+    """Whether this version of JAX has all the internals that this module uses. Warns if it does not."""
     try:
         _primitive()
         from jax.interpreters import mlir
@@ -71,7 +71,7 @@ class Operation:
         raise NotImplementedError
 
     def jvp(self, operands: Any, tangents: Any) -> tuple[Any, Any]:
-        """The results and their tangents; the tangent of an operand is None where it is zero."""
+        """The results and their tangents. The tangent of an operand is None if it is zero."""
         raise NotImplementedError
 
     def transpose(self, cotangents: Any, *operands: Any) -> Any:
@@ -79,7 +79,7 @@ class Operation:
         raise NotImplementedError(f"{type(self).__name__} is not linear")
 
     def sequences(self, *operands: Any) -> tuple[Any, Any] | None:
-        """The axis of sequences of each operand and result, -1 for none; None where sequences are not independent."""
+        """The axis of sequences of each operand and result, or -1; None if sequences depend on each other."""
         return None
 
 
@@ -105,7 +105,7 @@ def _primitive() -> Any:
 
 
 def _check_floats(primitive: Any) -> None:
-    """Makes the float checks of `jax.experimental.checkify` look at the results, where JAX keeps a table of checks."""
+    """Adds the operation to the float checks of `jax.experimental.checkify`, if JAX still has their table."""
     try:
         from jax._src.checkify import error_checks, nan_error_check
     except ImportError:
@@ -182,7 +182,7 @@ def _transpose(cotangents: Any, *leaves: Any, operation: Operation) -> Any:
 
 
 def _batch(leaves: Any, axes: Any, *, operation: Operation) -> Any:
-    """Members become more sequences if all mapped operands have an axis of them; otherwise they run one by one."""
+    """Merges the mapped axis into the axis of sequences if all mapped operands have one; else runs member by member."""
     found = operation.sequences(*operation.operands(leaves))
     places, ends = ([], []) if found is None else map(jax.tree.leaves, found)
     members = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)

@@ -7,7 +7,7 @@
 
 namespace {
 
-// A block of rows of the left factor (M, K) at the pointer it is taken with: rows apart, or K columns of M side by side.
+// The layout of a block of rows of the left factor (M, K): rows at a stride, or stored column by column.
 struct Rows {
   long stride;
   long at(long r, long k, int) const { return r * stride + k; }
@@ -16,21 +16,21 @@ struct Strip {
   long at(long r, long k, int M) const { return k * M + r; }
 };
 
-// What a block of the product fetches into the second cache meanwhile: it is read next, and comes from far.
+// The memory that a block of the product prefetches into the second cache, because it is read next.
 struct Ahead {
   const float* next = nullptr;
-  long lines = 0;  // of 64 bytes, for every STRIP of K
+  long lines = 0;  // cache lines of 64 bytes, for every STRIP of K
 };
 constexpr long STRIP = 32;
 
-// In a register, where compilers would rather load it again for every use.
+// Keeps a value in a register, which compilers would otherwise load again for every use.
 inline void keep(vf& v) {
 #if defined(__x86_64__)
   __asm__("" : "+v"(v));
 #endif
 }
 
-// C (M, UB) = init + A B, with B a packed panel (K, UB); no init is zero.
+// C (M, UB) = init + A B, with B a packed panel (K, UB). A null init is zero.
 template <int M, class Left>
 inline void block(long K, const float* A, Left left, const float* B, const float* init, long ldi, float* C, long ldc,
                   Ahead ahead) {
@@ -73,7 +73,7 @@ inline void blocks(int rows, long K, const float* A, Left left, const float* B, 
   }
 }
 
-// P panels at once, each in S sums over every S-th k.
+// P panels at once. Each product is the sum of S partial sums, one over every S-th k.
 template <int M, int P, int S>
 inline void narrow(long K, const float* A, long lda, const float* B, const Panels& at, long p, const float* init,
                    long ldi, float* C, long ldc) {
@@ -166,7 +166,7 @@ void stream(long K, const float* A, long lda, const float* B, long stride, long 
 
 void multiply(long rows, long K, const float* A, long lda, const float* B, const float* init, long ldi, float* C,
               long ldc, const float* next) {
-  if (rows <= 0) return;  // a thread's share of fewer rows than threads
+  if (rows <= 0) return;  // a thread's share is empty if there are fewer rows than threads
   const long count = (rows + MR - 1) / MR, strips = (K + STRIP - 1) / STRIP;
   const long lines = next ? (STRIP * UB / 16 + count - 1) / count : 0;
   for (long i = 0, r = 0; i < count; ++i) {

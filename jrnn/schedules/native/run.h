@@ -11,7 +11,7 @@
 
 namespace {
 
-// The sizes of a run, and how threads share it: `across` parts of the batch times `units` parts of the units.
+// The sizes of a run, and its division among threads: `across` parts of the batch times `units` parts of the units.
 struct Run {
   const Cell& cell;
   long T, N, F, H;
@@ -21,7 +21,7 @@ struct Run {
   long threads() const { return across * units; }
   long time(long i) const { return reverse ? T - 1 - i : i; }
 
-  // How many threads pay, of at most `most`, and what they share.
+  // Chooses the number of threads that pays, up to `most`, and the division among them.
   void plan(long most) {
     const double work = 2.0 * T * N * (F + H) * width, step = 2.0 * N * H * width;
     const double weights = 4.0 * width * (F + H);
@@ -34,11 +34,11 @@ struct Run {
   }
 };
 
-// What one thread of a run does: sequences n0 to n1, and of all else what it shares with others.
+// The part of a run that one thread does: sequences n0 to n1, and a share of the work that it shares with others.
 struct Part {
-  long id, threads, n0, n1, unit, units;  // unit: its place among those that share its sequences
-  Barrier &all, &group;                   // group: of those
-  Pieces &steps, &panels, &rows;          // of a step's units, in the group; of the gradients of weights and of inputs
+  long id, threads, n0, n1, unit, units;  // unit: its index among the threads that share its sequences
+  Barrier &all, &group;                   // group: of the threads that share its sequences
+  Pieces &steps, &panels, &rows;          // work on a step (in the group), on the gradients of weights, of inputs
   std::pair<long, long> share(long count) const { return ::share(count, threads, id); }
 };
 
@@ -61,12 +61,12 @@ void divide(const Run& run, Crew& crew, Function work) {
   });
 }
 
-// Columns of w (K, G * H), units of one block of one gate, as a panel (K, UB).
+// The columns of w (K, G * H) that belong to one block of units of one gate, as a panel (K, UB).
 void pack(const Run& run, const float* w, long K, long ub, long g, float* out) {
   pack_columns(std::min<long>(UB, run.H - ub * UB), K, w + g * run.H + ub * UB, run.width, out);
 }
 
-// Rows first .. first + UB of w (K, G * H) as a panel (blocks * G * UB, UB) of its transpose.
+// The rows first .. first + UB of w (K, G * H), as a panel (blocks * G * UB, UB) of its transpose.
 void pack_transposed(const Run& run, const float* w, long K, long first, float* out) {
   for (long ub = 0; ub < run.blocks; ++ub)
     for (long g = 0; g < run.G; ++g, out += UB * UB)
@@ -74,19 +74,19 @@ void pack_transposed(const Run& run, const float* w, long K, long first, float* 
                 w + first * run.width + g * run.H + ub * UB, run.width, out);
 }
 
-// Vectors (H) of theta, in whole blocks.
+// The vectors (H) of theta, padded to whole blocks.
 void pack_theta(const Run& run, const std::vector<const float*>& theta, float* out) {
   for (const float* from : theta)
     for (long u = 0; u < run.blocks * UB; ++u) *out++ = u < run.H ? from[u] : 0.0f;
 }
 
-// Bytes of weights that stay in a core's own cache from step to step.
+// The bytes of weights that stay in a core's own cache from step to step.
 constexpr long NEAR = 1 << 18;
 
-// A length of row that is no multiple of a page, so that rows do not share the few places of a cache.
+// A row length that is not a multiple of a page, so that rows do not compete for the same sets of a cache.
 inline long padded(long floats) { return floats % 256 ? floats : floats + 16; }
 
-// Parameters as a run reads them, by the floats of each; packed by the first run that is given them.
+// Room for the packed parameters, of the given numbers of floats. The first run that gets it packs them.
 class Weights {
  public:
   Weights(size_t ih, size_t hh, size_t b, size_t theta)

@@ -29,7 +29,7 @@ namespace {
 
 // --- how many threads --------------------------------------------------------------------------------------------
 
-// The numbers that a file begins with, two at most. None where there is no file, or it begins with a word ("max").
+// The numbers at the beginning of a file, two at most. None if there is no file, or if it begins with a word ("max").
 std::vector<double> numbers(const std::string& path) {
   double values[2];
   std::FILE* file = std::fopen(path.c_str(), "r");
@@ -38,8 +38,8 @@ std::vector<double> numbers(const std::string& path) {
   return std::vector<double>(values, values + std::max(0, count));
 }
 
-// How many processors' worth of time control groups allow this process: the least that its own group or one above it
-// sets, by cpu.max (version 2) or by cpu.cfs_quota_us (version 1). Infinite where none sets any.
+// The processor time that control groups allow this process, in processors: the least quota of its own group and those
+// above it, from cpu.max (version 2) or cpu.cfs_quota_us (version 1). Infinite if there is no quota.
 double quota(const std::string& process = "/proc/self/cgroup", const std::string& root = "/sys/fs/cgroup") {
   double least = __builtin_inf();
   std::FILE* file = std::fopen(process.c_str(), "r");
@@ -52,8 +52,8 @@ double quota(const std::string& process = "/proc/self/cgroup", const std::string
     path[std::strcspn(path, "\n")] = 0;
     const bool unified = !*++controllers;
     if (!unified && !std::strstr(("," + std::string(controllers) + ",").c_str(), ",cpu,")) continue;
-    // A container may see its own group as the root, under a path that exists outside alone: files that are not there
-    // are passed over.
+    // A container may see its own group as the root, under a path that exists only outside of it. Files that do not
+    // exist are skipped.
     for (std::string group = path;; group.resize(group.rfind('/'))) {
       if (group == "/") group.clear();
       const std::string in = root + (unified ? "" : "/cpu") + group;
@@ -67,15 +67,15 @@ double quota(const std::string& process = "/proc/self/cgroup", const std::string
   return least;
 }
 
-// Threads that can run at once. Of a quota of one and a half processors only one is counted: two threads would both be
-// stopped for a quarter of the time, and each waits for the other at every step.
+// The number of threads that can run at once. A quota of one and a half processors counts as one: two threads would
+// both be stopped for a quarter of the time, and they wait for each other at every step.
 int processors() {
   static const int paid_for = static_cast<int>(std::min(1e6, std::max(1.0, quota())));
   cpu_set_t set;
   return sched_getaffinity(0, sizeof set, &set) ? 1 : std::min(paid_for, std::max(1, CPU_COUNT(&set)));
 }
 
-// --- what threads wait for ---------------------------------------------------------------------------------------
+// --- barriers and shared work ------------------------------------------------------------------------------------
 
 inline std::pair<long, long> share(long count, long parts, long i) {
   return {count * i / parts, count * (i + 1) / parts};
@@ -87,16 +87,16 @@ inline void relax() {
 #endif
 }
 
-// Where threads wait for each other. All are there within microseconds while each has a processor: so a thread looks for
-// the others at first. Where one has lost its processor, to another process or to the threads of another library, the
-// others sleep: to go on looking would keep the processors that it could run on.
+// A barrier. While each thread has a processor, all arrive within microseconds, so a thread spins at first. If one has
+// lost its processor, to another process or to the threads of another library, the others sleep: spinning would occupy
+// the processors that it could run on.
 class Barrier {
  public:
   void reset(int count) { count_ = count; }
 
-  // Tells the others that this thread is there. Whether it is the last of them.
+  // Signals the arrival of this thread. Returns whether it is the last.
   bool arrive() {
-    const int count = count_;  // read before the others can go on, and one of them reset the barrier
+    const int count = count_;  // read before another thread can go on and reset the barrier
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < count) return false;
     arrived_.store(0, std::memory_order_relaxed);
     turn_.fetch_add(1);
@@ -121,7 +121,7 @@ class Barrier {
   static constexpr int LOOKS = 2000;  // some 20 to 50 microseconds
   static_assert(sizeof(std::atomic<int>) == sizeof(int), "the kernel looks at turn_ as it lies in memory");
 
-  // Returns at once where turn_ is no longer `turn`.
+  // Returns at once if turn_ is no longer `turn`.
   void sleep(int turn) { syscall(SYS_futex, &turn_, FUTEX_WAIT_PRIVATE, turn, nullptr, nullptr, 0); }
   void wake() { syscall(SYS_futex, &turn_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
 
@@ -129,16 +129,16 @@ class Barrier {
   std::atomic<int> arrived_{0}, turn_{0}, asleep_{0};
 };
 
-// Work that threads take piece by piece, each of its own share first and then of what the others have not begun: a core
-// that is slower for a while (its twin is busy, it was interrupted) is not waited for. Who takes a piece changes no result.
+// Work that threads take piece by piece, first from their own share and then from the shares of others: none waits for
+// a core that is slow for a while (its twin is busy, it was interrupted). Results do not depend on who takes a piece.
 class alignas(64) Pieces {
  public:
   explicit Pieces(long threads) : next_(threads) {}
-  // The next piece of `count` for thread `me`, or an empty one at the end: half of what is left of a share, and no less
-  // than `least`. There is a barrier between one phase and the next.
+  // The next piece of `count` for thread `me`, or an empty one at the end. It is half of the rest of a share, but at
+  // least `least`. There is a barrier between one phase and the next.
   std::pair<long, long> take(long phase, long count, long me, long least = 1) {
     const long threads = next_.size();
-    if (threads == 1) {  // nobody to share with, and the whole is a piece
+    if (threads == 1) {  // a single thread takes everything as one piece
       if (alone_ == phase) return {0, 0};
       alone_ = phase;
       return {0, count};
@@ -160,20 +160,20 @@ class alignas(64) Pieces {
 
  private:
   struct alignas(64) Next {
-    std::atomic<uint64_t> value{0};  // the phase, from 1 on, and where its next piece begins
+    std::atomic<uint64_t> value{0};  // the phase, from 1 on, and the begin of its next piece
   };
   std::vector<Next> next_;
-  long alone_ = 0;  // the last phase of one thread
+  long alone_ = 0;  // the last phase of a single thread
 };
 
-// The pieces of a step that the threads of a group share. Each thread has as many whole blocks of units as the others. Of
-// the blocks that are left over, each thread has a part of the rows. Which rows are multiplied together changes no result.
+// The pieces of a step that the threads of a group share. Each thread has the same number of whole blocks of units, and
+// a part of the rows of the blocks that are left over. Results do not depend on which rows are multiplied together.
 struct Split {
   long blocks, threads, rows;
   long whole = blocks / threads, rest = blocks % threads;
-  long pieces() const { return threads * (whole + rest); }  // a thread's own stand one after another
+  long pieces() const { return threads * (whole + rest); }  // those of one thread are consecutive
 
-  // work(b0, b1, r0, r1) on blocks and rows, for the pieces p0 to p1.
+  // Runs work(b0, b1, r0, r1) on blocks and rows, for the pieces p0 to p1.
   template <class Function>
   void each(long p0, long p1, Function work) const {
     while (p0 < p1) {
@@ -196,21 +196,21 @@ struct Split {
 
 using Work = std::function<void(long)>;
 
-// Threads that wait for work between calls: to begin one costs more than a short call. They never end, so a team is
-// never freed.
+// Threads that wait for work between calls, since starting a thread costs more than a short call. They never end, so a
+// team is never freed.
 class Team {
  public:
-  // Starts threads until there are `count`, the caller among them. Returns how many there are: the system may refuse to
-  // start more (a limit on processes, or on memory).
+  // Starts threads until there are `count`, including the caller. Returns their number: the system may refuse to start
+  // more (a limit on processes, or on memory).
   long grow(long count) {
     while (size() < count && start()) continue;
     return std::min(count, size());
   }
 
-  // work(0) … work(count - 1) at once, each on a thread of its own; 0 on this one. `count` threads must be there. What
-  // throws in one thread would leave the others with what is gone, so it ends the process.
+  // Runs work(0) … work(count - 1) at once, each on its own thread, 0 on this one. There must be `count` threads. An
+  // exception ends the process: unwinding one thread would free memory that the others still use.
   void run(long count, const Work& work) noexcept {
-    // Not on this processor: a thread is often woken on that of the one that wakes it, and moved only after milliseconds.
+    // Keeps helpers off this processor: a thread is often woken on the waker's, and moved only after milliseconds.
     cpu_set_t others;
     CPU_ZERO(&others);
     const bool known = sched_getaffinity(0, sizeof others, &others) == 0 && CPU_COUNT(&others) > 1;
@@ -233,13 +233,13 @@ class Team {
  private:
   struct Helper {
     long id = 0;
-    Barrier* done = nullptr;  // its team's
+    Barrier* done = nullptr;  // the barrier of its team
     std::mutex mutex;
     std::condition_variable wake;
     std::atomic<const Work*> work{nullptr};
     bool sleeps = false;
     pthread_t thread{};
-    cpu_set_t processors{};  // where it may run, once it was said
+    cpu_set_t processors{};  // where it may run, once set
   };
 
   long size() const { return static_cast<long>(helpers_.size()) + 1; }
@@ -251,14 +251,14 @@ class Team {
     helper->done = &done_;
     if (pthread_create(&helper->thread, nullptr, serve, helper.get())) return false;
     pthread_detach(helper->thread);
-    helpers_.push_back(helper.release());  // its thread's for good
+    helpers_.push_back(helper.release());  // owned by its thread from now on
     return true;
   }
 
   static void* serve(void* helper) {
     Helper* self = static_cast<Helper*>(helper);
     for (;;) {
-      // The next call often comes at once; then sleep, which costs nothing.
+      // Spins first, since the next call often comes at once; then sleeps.
       for (int spins = 0; spins < 1000 && !self->work.load(std::memory_order_acquire); ++spins) relax();
       {
         std::unique_lock<std::mutex> lock(self->mutex);
@@ -267,7 +267,7 @@ class Team {
         self->sleeps = false;
       }
       (*self->work.exchange(nullptr, std::memory_order_acq_rel))(self->id);
-      self->done->arrive();  // after which the work may be gone, but not the team
+      self->done->arrive();  // after this the work may be gone, but not the team
     }
   }
 
@@ -275,11 +275,11 @@ class Team {
   Barrier done_;
 };
 
-// What is kept between calls. The child of a fork, which has no threads but its own, begins anew.
+// The memory and threads that are kept between calls. The child of a fork has no threads but its own, and starts anew.
 struct Kept {
   std::mutex mutex;
   std::vector<std::pair<float*, size_t>> blocks;  // the oldest first
-  std::vector<Team*> teams;                       // that no call uses
+  std::vector<Team*> teams;                       // those that no call uses
 };
 
 Kept& kept() {
@@ -290,7 +290,7 @@ Kept& kept() {
   return *instance.load();
 }
 
-// The threads of a call. Calls at the same time have teams of their own.
+// The threads of a call. Concurrent calls have separate teams.
 class Crew {
  public:
   explicit Crew(long wanted) : from_(kept()) {
@@ -312,7 +312,7 @@ class Crew {
   }
   Crew(const Crew&) = delete;
   long size() const { return size_; }
-  // See Team; for `count` up to the size.
+  // See Team::run; `count` is at most the size.
   void run(long count, const Work& work) {
     if (count == 1)
       work(0);
@@ -328,7 +328,7 @@ class Crew {
 
 // --- memory ------------------------------------------------------------------------------------------------------
 
-// Fewer and larger pages for memory that is written for the first time: a page costs more than what is written to it.
+// Requests large pages for memory that is written for the first time: each new page costs more than writing to it.
 void in_large_pages(void* data, size_t bytes) {
   constexpr uintptr_t large = 1 << 21;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + large - 1) / large * large,
@@ -336,8 +336,8 @@ void in_large_pages(void* data, size_t bytes) {
   if (data && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
-// Memory for the time of a call, kept for the next: in few blocks, and no more than this in all. What a call needs
-// grows with what it does, so that a large block is soon paid for again.
+// The limits of the scratch memory that is kept for the next call. A call that needs a larger block does more work too,
+// so allocating the block again costs relatively little.
 constexpr size_t MOST_BLOCKS = 8, MOST_BYTES = size_t(128) << 20;
 
 class Scratch {

@@ -1,4 +1,4 @@
-// Vectors of floats as long as this processor's, and functions of them. No headers: a cell is compiled in no time.
+// Vectors of floats of this processor's width, and functions of them. It includes no headers, so a cell compiles fast.
 
 #pragma once
 
@@ -17,7 +17,7 @@ typedef float vf __attribute__((vector_size(4 * VL)));
 typedef int vi __attribute__((vector_size(4 * VL)));
 typedef unsigned vu __attribute__((vector_size(4 * VL)));
 
-inline vf splat(float x) { return x - vf{}; }  // x - 0 is x, -0 too
+inline vf splat(float x) { return x - vf{}; }  // x - 0 is x, also for -0
 inline vf load(const float* p) {
   vf v;
   __builtin_memcpy(&v, p, sizeof v);
@@ -25,7 +25,7 @@ inline vf load(const float* p) {
 }
 inline void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// The first n lanes, zeros after them.
+// The first n lanes, followed by zeros.
 inline vf load(const float* p, long n) {
   if (n >= VL) return load(p);
   vf v = {};
@@ -54,12 +54,12 @@ inline vf each(Function f, vf x, vf y) {
 
 inline vf vabs(vf x) { return each([](float a) { return __builtin_fabsf(a); }, x); }
 
-// 2^n for integers n in [-126, 127], and infinity for 128.
+// 2^n for integers n in [-126, 127], and infinity for n = 128.
 inline vf exp2i(vf n) {
   return (vf)((__builtin_convertvector(n, vi) + 127) << 23);
 }
 
-// The series of exp to the seventh power at r = x - n log 2, in [-log(2)/2, log(2)/2]: error about one ulp.
+// The Taylor series of exp, up to r^7, at r = x - n log 2 in [-log(2)/2, log(2)/2]. The error is about one ulp.
 inline vf series(vf x, vf n) {
   const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   vf p = splat(1.0f / 5040);
@@ -71,16 +71,16 @@ inline vf series(vf x, vf n) {
   return p * r * r + r + 1.0f;
 }
 
-inline vf rounded(vf x) { return (x + 12582912.0f) - 12582912.0f; }  // 1.5 * 2^23: what is added to it is an integer
+inline vf rounded(vf x) { return (x + 12582912.0f) - 12582912.0f; }  // adding 1.5 * 2^23 rounds to an integer
 
 inline vf vexp(vf x) {
-  x = x > 89.0f ? splat(89.0f) : x;  // comparisons with NaN are false: it stays
+  x = x > 89.0f ? splat(89.0f) : x;  // comparisons with NaN are false, so NaN stays
   x = x < -104.0f ? splat(-104.0f) : x;
   const vf n = rounded(x * 1.44269504f), half = rounded(n * 0.5f);
-  return series(x, n) * exp2i(half) * exp2i(n - half);  // two factors: so 2^n overflows and underflows as exp does
+  return series(x, n) * exp2i(half) * exp2i(n - half);  // two factors, so that 2^n overflows and underflows like exp
 }
 
-// Below -87.34 XLA's is zero, too small for a normal number; here 1 / (1 + inf) is from -88.4 on.
+// XLA's result is zero below -87.34, where it would be subnormal. Here it is zero below -88.4, from 1 / (1 + inf).
 inline vf vlogistic(vf x) {
   x = x > 87.0f ? splat(87.0f) : x;
   x = x < -89.0f ? splat(-89.0f) : x;
@@ -90,7 +90,7 @@ inline vf vlogistic(vf x) {
 
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 constexpr float TANH_LIMIT = 7.99881172180175781f;
-inline vf vfma(vf a, vf b, float c) {  // rounded once, whatever the compiler makes of a * b + c
+inline vf vfma(vf a, vf b, float c) {  // one rounding, however the compiler treats a * b + c
   for (int i = 0; i < VL; ++i) a[i] = __builtin_fmaf(a[i], b[i], c);
   return a;
 }
@@ -99,11 +99,11 @@ constexpr float TANH_LIMIT = 7.90531110763549805f;
 inline vf vfma(vf a, vf b, float c) { return a * b + c; }
 #endif
 
-// A quotient of odd and even polynomials: error a few ulp. The coefficients and limits are those of Eigen and XLA: at
-// the limit the quotient is 1 exactly (with fused multiplications and without, which round differently), and so it is
-// beyond. It must be, or 1 - h^2 would not be zero where a gate is saturated.
+// A quotient of an odd and an even polynomial, with an error of a few ulp. The coefficients and limits are those of
+// Eigen and XLA. At the limit and beyond, the quotient is exactly 1, or 1 - h^2 would not be zero for a saturated gate.
+// There are two limits, since fused multiplications round differently.
 inline vf vtanh(vf x) {
-  vf c = x > TANH_LIMIT ? splat(TANH_LIMIT) : x;  // comparisons with NaN are false: it stays
+  vf c = x > TANH_LIMIT ? splat(TANH_LIMIT) : x;  // comparisons with NaN are false, so NaN stays
   c = c < -TANH_LIMIT ? splat(-TANH_LIMIT) : c;
   const vf s = c * c;
   vf p = splat(-2.76076847742355e-16f);
@@ -123,7 +123,7 @@ inline vf vtanh(vf x) {
 inline vf vsqrt(vf x) { return each([](float a) { return __builtin_sqrtf(a); }, x); }
 inline vf vsquare(vf x) { return x * x; }
 
-// NaN wins, and zero is greater than -0, as in XLA.
+// The result is NaN if an operand is, and 0 is greater than -0, as in XLA.
 inline vf vmax(vf a, vf b) {
   const vf larger = a > b ? a : b, even = a == b ? (vf)((vi)a & (vi)b) : larger;
   return a != a ? a : even;
@@ -139,14 +139,14 @@ inline vu vmin(vu a, vu b) { return a < b ? a : b; }
 inline vf vsign(vf x) { return x > 0.0f ? splat(1) : (x < 0.0f ? splat(-1) : x); }
 
 
-// To an integer, towards zero; what is too large becomes the largest there is, and NaN zero, as in XLA.
+// Conversion to an integer, rounding towards zero. As in XLA, values out of range saturate, and NaN becomes 0.
 inline vi vint(vf x) {
   const vf low = x > -2147483648.0f ? x : splat(-2147483648.0f), in = low < 2147483520.0f ? low : splat(2147483520.0f);
   const vi bits = __builtin_convertvector(in, vi);
   return x == x ? (x >= 2147483648.0f ? vi{} + 2147483647 : bits) : vi{};
 }
 
-// Rounded, to even, to a number of so many bits; what such a number cannot hold becomes zero or infinite, as in XLA.
+// Rounding, half to even, to a format with these numbers of bits. As in XLA, values out of range become 0 or infinity.
 template <int exponent_bits, int mantissa_bits>
 inline vf vreduce(vf x) {
   constexpr int dropped = 23 - mantissa_bits, bias = (1 << (exponent_bits - 1)) - 1;
