@@ -66,14 +66,14 @@ def _encoding(name):
 
 
 @contextlib.contextmanager
-def loading(script, remedy=""):
+def loading(script, remedy="", extra="examples"):
     """Ends the program with one line, and no traceback, where the data cannot be loaded."""
     try:
         yield
     except (OSError, ValueError) as error:
         sys.exit(f"{script}: {error}")
     except ImportError as error:
-        sys.exit(f'{script}: {error}; pip install -e ".[examples]" brings it{remedy}')
+        sys.exit(f'{script}: {error}; pip install -e ".[{extra}]" brings it{remedy}')
 
 
 def package_file(package, path, command=None):

@@ -1,7 +1,7 @@
 """Parts of speech in Turkish: a bidirectional LSTM reads the sentence both ways and names the class of every word.
 
     pip install -e ".[examples]" && python examples/tag.py           # 14 classes, about two minutes on two cores
-    python examples/tag.py --fine                                    # 44 classes
+    python examples/tag.py --fine                                    # 45 classes
     python examples/tag.py --full                                    # the larger network, for longer
     python examples/tag.py --conllu mine.conllu                      # your treebank, every tenth sentence for the test
 
@@ -20,6 +20,8 @@ What it printed by default, after 104 seconds on two hyperthreads of one core th
       bidirectional LSTM                          93.99               91.91
       most frequent tag                           89.71               75.80
       most frequent tag, endings                  90.83               81.53
+
+and with --fine, in the same order, 91.02 (82.55), 84.56 (53.25) and 87.38 (67.64).
 """
 
 import collections
@@ -160,7 +162,7 @@ def train(tagger, ids, tags, validation, seed, epochs):
         for chosen, length in jrnn.sequence.buckets(sizes, BATCH, key=jax.random.fold_in(k_shuffle, epoch), **options):
             yield make_batch(ids, tags, chosen, length)
 
-    rate = schedule("warmup_cosine", 4e-3, steps=steps, warmup_steps=steps // 20)
+    rate = schedule("warmup_cosine", 4e-3, steps=max(2, steps), warmup_steps=max(1, steps // 20))
     return fit(
         make_step(tagger.loss, jrnn.optimizer("adam", rate, clip_norm=1.0)),
         tagger.init(k_init, ids[0].shape[1]),
@@ -220,9 +222,10 @@ def main(arguments=None):
     parser.add_argument("--full", action="store_true", help="the larger network, for longer")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    hidden, epochs = (options.hidden or (256 if options.full else 128)), (options.epochs or (20 if options.full else 8))
-    if min(hidden, epochs) < 1:
-        parser.error(f"expected --hidden and --epochs of 1 or more, got {hidden} and {epochs}")
+    if any(number is not None and number < 1 for number in (options.hidden, options.epochs)):
+        parser.error("--hidden and --epochs: expected 1 or more of each")
+    hidden = options.hidden or (256 if options.full else 128)
+    epochs = options.epochs or (20 if options.full else 8)
     column = FINE if options.fine else COARSE
     with shared.loading("tag.py", ", or use --conllu"):
         if options.conllu:
