@@ -9,6 +9,25 @@ one kind. So this shows how an attention model is trained and judged, and no tra
 case, cut into pieces of words by byte-pair encoding (Sennrich et al. 2016), learned from the training messages alone.
 A tenth of the messages, drawn at random (seed 0), is for the test. Messages that differ in case or punctuation alone
 count as one. Beside the network stand the translation of the most similar training message, and the English text.
+
+What it printed by default. It finds the exact words four times as often as the most similar message has them. By the
+characters it has in common with the right translation, that message is the better one: where the network is wrong, it
+makes up words.
+
+    on the 273 test messages, %            chrF   exact
+      network, greedy                        45.3    10.3
+      network, beam of 4                     46.3    11.0
+      most similar message                   53.5     2.9
+      English left as it is                  24.1     0.0
+      ...
+      cut the selected cells
+        couper les cellules sélectionnées
+      failed to merge branch '%1' into '%2'.
+        impossible de fusionner la branche '%1' '%2'.
+        (should be: échec de la fusion de la branche '%1' dans '%2'.)
+      debugger does not have stopped threads - cannot evaluate
+        curseur de l'est produseur de %1 a étés
+        (should be: le débogueur n'a pas arrêté de threads - impossible d'évaluer)
 """
 
 import collections
