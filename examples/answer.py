@@ -12,6 +12,11 @@ published data set, but the same people, places and rules.
 
 Two networks answer. An LSTM reads the story and then the question, and all that it knows is in its state. The other one
 reads the story with a bidirectional GRU, and the question with a GRU that attends to the words of the story.
+
+What it printed of task 1, which is all that has been measured so far (published for an LSTM on 1,000 questions: 50%):
+
+    task 1, LSTM, 1,000 questions: 43.2% of 1,000 test questions
+    task 1, LSTM, 10,000 questions: 46.6% of 1,000 test questions
 """
 
 import dataclasses
