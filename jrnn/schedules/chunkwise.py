@@ -44,7 +44,9 @@ def run(options: Any, task: Task) -> tuple[Any, Any]:
         p = cell.project(params, xs)
         # The matmuls of a chunk multiply later steps by zero instead of leaving them out. So numbers that are not
         # finite are replaced by zero, and NaN is put back where a run step by step would have it.
-        bad, lost = _unsound(p, xs.ndim - cell.event_ndim), _unsound(lax.optimization_barrier(state), xs.ndim - cell.event_ndim - 1)
+        # The barrier keeps XLA from folding the reduction over the zeros that a run begins with, which takes seconds.
+        before, batch = lax.optimization_barrier(state), xs.ndim - cell.event_ndim
+        bad, lost = _unsound(p, batch), _unsound(before, batch - 1)
         zero = jnp.zeros((), jnp.float32)
         state, ys = cell.chunk(params, _where(lost, zero, state), _where(bad, zero, p), valid, resets)
         spoilt = _spoilt(bad, lost, resets)

@@ -1,0 +1,214 @@
+"""Sequences into sequences: the attention model that several examples train, and how it is fed, trained and decoded."""
+
+import argparse
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jrnn
+from jrnn import decoding, training
+
+END = 0  # ends a sequence, and stands before its first symbol; what is padded is this too, and masked out
+QUANTILES = 0.5, 0.9, 1.0  # of the lengths: those to which sequences are padded; each of them is compiled once
+UNKNOWN = 1  # the id of all symbols that the training data do not have
+
+
+def add_options(parser, steps, hidden):
+    """``steps`` and ``hidden`` say what the defaults are."""
+    parser.add_argument("--steps", type=positive, help=f"training steps (default: {steps})")
+    parser.add_argument("--hidden", type=positive, help=f"units of each GRU (default: {hidden})")
+    parser.add_argument("--beam", type=positive, default=4, help="hypotheses of the beam search (default: %(default)s)")
+    parser.add_argument(
+        "--scheduled",
+        type=share,
+        default=0.0,
+        help="scheduled sampling: the share of inputs that are the decoder's own",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the parameters and batches; the split of the data stays"
+    )
+
+
+def positive(text):
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return number
+
+
+def share(text):
+    if not 0 <= (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text}")
+    return number
+
+
+class Symbols:
+    """Characters, phonemes or pieces of words as ids from 2."""
+
+    def __init__(self, sequences):
+        self.names = ["<end>", "?", *sorted({symbol for sequence in sequences for symbol in sequence})]
+        self.ids = {name: i for i, name in enumerate(self.names)}
+
+    def __len__(self):
+        return len(self.names)
+
+    def encode(self, sequence):
+        return np.array([self.ids.get(symbol, UNKNOWN) for symbol in sequence], np.int32)
+
+    def decode(self, ids):
+        return [self.names[i] for i in ids]
+
+
+@dataclasses.dataclass(frozen=True)
+class Seq2Seq:
+    """An encoder, and a decoder that attends to its outputs (Bahdanau et al. 2015)."""
+
+    encoder: jrnn.Layer
+    decoder: jrnn.Layer
+
+    def init(self, key):
+        k_encoder, k_decoder = jax.random.split(key)
+        return {"encoder": self.encoder.init(k_encoder, None), "decoder": self.decoder.init(k_decoder, None)}
+
+    def read(self, params, source, lengths, key=None):
+        """The decoder's parameters with what the encoder makes of the source (S, B) as its memory."""
+        _, memory = jrnn.unroll(self.encoder, params["encoder"], source, lengths=lengths, key=key)
+        return jrnn.remember(self.decoder, params["decoder"], memory, lengths=lengths)
+
+    def logits(self, params, batch, key=None, own=0.0):
+        """Logits (T, B, V): teacher forcing, or with ``own`` above 0 so many inputs are the decoder's own."""
+        source, lengths, target, target_lengths = batch
+        if key is None:
+            k_encoder = k_decoder = None
+        else:
+            k_encoder, k_decoder, k_own = jax.random.split(key, 3)
+        k_encoder, k_decoder = (
+            k if layer.uses_key else None for k, layer in ((k_encoder, self.encoder), (k_decoder, self.decoder))
+        )
+        ready = self.read(params, source, lengths, k_encoder)
+        inputs = jnp.concatenate([jnp.full_like(target[:1], END), target[:-1]])
+        if key is None or not own:
+            return jrnn.unroll(self.decoder, ready, inputs, lengths=target_lengths, key=k_decoder)[1]
+
+        def step(state, token):
+            t, state = state
+            now = None if k_decoder is None else jax.random.fold_in(k_decoder, t)
+            state, logits = self.decoder.step(ready, state, token, now)
+            return (t + 1, state), logits
+
+        start = jnp.int32(0), self.decoder.initial_state(ready, lengths.shape)
+        return decoding.scheduled_sampling(step, start, inputs, k_own, own)[1]
+
+    def weights(self, params, batch):
+        """How much each step of the target attended to each step of the source, (T, S, B)."""
+        source, lengths, target, _ = batch
+        ready = self.read(params, source, lengths)
+        inputs = jnp.concatenate([jnp.full_like(target[:1], END), target[:-1]])
+        layers = self.decoder.embed, *self.decoder.layer.layers
+        return attention_weights(layers, (ready["embed"], *ready["layer"]), inputs)
+
+
+def attention_weights(layers, params, inputs):
+    """Weights (T, S, B) of the attention among some layers, whose parameters have their memory, for inputs (T, B)."""
+    at = next(i for i, layer in enumerate(layers) if hasattr(layer, "memory_features"))
+    _, ys = jrnn.unroll(jrnn.stack(*layers[: at + 1]), tuple(params[: at + 1]), inputs)
+    return layers[at].weights(params[at], ys)[..., 0]
+
+
+def network(source_symbols, target_symbols, features, hidden, dropout=0.0):
+    """Bidirectional GRU into GRU with additive attention; the decoder's embeddings are its output layer too.
+
+    The directions of the encoder are summed: most of the time goes into the memory, which is as wide as its outputs.
+    """
+    drop = (jrnn.dropout(dropout),) if dropout else ()
+    return Seq2Seq(
+        jrnn.stack(
+            jrnn.embed(source_symbols, features), *drop, jrnn.bidirectional(jrnn.gru(hidden), merge="sum"), *drop
+        ),
+        jrnn.tied(
+            jrnn.embed(target_symbols, features, table_init="uniform"),
+            jrnn.stack(
+                *drop, jrnn.attention(jrnn.gru(hidden), hidden, features=hidden // 2), *drop, jrnn.dense(features)
+            ),
+        ),
+    )
+
+
+def make_batch(pairs, length=None):
+    """``(source (S, B), lengths (B,), target (T, B), target_lengths (B,))``, the end in each target."""
+    targets = [np.append(target, np.int32(END)) for _, target in pairs]
+    return *jrnn.sequence.pad([source for source, _ in pairs], length), *jrnn.sequence.pad(targets, length)
+
+
+def train(model, params, pairs, validation, steps, batch, learning_rate, key, own=0.0, smoothing=0.0):
+    """The result of `fit`. Pairs of like length make a batch, padded to one of three lengths: each is compiled once."""
+    k_order, k_fit = jax.random.split(key)
+    needed = [max(len(source), len(target) + 1) for source, target in pairs]  # steps, the end included
+    boundaries = np.unique(np.quantile(needed, QUANTILES, method="higher")).tolist()
+
+    def batches(epoch):
+        order = jax.random.fold_in(k_order, epoch)
+        for chosen, length in jrnn.sequence.buckets(
+            needed, batch, key=order, boundaries=boundaries, drop_remainder=len(pairs) > 20 * batch
+        ):
+            yield make_batch([pairs[i] for i in chosen], length)
+
+    def loss_fn(params, batch, key):
+        logits = model.logits(params, batch, key, own)
+        _, _, target, target_lengths = batch
+        mask = jrnn.sequence.valid_steps(target_lengths, None, len(target), target_lengths.shape)
+        # Validation, which has no key, is by the cross-entropy itself.
+        return jrnn.losses.cross_entropy(logits, target, mask, label_smoothing=0.0 if key is None else smoothing)
+
+    rate = training.schedule("warmup_cosine", learning_rate, steps=steps, warmup_steps=min(200, 1 + steps // 5))
+    return training.fit(
+        training.make_step(loss_fn, jrnn.optimizer("adam", rate, clip_norm=1.0)),
+        params,
+        batches,
+        key=k_fit,
+        steps=steps,
+        validation=[make_batch(validation)],
+        validate_every=max(1, steps // 8),
+    )
+
+
+def decode(model, params, sources, width=1, length_penalty=0.0):
+    """The target ids of each source: the most probable next one at each step, or the best of a beam."""
+    found, needed, batch = [None] * len(sources), [len(ids) for ids in sources], min(512, len(sources))
+    boundaries = np.unique(np.quantile(needed, QUANTILES[-2:], method="higher")).tolist()
+    for chosen, length in jrnn.sequence.buckets(needed, batch, boundaries=boundaries):
+        chosen = np.resize(chosen, batch)  # some of them twice: a smaller batch would be compiled anew
+        padded = jrnn.sequence.pad([sources[i] for i in chosen], length)
+        tokens, lengths = _decode(model, params, *padded, length + length // 2 + 4, width, length_penalty)
+        for i, row, count in zip(chosen, np.asarray(tokens).T, np.asarray(lengths), strict=True):
+            found[i] = row[:count]
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+def _decode(model, params, source, lengths, longest, width, length_penalty):
+    ready = model.read(params, source, lengths)
+    step = lambda state, token: model.decoder.step(ready, state, token)
+    state, begin = model.decoder.initial_state(ready, lengths.shape), jnp.full(lengths.shape, END)
+    if width == 1:
+        return decoding.greedy(step, state, begin, longest, end=END)[:2]
+    beams = decoding.beam(
+        step, state, begin, longest, width=min(width, model.decoder.embed.vocab), end=END, length_penalty=length_penalty
+    )
+    return beams.tokens[..., 0], beams.lengths[..., 0]
+
+
+def weights_of(model, params, pairs):
+    """How much each symbol of a target, and its end, attended to each symbol of its source: an array for each pair."""
+    weights = np.asarray(jax.jit(model.weights)(params, make_batch(pairs)))
+    return [weights[: len(target) + 1, : len(source), i] for i, (source, target) in enumerate(pairs)]
+
+
+def draw_attention(axes, weights, source, target):
+    """The weights (T, S) of one pair, the source across and the target down."""
+    axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(source)), source)
+    axes.set_yticks(range(len(target)), target)
+    axes.tick_params(labelsize=8)
