@@ -192,7 +192,8 @@ def plot(path, record, split, scores, threshold, said):
     axes.axhline(threshold, color="tab:blue", lw=1, ls="--", label="threshold")
     axes.set(title="Surprise at each beat of the test part", xlabel="seconds")
     axes.set_yscale("symlog", linthresh=8)
-    axes.legend(fontsize=9)
+    axes.set_ylim(top=10 * max(10, scores[tested].max()))
+    axes.legend(fontsize=9, loc="upper left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
