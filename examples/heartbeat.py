@@ -17,6 +17,9 @@ tested on, it printed, after 40 seconds on two hyperthreads of one core:
       abnormal                     26      2   sensitivity 92.9%
       normal                       16   1467   specificity 98.9%
     an abnormal beat surprises more than a normal one in 99.7% of all pairs (area under the ROC)
+
+(A first version, whose threshold let 1% of the beats pass that it had learnt from, found 23 of the 28, with 9 false
+alarms.)
 """
 
 import pathlib
