@@ -17,6 +17,8 @@ What it printed of task 1, which is all that has been measured so far (published
 
     task 1, LSTM, 1,000 questions: 43.2% of 1,000 test questions
     task 1, LSTM, 10,000 questions: 46.6% of 1,000 test questions
+
+With attention, trained for 400 steps and not 1,000, it was 49.1%: none of them has solved the task in so short a time.
 """
 
 import dataclasses
