@@ -166,12 +166,7 @@ def plot(path, history, truth, predicted, classes):
         1, 2, figsize=(side + 7, side + 0.5), width_ratios=[5, side], layout="constrained"
     )
     accuracy = 100 * np.array(history["accuracy"])
-    curve.plot(np.arange(1, len(accuracy) + 1), accuracy, marker="o", clip_on=False)
-    curve.set(ylabel="accuracy on validation, %", title="Training", ylim=(max(0, accuracy.min() - 5), 100))
-    curve.set_box_aspect(0.9)  # however tall the matrix beside it is
-    curve.set_anchor("N")
-    shared.epoch_axis(curve, len(accuracy))
-    curve.grid(alpha=0.3)
+    shared.draw_accuracy(curve, accuracy)
     counts = np.zeros((len(classes), len(classes)), int)
     np.add.at(counts, (truth, predicted), 1)
     shared.draw_confusion(matrix, counts, classes)

@@ -181,6 +181,16 @@ def epoch_axis(axes, epochs):
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
+def draw_accuracy(axes, accuracy, margin=5):
+    """The accuracy on validation after each epoch, in percent, from so much below the least of it up to 100."""
+    axes.plot(np.arange(1, len(accuracy) + 1), accuracy, marker="o", clip_on=False)
+    axes.set(ylabel="accuracy on validation, %", title="Training", ylim=(max(0, accuracy.min() - margin), 100))
+    axes.set_box_aspect(0.9)  # however tall the matrix beside it is
+    axes.set_anchor("N")
+    epoch_axis(axes, len(accuracy))
+    axes.grid(alpha=0.3)
+
+
 def matrix_size(classes):
     """Inches of a side of the confusion matrix, so that its numbers do not touch."""
     return max(4.0, 0.4 * min(classes, MOST_CLASSES))

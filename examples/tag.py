@@ -197,12 +197,7 @@ def plot(path, history, truth, said, tags):
         1, 2, figsize=(side + 6, side + 0.8), width_ratios=[4, side], layout="constrained"
     )
     accuracy = 100 * np.array(history["accuracy"])
-    curve.plot(np.arange(1, len(accuracy) + 1), accuracy, marker="o", clip_on=False)
-    curve.set(ylabel="accuracy on validation, %", title="Training", ylim=(max(0, accuracy.min() - 2), 100))
-    curve.set_box_aspect(0.9)
-    curve.set_anchor("N")
-    shared.epoch_axis(curve, len(accuracy))
-    curve.grid(alpha=0.3)
+    shared.draw_accuracy(curve, accuracy, margin=2)
     counts = np.zeros((len(tags), len(tags)), int)
     known = truth < len(tags)
     np.add.at(counts, (truth[known], said[known]), 1)

@@ -19,7 +19,7 @@ from jrnn.jaxprs.blocks import Piece
 from jrnn.jaxprs.flat import Op, broadcast, evaluate, typed
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, Atom, Recipe, needed, side_by_side
 from jrnn.schedules import SCHEDULES, Plan, Refusal, Steps, Task, hoisted, native
-from jrnn.schedules.steps import expand, select
+from jrnn.schedules.steps import latest, taken
 
 __all__ = ["WORK", "Body", "before", "invariant", "outputs"]
 
@@ -157,7 +157,7 @@ class Body:
         form = self.form
         if form.mask is not None and form.after and task.steps.valid is not None:
             emitted = lax.concatenate([carry[leaf] for leaf in self.emitted], len(form.batch))
-            hs = _held(hs, task.steps.valid, emitted, steps.reverse)
+            hs = taken(hs, latest(task.steps.valid, steps.reverse), emitted)
         ys = self._outputs(env, carry, hs, xs, steps.reverse)
         outs = typed(self.form.program, [*leaves, *ys])
         return outs[: len(leaves)], outs[len(leaves) :]
@@ -215,18 +215,6 @@ def before(states: jax.Array, first: jax.Array, reverse: bool) -> jax.Array:
     """The state before each step, given the state after each step."""
     first = lax.expand_dims(first, (0,))
     return jnp.concatenate([states[1:], first] if reverse else [first, states[:-1]])
-
-
-def _held(states: jax.Array, valid: jax.Array, first: jax.Array, reverse: bool) -> jax.Array:
-    """The state after each step, where an invalid step keeps the state before it."""
-    time = states.shape[0]
-    times = lax.broadcasted_iota(jnp.int32, valid.shape, 0)
-    if reverse:
-        step = lax.cummin(jnp.where(valid, times, time), axis=0, reverse=True)
-    else:
-        step = lax.cummax(jnp.where(valid, times, -1), axis=0)
-    found = jnp.take_along_axis(states, expand(jnp.clip(step, 0, time - 1), states), axis=0)
-    return select((step >= 0) & (step < time), found, broadcast(first, states.shape))
 
 
 def small(work: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,7 +77,7 @@ class Recurrences:
         """
         form = self.form
         env = invariant(form, consts, carry)
-        run = lambda xs, state, steps: self._segment(env, carry, xs, list(state), steps, restart)
+        run = lambda xs, state, steps: self._segment(env, xs, list(state), steps, restart)
         if steps.remat is None:
             steps = replace(steps, remat=self._chunk(xs))
         last, ys = checkpointed(run, xs, tuple(carry[i] for i in form.leaves), steps)
@@ -89,7 +88,7 @@ class Recurrences:
         return outs[: len(leaves)], outs[len(leaves) :]
 
     def _segment(
-        self, env: dict[int, Any], carry: Sequence[Any], xs: Any, state: list[Any], steps: Steps, restart: Any
+        self, env: dict[int, Any], xs: Any, state: list[Any], steps: Steps, restart: Any
     ) -> tuple[tuple[Any, ...], list[Any]]:
         form = self.form
         found = self._coefficients(env, xs)

@@ -14,14 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jrnn._core.devices import varying_as
 from jrnn.cells.form import LinearForm
 from jrnn.cells.linear import LinearCell
 from jrnn.schedules.linear import choose_linear, linear_scan
 from jrnn.schedules.plan import Plan, Refusal, Task
-from jrnn.schedules.steps import chunked, expand, select
+from jrnn.schedules.steps import chunked, expand, latest, select, taken
 
 __all__ = ["chunk_of", "plan", "run"]
 
@@ -92,16 +91,13 @@ class Before:
     def __init__(self, time: Any, valid: Any, resets: Any, reverse: bool) -> None:
         self.resets, self.reverse, self.valid = resets, reverse, valid
         if valid is not None:
-            times = expand(jnp.arange(time, dtype=jnp.int32), valid)
+            seen = latest(valid, reverse)
             if reverse:
-                seen = lax.cummin(jnp.where(valid, times, time), axis=0, reverse=True)
                 self.last = seen[0]
                 self.step = jnp.concatenate([seen[1:], jnp.full_like(seen[:1], time)])
             else:
-                seen = lax.cummax(jnp.where(valid, times, -1), axis=0)
                 self.last = seen[-1]
                 self.step = jnp.concatenate([jnp.full_like(seen[:1], -1), seen[:-1]])
-            self.time = time
 
     def taps(self, xs: jax.Array, past: jax.Array, restart: Any) -> tuple[list[jax.Array], jax.Array]:
         """The past inputs of each step, the oldest first, and the past inputs of a step that would follow the last.
@@ -121,15 +117,9 @@ class Before:
     def _shifted(self, xs: jax.Array, first: jax.Array) -> jax.Array:
         if self.valid is None:
             return jnp.concatenate([xs[1:], first[None]] if self.reverse else [first[None], xs[:-1]])
-        return self._taken(xs, self.step, first)
+        return taken(xs, self.step, first)
 
     def _at_end(self, xs: jax.Array, first: jax.Array) -> jax.Array:
         if self.valid is None:
             return xs[0 if self.reverse else -1]
-        return self._taken(xs, self.last[None], first)[0]
-
-    def _taken(self, xs: jax.Array, step: jax.Array, first: jax.Array) -> jax.Array:
-        """``xs`` at the given steps, and ``first`` where there is no such step."""
-        inside = (step >= 0) & (step < self.time)
-        found = jnp.take_along_axis(xs, expand(jnp.clip(step, 0, self.time - 1), xs), axis=0)
-        return select(inside, found, jnp.broadcast_to(first, found.shape))
+        return taken(xs, self.last[None], first)[0]

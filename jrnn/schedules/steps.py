@@ -112,6 +112,21 @@ def select(flags: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(expand(flags, o), n, o), new, old)
 
 
+def latest(valid: jax.Array, reverse: bool) -> jax.Array:
+    """``(T, *B)``: the last valid step up to each step, in the order of the run; -1 or T where there is none."""
+    times = expand(jnp.arange(valid.shape[0], dtype=jnp.int32), valid)
+    if reverse:
+        return lax.cummin(jnp.where(valid, times, valid.shape[0]), axis=0, reverse=True)
+    return lax.cummax(jnp.where(valid, times, -1), axis=0)
+
+
+def taken(xs: jax.Array, step: jax.Array, first: jax.Array) -> jax.Array:
+    """``xs (T, *B, ...)`` at the given steps, and ``first`` where a step is outside ``[0, T)``."""
+    time = xs.shape[0]
+    found = jnp.take_along_axis(xs, expand(jnp.clip(step, 0, time - 1), xs), axis=0)
+    return select((step >= 0) & (step < time), found, jnp.broadcast_to(first, found.shape))
+
+
 def restarts(cell: Any, params: Any, xs: jax.Array, state: Any, steps: Steps) -> Any:
     """The state that a reset restores, or None if there are no resets. The parameters are those before rounding."""
     if steps.resets is None:
