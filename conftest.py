@@ -26,8 +26,8 @@ def quick_compilation(monkeypatch):
     """XLA with few of its optimisations, here and in processes started from here.
 
     For examples, and for tests of what is computed around compiled programs, or of their mathematics: they spend their
-    time compiling. The programs themselves are tested as users have them: cells, schedules, backends, parity with
-    PyTorch, and the laws that compile.
+    time compiling. The programs themselves are tested as users have them where ``JRNN_TEST_OPTIMIZED`` is set: see
+    `tests.conftest.compile_quickly`.
     """
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     jax.config.update("jax_disable_most_optimizations", True)

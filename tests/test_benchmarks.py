@@ -39,6 +39,7 @@ CASES = {
     "bfloat16": dataclasses.replace(TINY, work="forward", dtype="bfloat16"),
     "one step": dataclasses.replace(TINY, work="step", time=1, cell="gru"),
 }
+OFTEN = ("gru, gradients", "ragged", "one step")
 
 
 class LocalProcess:
@@ -118,7 +119,10 @@ def test_the_floor_takes_the_best_rate_of_its_environment(tmp_path):
 # --- agreement -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("point", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    "point",
+    [pytest.param(point, id=name, marks=[pytest.mark.nightly] * (name not in OFTEN)) for name, point in CASES.items()],
+)
 def test_jrnn_and_the_hand_written_scan_agree(point, tmp_path):
     from benchmarks.peers.jrnn import Jrnn
 

@@ -111,8 +111,13 @@ MODELS = {
 }
 
 
+OFTEN = ("around_recurrent", "with_a_step", "nested", "backwards", "ids_in_a_stack")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name not in OFTEN)) for name in MODELS]
+)
 def test_every_law(name):
     model, features = MODELS[name]
     laws = tuple(law for law in testing.LAWS if law not in (testing.check_jit, testing.check_compiles_once))

@@ -27,7 +27,7 @@ SLOW = rows(pytest.mark.slow)
 SMOKE = ("lstm", "step_only", "zoneout", "stack", "bidirectional")
 NARROW_ROWS = [
     pytest.param(*row.values, id=row.id, marks=[*row.marks, pytest.mark.smoke] if row.id in SMOKE else row.marks)
-    for row in SLOW
+    for row in rows(pytest.mark.nightly)
 ]
 FULL = [pytest.param(case, id=case.name) for case in CASES if case.full]
 # Interpreted: XLA compiles single operations.

@@ -30,7 +30,7 @@ SERVED = {
     "bidirectional_nested", "dense", "embed", "layer_norm", "activation", "dropout", "bidirectional_embed",
     "bidirectional_different", "residual_of_bidirectional", "variational_twice", "no_inputs",
     "emits_all", "emits_memory", "emits_all_wrapped", "antisymmetric", "antisymmetric_gated", "orthogonal_rnn",
-    "echo_state", "slstm", "skip",
+    "echo_state", "slstm", "skip", "tied",
 }  # fmt: skip
 WITH_A_KEY = {
     "dropconnect", "variational", "variational_gru", "residual_of_wrapped", "highway_of_random", "dropout",
@@ -109,29 +109,34 @@ def assert_near(got, expected, tolerance=2e-5):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * (1e-3 + float(jnp.abs(b).max(initial=0))))
 
 
+SHARED = [
+    (jrnn.lstm(64), 40, 16, 0, True),  # no input features
+    (jrnn.lstm(200), 9, 16, 70, True),  # an odd number of blocks of units for two threads
+    (jrnn.lstm(64), 9, 16, 70, False),  # the batch shared by threads, in several chunks
+    (jrnn.gru(150), 6, 33, 100, True),  # the units shared, in blocks of which the last is short
+    (jrnn.peephole_lstm(40), 300, 1, 3, True),  # few rows: panels taken together
+    (jrnn.elman(37), 9, 1, 5, True),
+    (jrnn.lstm(32), 1, 1, 5, False),  # a step, which reads the weights where they are
+    (jrnn.variational(jrnn.gru(150), recurrent=0.4), 6, 33, 100, True),  # masks, likewise
+]
+SHARED_TOO = [
+    (jrnn.variational(jrnn.gru(224), recurrent=0.4), 9, 5, 300, True),
+    (jrnn.gru(96), 5, 2, 600, False),
+    (jrnn.gru(37), 9, 3, 5, True),
+    (jrnn.elman(17), 60, 7, 33, True),
+    (jrnn.elman(2200), 1, 1, 3, False),  # fewer rows than threads
+    (jrnn.gru(64), 3, 2, 13, True),
+    (jrnn.peephole_lstm(96), 4, 3, 8, True),
+    (jrnn.variational(jrnn.lstm(64), recurrent=0.4), 9, 16, 70, True),
+    (jrnn.variational(jrnn.gru(37), inputs=0.3, recurrent=0.4), 9, 3, 5, True),
+    (jrnn.variational(jrnn.lstm(32), recurrent=0.4), 2, 1, 5, True),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "time", "batch", "features", "marked"),
-    [
-        (jrnn.lstm(64), 40, 16, 0, True),  # no input features
-        (jrnn.lstm(200), 9, 16, 70, True),  # an odd number of blocks of units for two threads
-        (jrnn.variational(jrnn.gru(224), recurrent=0.4), 9, 5, 300, True),
-        (jrnn.lstm(64), 9, 16, 70, False),  # the batch shared by threads, in several chunks
-        (jrnn.gru(150), 6, 33, 100, True),  # the units shared, in blocks of which the last is short
-        (jrnn.gru(96), 5, 2, 600, False),
-        (jrnn.peephole_lstm(40), 300, 1, 3, True),  # few rows: panels taken together
-        (jrnn.gru(37), 9, 3, 5, True),
-        (jrnn.elman(37), 9, 1, 5, True),
-        (jrnn.elman(17), 60, 7, 33, True),
-        (jrnn.elman(2200), 1, 1, 3, False),  # fewer rows than threads
-        (jrnn.lstm(32), 1, 1, 5, False),  # a step, which reads the weights where they are
-        (jrnn.gru(64), 3, 2, 13, True),
-        (jrnn.peephole_lstm(96), 4, 3, 8, True),
-        (jrnn.variational(jrnn.gru(150), recurrent=0.4), 6, 33, 100, True),  # masks, likewise
-        (jrnn.variational(jrnn.lstm(64), recurrent=0.4), 9, 16, 70, True),
-        (jrnn.variational(jrnn.gru(37), inputs=0.3, recurrent=0.4), 9, 3, 5, True),
-        (jrnn.variational(jrnn.lstm(32), recurrent=0.4), 2, 1, 5, True),
-    ],
+    [*SHARED, *(pytest.param(*row, marks=pytest.mark.nightly) for row in SHARED_TOO)],
     ids=lambda value: getattr(value, "hidden", value),
 )
 def test_however_it_is_shared(cell, time, batch, features, marked):

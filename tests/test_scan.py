@@ -21,6 +21,12 @@ T, F, H = 5, 3, 4
 READ = params([body for body in BODIES if body.products is not None])
 REFUSED = params([body for body in BODIES if body.products is None])
 ALL = params(BODIES)
+# Second derivatives and batches take long to compile: on one body of each kind, and of the others now and then.
+KINDS = {
+    "elman", "concatenated_lstm", "transposed_gru", "reset_gru", "reset_lstm", "masked", "masked_reset_lstm",
+    "relu_readout", "checkpointed", "random_mask", "memory_readout", "linen_lstm", "linen_gru", "haiku_lstm",
+    "equinox_lstm", "reset_before",
+}  # fmt: skip
 interpreted = pytest.mark.usefixtures("quick_compilation")
 
 
@@ -121,7 +127,13 @@ def test_what_is_not_read_runs_as_it_is(body):
 
 @interpreted
 @pytest.mark.slow
-@pytest.mark.parametrize("body", READ)
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(*row.values, id=row.id, marks=[*row.marks, *[pytest.mark.nightly] * (row.id not in KINDS)])
+        for row in READ
+    ],
+)
 def test_transformations(body):
     """Forward mode, both orders of second derivatives, and batches over everything."""
     weights, carry, step, xs = built(body, time=3)

@@ -215,7 +215,7 @@ def test_fit_learns_validates_and_resumes_bit_for_bit(tmp_path):
     def run(directory, steps):
         data = lambda epoch: chunks(series[:-1] + np.float32(0.01 * epoch), series[1:], 10)
         return fit(
-            step, params, data, key=jax.random.key(1), steps=steps, checkpoint=directory, checkpoint_every=4,
+            step, params, data, key=jax.random.key(1), steps=steps, checkpoint=directory, checkpoint_every=9,
             validation=list(chunks(series[:-1], series[1:], 25)), log_every=1,
         )  # fmt: skip
 
