@@ -280,6 +280,62 @@ def counter(key, F, H, batch):
     return w, (h, jnp.array(0)), step
 
 
+def random_key(key, F, H, batch):
+    """A key in the carry, split at each step, for dropout of the input and of the output."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, carry, x):
+        h, key = carry
+        key, ours, other = jax.random.split(key, 3)
+        x = jnp.where(jax.random.bernoulli(ours, 0.7, x.shape), x / 0.7, 0)
+        h, _ = plain(w, h, x)
+        return (h, key), (jnp.where(jax.random.bernoulli(other, 0.5, h.shape), 2 * h, 0), key)
+
+    return w, (h, jax.random.key(4)), step
+
+
+def dropped(key, F, H, batch):
+    """Dropout and zoneout of the state, by a key in the carry; units of the memory that never move."""
+    w, state, plain = concatenated_lstm(key, F, H, batch)
+
+    def step(w, carry, x):
+        (h, c), key = carry
+        key, ours, other = jax.random.split(key, 3)
+        (new, memory), _ = plain(w, (h, c), x)
+        memory = jnp.where(
+            jax.random.bernoulli(ours, 0.3, c.shape) | (jnp.arange(H) == 1)[(None,) * len(batch)], c, memory
+        )
+        new = jnp.where(jax.random.bernoulli(other, 0.7, h.shape), new / 0.7, 0)
+        return ((new, memory), key), new
+
+    return w, (state, jax.random.key(4)), step
+
+
+def random_input(key, F, H, batch):
+    """A key of the step, made of its input."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, h, x):
+        key = jax.random.key(x.sum().astype(jnp.int32))
+        return plain(w, h, x + jax.random.normal(key, x.shape))
+
+    return w, h, step
+
+
+def clock(key, F, H, batch):
+    """The time, which scales a gate and is multiplied by weights, beside the sum of the inputs and the one before."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, carry, x):
+        t, h, (total, before) = carry
+        new, _ = plain(w, h, x + before)
+        waves = jnp.sin(t * (1.0 + jnp.arange(F, dtype=x.dtype))) @ w["x"]
+        h = h + (new + waves[(None,) * len(batch)] - h) / (1 + t)
+        return (t + 0.5, h, (total + x, x)), (h, total, t)
+
+    return w, (jnp.float32(0), h, (jnp.ones((*batch, F)), jnp.zeros((*batch, F)))), step
+
+
 def control_flow(key, F, H, batch):
     w, h, plain = elman(key, F, H, batch)
 
@@ -500,6 +556,12 @@ BODIES = (
     Body("random_mask", random_mask),
     Body("memory_readout", memory_readout),
     Body("many_gates", many_gates, native="input projection itself"),
+    Body("counter", counter, batches=NO_BATCH),
+    Body("random_key", random_key),
+    Body("random_input", random_input),
+    Body("clock", clock, batches=NO_BATCH, native="input projection itself"),
+    Body("unit_flags", unit_flags, native="input projection itself"),
+    Body("dropped", dropped, native="input projection itself"),
     Body("linen_lstm", linen("LSTMCell"), batches=NO_BATCH, peer="flax"),
     Body("linen_optimized_lstm", linen("OptimizedLSTMCell"), batches=NO_BATCH, peer="flax"),
     Body("linen_gru", linen("GRUCell"), batches=NO_BATCH, peer="flax"),
@@ -513,11 +575,9 @@ BODIES = (
     # What is no cell: products of the state stay in the loop, and the gradients of their weights leave it.
     Body("reset_before", reset_before, 2, TWO),
     Body("haiku_gru", haiku("GRU"), 2, TWO, peer="haiku"),
-    Body("counter", counter, 1, "not of one shape and dtype"),
     Body("normalised", normalised, 1, "'reduce_sum'"),
     Body("held", held, 1, "its outputs are not of the carry that it leaves"),
     Body("random_steps", random_steps, 2, "not of one shape and dtype"),
-    Body("unit_flags", unit_flags, 1, "its gates are given an array of bool"),
     Body("one_for_bias", one_for_bias, 1, "with a number that is broadcast"),
     Body("numbered_reset", numbered_reset, 1, "its gates are given an array of int32"),
     Body("broadcast_bias", broadcast_bias, 1, "it broadcasts an array over groups of features"),

@@ -39,9 +39,9 @@ from jrnn.jaxprs.blocks import (
 )
 from jrnn.jaxprs.dependence import Dependence
 from jrnn.jaxprs.flat import Const, Op, Program, reading
-from jrnn.jaxprs.gates import Gates, Parts, assemble, recipe
+from jrnn.jaxprs.gates import Gates, Parts, assemble, is_not_zero, recipe
 from jrnn.jaxprs.primitives import primitive
-from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE, Add, Atom, Flat, Negative, PerSequence, Recipe, Take
+from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE, Add, Atom, Flat, Negative, Number, PerSequence, Recipe, Take
 
 __all__ = ["Affine", "Mask", "Resets", "read"]
 
@@ -223,12 +223,17 @@ class _Reader(Dependence):
         if self.kind(atom) == STATE:
             raise Refusal("it uses a result of an operation that was not followed")
         dtype = self.program.form(atom).dtype
-        if isinstance(atom, int) and dtype != self.dtype:  # literals become constants of the gates
+        flags = isinstance(atom, int) and dtype == np.dtype(bool)
+        # Literals become constants of the gates.
+        if isinstance(atom, int) and dtype != self.dtype and not flags:
             raise Refusal(f"its gates are given an array of {dtype}, where its state is {self.dtype}")
         found = self._recipe(atom, axes, outer)
-        if not found.shape:
-            return Value((Sum((), found, EVERY),), axes)
-        width = int(np.prod([n for n, axis in zip(outer, axes, strict=True) if axis in ("f", "g")]))
+        width = EVERY
+        if found.shape:
+            width = int(np.prod([n for n, axis in zip(outer, axes, strict=True) if axis in ("f", "g")]))
+        if flags:  # The inputs of gates are numbers, so the gates compare them with 0.
+            number = Sum((), Number(found, self.dtype), width)
+            return Value((is_not_zero(number, self.dtype),), axes)
         return Value((Sum((), found, width),), axes)
 
     def _recipe(self, atom: int | Const, axes: Any, outer: tuple[int, ...]) -> Recipe:

@@ -28,6 +28,7 @@ __all__ = [
     "Op",
     "Program",
     "Refusal",
+    "Shaped",
     "Unreadable",
     "bind",
     "broadcast",
