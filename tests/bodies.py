@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import jrnn
+
 
 class Body(NamedTuple):
     """``products``: in a step of the loop, once it is read; None where it runs as ``jax.lax.scan``.
@@ -66,6 +68,16 @@ def concatenated_lstm(key, F, H, batch):
         return lstm_gates(*jnp.split(z, 4, -1), c)
 
     return weights(key, w=(F + H, 4 * H), b=(4 * H,)), start(batch, H, 2), step
+
+
+def library_product(key, F, H, batch):
+    """Both products by `jrnn.product`, as a cell of one's own has them."""
+
+    def step(w, h, x):
+        h = jnp.tanh(jrnn.product(x, w["x"]) + jrnn.product(h, w["h"]))
+        return h, jrnn.product(h, w["out"])
+
+    return weights(key, x=(F, H), h=(H, H), out=(H, 2)), start(batch, H), step
 
 
 def sliced_lstm(key, F, H, batch):
@@ -538,6 +550,7 @@ TWO = "a product of something computed from its state"
 BODIES = (
     Body("elman", elman, batches=NO_BATCH),
     Body("concatenated_lstm", concatenated_lstm, batches=NO_BATCH),
+    Body("library_product", library_product, batches=NO_BATCH),
     Body("sliced_lstm", sliced_lstm, batches=((4,), ())),
     Body("four_products_lstm", four_products_lstm, batches=NO_BATCH),
     Body("einsum_lstm", einsum_lstm),

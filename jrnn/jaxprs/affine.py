@@ -282,7 +282,7 @@ class _Reader(Dependence):
         same = op.name == "convert_element_type" and self.program.form(op.ins[0])[1] == self.program.forms[out][1]
         if same or op.name in ("copy", "copy_p"):  # but not stop_gradient, whose derivative differs
             self.values[out] = self._value(op.ins[0])
-        elif op.name == "dot_general":
+        elif op.name in PRODUCTS:
             self.values[out] = self._product(op)
         elif row.rearranges:
             self.values.update(zip(op.outs, getattr(self, f"_{op.name}")(op), strict=True))
@@ -489,7 +489,11 @@ class _Reader(Dependence):
     # --- products ---
 
     def _product(self, op: Op) -> Value:
-        contracted, batched = op.params["dimension_numbers"]
+        if op.name == "weigh":  # see `jrnn._core.products`
+            last = len(self.shape(op.ins[0])) - 1
+            contracted, batched = ((last,), (0,)), ((), ())
+        else:
+            contracted, batched = op.params["dimension_numbers"]
         if any(batched) or any(len(axes) != 1 for axes in contracted):
             raise Refusal("it has a product of its state with batch axes, or over several axes")
         if not default_precision(op.params.get("precision")):
@@ -536,6 +540,7 @@ class _Reader(Dependence):
         return Value((Sum((), found, shape[axis]),), tuple(names))
 
 
+PRODUCTS = ("dot_general", "weigh")
 TERMS = 32  # the largest number of terms in one sum
 _LINEAR = ("add", "add_any", "sub")
 

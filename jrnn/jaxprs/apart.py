@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jrnn.jaxprs.affine import PRODUCTS
 from jrnn.jaxprs.blocks import Refusal
 from jrnn.jaxprs.flat import Const, Op, Program
 
@@ -147,7 +148,7 @@ def _dependences(program: Program, consts: int, carry: int) -> tuple[list[int], 
         multiplied = functools.reduce(int.__or__, (products[a] for a in atoms), 0)
         for out in op.outs:
             reaches[out] = reached
-            products[out] = multiplied | (reached if op.name == "dot_general" else 0)
+            products[out] = multiplied | (reached if op.name in PRODUCTS else 0)
     return reaches, products
 
 
