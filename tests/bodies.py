@@ -388,6 +388,32 @@ def masked(key, F, H, batch):
     return w, h, step
 
 
+def masked_outputs(key, F, H, batch):
+    """Readouts of the state before its mask, which the flags of the mask select."""
+    w, carry, plain = concatenated_lstm(key, F, H, batch)
+
+    def step(w, carry, x):
+        taken = x[..., :1] > 0
+        (h, c), _ = plain(w, carry, x)
+        y = jnp.where(taken, jnp.sin(c) @ w["w"][-H:], 0.0), jnp.sin(jnp.where(taken, jax.nn.relu(h), 1.0))
+        return tuple(jnp.where(taken, new, old) for new, old in zip((h, c), carry, strict=True)), y
+
+    return w, carry, step
+
+
+def ended(key, F, H, batch):
+    """The state is replaced after the step, for the next, and put out as it was before and as the step met it."""
+    w, carry, plain = concatenated_lstm(key, F, H, batch)
+
+    def step(w, carry, x):
+        done = x[..., 0] > 0.3
+        (h, c), _ = plain(w, carry, x)
+        new = tuple(jnp.where(done[..., None], s, a) for s, a in zip((jnp.tanh(w["b"][:H]), 0.0), (h, c), strict=True))
+        return new, (h, new[1], carry[0])
+
+    return w, carry, step
+
+
 def masked_reset_lstm(key, F, H, batch):
     """A reset at the beginning, and a mask at the end that keeps the carry as the step met it."""
     w, carry, plain = concatenated_lstm(key, F, H, batch)
@@ -559,6 +585,9 @@ BODIES = (
     Body("reset_gru", reset_gru),
     Body("reset_lstm", reset_lstm, batches=NO_BATCH),
     Body("masked", masked, batches=NO_BATCH),
+    Body("masked_outputs", masked_outputs, batches=NO_BATCH),
+    Body("held", held, batches=NO_BATCH),
+    Body("ended", ended, batches=NO_BATCH),
     Body("masked_reset_lstm", masked_reset_lstm),
     Body("relu_readout", relu_readout, batches=NO_BATCH),
     Body("checkpointed", checkpointed),
@@ -589,7 +618,6 @@ BODIES = (
     Body("reset_before", reset_before, 2, TWO),
     Body("haiku_gru", haiku("GRU"), 2, TWO, peer="haiku"),
     Body("normalised", normalised, 1, "'reduce_sum'"),
-    Body("held", held, 1, "its outputs are not of the carry that it leaves"),
     Body("random_steps", random_steps, 2, "not of one shape and dtype"),
     Body("one_for_bias", one_for_bias, 1, "with a number that is broadcast"),
     Body("numbered_reset", numbered_reset, 1, "its gates are given an array of int32"),

@@ -182,6 +182,15 @@ def test_equal_bodies_are_equal(body):
     assert counter["compilations"] == 0
 
 
+@pytest.mark.parametrize(("name", "again"), [("masked_outputs", False), ("held", True)])
+def test_outputs_before_a_mask_are_those_after_it_where_the_mask_selects_them(name, again):
+    weights, carry, step, xs = built(BODIES[[body.name for body in BODIES].index(name)])
+    closed = jax.make_jaxpr(functools.partial(step, weights))(carry, xs[0])
+    form = affine.read(flatten(closed)[0], len(closed.consts), len(jax.tree.leaves(carry)))
+    assert form.mask is not None
+    assert all(is_new for _, is_new in form.after.values()) is not again
+
+
 def test_other_gates_are_another_program():
     weights, carry, _step, xs = built(BODIES[0])
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jrnn.jaxprs.affine import PRODUCTS
 from jrnn.jaxprs.blocks import Refusal
+from jrnn.jaxprs.dependence import PRODUCTS
 from jrnn.jaxprs.flat import Const, Op, Program
 
 __all__ = ["Split", "split"]

@@ -58,15 +58,16 @@ def scan(
     - its carry consists of float32 or float64 arrays of one shape ``(*B, H)``, and of arrays that no step changes,
     - one of these arrays is multiplied by weights as it is,
     - every other use of the carry in the next carry is elementwise, and
-    - its outputs depend only on the inputs and on the multiplied array, before or after the step.
+    - its outputs can be computed from the inputs and the carry, before or after the step, by operations that can run
+      for all steps at once.
 
     Leaves of the carry that do not depend on the cell's state, such as a counter, a random key or the input before, may
-    stand beside it, in any shape and dtype. They run first, as a ``jax.lax.scan`` of their own, together with the random
-    numbers that are drawn at the steps. What the cell needs of them is then an input of its steps.
+    stand beside it, in any shape and dtype. They run first, as a ``jax.lax.scan`` of their own. What the cell needs of
+    them is then an input of its steps. Random numbers that are drawn at the steps are drawn in that scan.
 
     The LSTM, GRU (reset after the product), MGU and Elman cells of Flax, Haiku and Equinox are of this kind, and so are
-    most cells written by hand. A flag among the inputs may replace arrays of the carry by constants:
-    ``jnp.where(reset[:, None], initial, h)``.
+    most cells written by hand. A flag among the inputs may replace the carry by constants, before the step or after it
+    (``jnp.where(reset[:, None], initial, h)``), or hold it (``jnp.where(valid[:, None], new_h, h)``).
 
     With ``backend="hoisted"``, a body that is not a cell but has a matmul of a carry-dependent value with weights runs
     in parts: only the part that the next carry needs stays in the loop, and the gradients of those weights are matmuls
