@@ -57,7 +57,7 @@ class Body:
         """The form of the step, from its arrays. ``inputs`` is None if the input parts of the gates are given."""
         gates = self.form.gates
         return AffineForm(
-            Gates(ReadGates(gates), gates.summed, elementwise=True, additive=()),
+            Gates(ReadGates(gates), gates.summed, elementwise=True),
             tuple(self.fields[self.form.leaves.index(leaf)] for leaf in self.emitted),
             inputs,
             w_hh,
