@@ -6,6 +6,7 @@ A body is made by ``make(key, F, H, batch_shape)``, which gives its weights, the
 
 import functools
 import importlib.util
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -334,6 +335,47 @@ def random_input(key, F, H, batch):
     return w, h, step
 
 
+def carried_flag(key, F, H, batch):
+    """A flag in the carry, which replaces the state at the next step."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, carry, x):
+        h, done = carry
+        h, y = plain(w, jnp.where(done[..., None], 0.25, h), x)
+        return (h, x[..., 0] > 0.3), (y, done)
+
+    return w, (h, jnp.ones(batch, bool)), step
+
+
+def counted_lengths(key, F, H, batch):
+    """A counter in the carry, which a mask compares to the length of each sequence."""
+    w, carry, plain = concatenated_lstm(key, F, H, batch)
+
+    def step(w, carry, x):
+        old, t = carry
+        valid = (t < w["lengths"])[..., None]
+        new, y = plain(w, old, x)
+        new = jax.tree.map(lambda n, o: jnp.where(valid, n, o), new, old)
+        return (new, t + 1), jnp.where(valid, y, 0.0)
+
+    return {**w, "lengths": jnp.arange(2, 2 + math.prod(batch)).reshape(batch)}, (carry, jnp.array(0)), step
+
+
+def other_generator(key, F, H, batch):
+    """Keys whose numbers differ from step to step if they are drawn for all steps at once; and a branch."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, carry, x):
+        h, key = carry
+        key, now = jax.random.split(key)
+        wave = jax.lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x)
+        x = x + jnp.where(jax.random.bernoulli(now, 0.7, x.shape), wave, 0)
+        h, y = plain(w, h, x)
+        return (h, key), (y, jax.random.uniform(now))
+
+    return w, (h, jax.random.key(4, impl="rbg")), step
+
+
 def clock(key, F, H, batch):
     """The time, which scales a gate and is multiplied by weights, beside the sum of the inputs and the one before."""
     w, h, plain = elman(key, F, H, batch)
@@ -395,7 +437,7 @@ def masked_outputs(key, F, H, batch):
     def step(w, carry, x):
         taken = x[..., :1] > 0
         (h, c), _ = plain(w, carry, x)
-        y = jnp.where(taken, jnp.sin(c) @ w["w"][-H:], 0.0), jnp.sin(jnp.where(taken, jax.nn.relu(h), 1.0))
+        y = jnp.where(taken, jnp.sin(c) @ w["w"][-H:], 0.0), jnp.sin(jnp.where(taken, h / 2 + c, 1.0))
         return tuple(jnp.where(taken, new, old) for new, old in zip((h, c), carry, strict=True)), y
 
     return w, carry, step
@@ -601,6 +643,9 @@ BODIES = (
     Body("counter", counter, batches=NO_BATCH),
     Body("random_key", random_key),
     Body("random_input", random_input),
+    Body("carried_flag", carried_flag, batches=NO_BATCH),
+    Body("counted_lengths", counted_lengths, batches=NO_BATCH),
+    Body("other_generator", other_generator),
     Body("clock", clock, batches=NO_BATCH, native="input projection itself"),
     Body("unit_flags", unit_flags, native="input projection itself"),
     Body("dropped", dropped, native="input projection itself"),

@@ -7,8 +7,8 @@ needs of them at each step is then an input of the *rest* like any other::
     (consts, carry, x) -> (carry, y)     is     first: (consts, own leaves, x) -> (own leaves, given)
                                          and    rest:  (consts, other leaves, (given, x)) -> (other leaves, y)
 
-Operations that cannot run for all steps at once, such as random numbers drawn from a key among the inputs, are moved
-into the first part too, unless they need the state.
+Operations that cannot run for all steps at once, such as branches and loops, are moved into the first part too, unless
+they need the state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from jrnn.jaxprs.blocks import Refusal
 from jrnn.jaxprs.dependence import PRODUCTS
-from jrnn.jaxprs.flat import Const, Op, Program
+from jrnn.jaxprs.flat import Const, Op, Program, mappable
 
 __all__ = ["Split", "split"]
 
@@ -48,7 +48,7 @@ class Split:
         """The first part, as a clause."""
         forms = [self.program.forms[self.consts + i] for i in self.own]
         leaves = " and ".join(f"{form.dtype}{list(form.shape)}" for form in forms)
-        moved = sorted({op.name for op in self.first.ops if not op.mappable})
+        moved = sorted({op.name for op in self.first.ops if not mappable(self.first, op)})
         parts = [f"{leaves} of its carry"] if leaves else []
         return f"what needs no state of the cell runs first as a scan ({', '.join([*parts, *map(repr, moved)])})"
 
@@ -75,7 +75,7 @@ def split(program: Program, consts: int, carry: int) -> Split:
         if not used:
             continue
         early = dynamic[op.outs[0]] and not reaches[op.outs[0]] & stateful
-        taken = used if early and not op.mappable else used & new if early else set()
+        taken = set() if not early else used & new if mappable(program, op) else used
         given |= taken
         if used - taken:
             wanted |= _variables(op.ins)

@@ -6,13 +6,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jrnn.jaxprs.blocks import Refusal
-from jrnn.jaxprs.flat import Const, Op, Program
-from jrnn.jaxprs.primitives import primitive
+from jrnn.jaxprs.flat import Const, Op, Program, mappable
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE
 
 __all__ = ["PRODUCTS", "Dependence", "contraction"]
 
 PRODUCTS = ("dot_general", "weigh")  # the operations that are matmuls
+# Elementwise operations whose values and derivatives are finite for all numbers of a usual size.
+FINITE: tuple[str, ...] = (
+    "add",
+    "add_any",
+    "cos",
+    "erf",
+    "exp",
+    "logistic",
+    "max",
+    "min",
+    "mul",
+    "neg",
+    "select_n",
+    "sin",
+    "square",
+)
+FINITE += ("stop_gradient", "sub", "tanh")
 
 
 def contraction(op: Op, ndim: int) -> Any:
@@ -92,7 +108,7 @@ class Dependence:
         for op in reversed(self.program.ops):
             if not wanted.intersection(op.outs) - set(given) - set(masked):
                 continue
-            if not op.mappable:
+            if not mappable(self.program, op):
                 raise Refusal(f"its output depends on {op.name!r} of its state")
             names = {a for a in op.ins if isinstance(a, int) and self.kinds[a] == STATE}
             wanted |= names
@@ -107,8 +123,12 @@ class Dependence:
         return {a: given[a] for a in sorted(wanted & set(given))}
 
     def _by_sequence(self, op: Op) -> bool:
-        """Whether an operation on arrays ``(*B, features)`` acts on each sequence by itself."""
-        if primitive(op.name).elementwise or op.derivative is not None:
+        """Whether an operation on arrays ``(*B, features)`` acts on each sequence by itself, and is always finite.
+
+        It may then have any finite operands in sequences whose result is not selected: neither the result nor its
+        gradient can become NaN there.
+        """
+        if op.name in FINITE or (op.name == "div" and self.kind(op.ins[1]) != STATE):
             return True
         if op.name not in PRODUCTS or self.kind(op.ins[1]) != INVARIANT:
             return False
@@ -118,5 +138,5 @@ class Dependence:
     def check_inputs(self) -> None:
         """Raises if an operation on the input cannot run for all steps at once."""
         for op in self.program.ops:
-            if self.kinds[op.outs[0]] == INPUT and not op.mappable:
+            if self.kinds[op.outs[0]] == INPUT and not mappable(self.program, op):
                 raise Refusal(f"it computes {op.name!r} of its input, which stays at its step")
