@@ -1,6 +1,7 @@
 """`jrnn.scan` against `jax.lax.scan`, on every body of the table: values, every gradient, and what transforms them."""
 
 import functools
+import re
 
 import jax
 import jax.extend
@@ -375,6 +376,24 @@ def test_choice_follows_the_size():
     assert "recurrent cell" in reason
     weights, carry, step, xs = built(BODIES[0])
     assert jrnn.choose_scan_backend(lambda c, x: step(weights, c, x), carry, xs)[0] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "why"),
+    [
+        ("counter", "native", r"runs first as a scan \(int32\[\] of its carry\)"),
+        ("other_generator", "native", r"\(key<rbg>\[\] of its carry, 'cond', 'random_bits', 'random_split'\)"),
+        ("masked_outputs", "native", "one compiled function"),
+        ("held", "reference", "its outputs need a matmul of its state that the loop does not put out"),
+        ("dropped", "reference", "its gates take arrays of every step beside the products"),
+        ("random_steps", "reference", "not of one shape and dtype"),
+    ],
+)
+def test_the_reason_tells_what_runs_first_and_what_does_not_pay(name, expected, why):
+    weights, carry, step = BODIES[[body.name for body in BODIES].index(name)].make(jax.random.key(1), 64, 128, (16,))
+    chosen, reason = jrnn.choose_scan_backend(lambda c, x: step(weights, c, x), carry, jnp.ones((128, 16, 64)))
+    assert chosen in (expected, "hoisted" if expected == "native" else expected)  # native where there is a compiler
+    assert re.search(why, reason) or (chosen == "hoisted" and name == "masked_outputs")
 
 
 @interpreted

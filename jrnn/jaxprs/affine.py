@@ -239,7 +239,7 @@ class _Reader(Dependence):
         """The leaves before the mask, and all selections by its flags: see `Dependence.after`."""
         if mask is None:
             return {}, {}
-        pairs = [(self.held[atom], i) for atom, i in zip(last, self.leaves, strict=True) if isinstance(atom, int)]
+        pairs = [(self.held.get(atom), i) for atom, i in zip(last, self.leaves, strict=True)]  # type: ignore[arg-type]
         masked = {new: i for new, i in pairs if isinstance(new, int) and self.kinds[new] == STATE}
         shown = {}
         for op in self.program.ops:

@@ -16,8 +16,9 @@ from jax import lax
 from jrnn.cells.form import AffineForm, Gates, ReadGates
 from jrnn.jaxprs.affine import Affine, Mask, Resets
 from jrnn.jaxprs.blocks import Piece
+from jrnn.jaxprs.dependence import PRODUCTS
 from jrnn.jaxprs.flat import Op, broadcast, evaluate, typed
-from jrnn.jaxprs.recipes import INPUT, INVARIANT, Atom, Recipe, needed, side_by_side
+from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE, Atom, Recipe, needed, side_by_side
 from jrnn.schedules import SCHEDULES, Plan, Refusal, Steps, Task, hoisted, native
 from jrnn.schedules.steps import latest, select, taken
 
@@ -47,6 +48,21 @@ class Body:
     def product(self) -> Any:
         """See `gates.Parts.input_product`."""
         return self.form.parts.input_product(self.form.kinds)
+
+    @functools.cached_property
+    def holds(self) -> bool:
+        """Whether the outputs depend on the carry of steps at which the mask inside the step holds it."""
+        form = self.form
+        carry = form.program.results[: form.carry]
+        return form.mask is not None and any(not new or a in carry for a, (_, new) in form.after.items())
+
+    @functools.cached_property
+    def repeats(self) -> bool:
+        """Whether the outputs need a matmul of the state that the loop has made already."""
+        form = self.form
+        made = {id(op) for op in _after(form, form.program.results[: form.carry], ())}
+        again = [op for op in _after(form, form.outputs, form.after) if id(op) in made]
+        return any(op.name in PRODUCTS and form.kinds[op.outs[0]] == STATE for op in again)
 
     @property
     def work(self) -> int:
@@ -134,10 +150,15 @@ class Body:
         if backend is not None:
             found = SCHEDULES[backend].plan(task)
             return found if isinstance(found, Refusal) else (backend, found)
+        if self.repeats:
+            again = "its outputs need a matmul of its state that the loop does not put out"
+            return Refusal(f"{again}, and making it a second time costs more than the loop saves")
         found = native.pays(task) or native.plan(task)
         if isinstance(found, Plan):
             return "native", found
         reason = f"not native: {found.reason}"
+        if self.product is None and not all(self.form.parts.v):
+            return Refusal(f"{reason}; not hoisted: its gates take arrays of every step beside the products")
         if self.work < WORK:
             return Refusal(f"{reason}; not hoisted: {small(self.work)}")
         found = hoisted.plan(task)
@@ -162,7 +183,7 @@ class Body:
         for leaf, value in zip(self.form.leaves, last, strict=True):
             leaves[leaf] = value
         form = self.form
-        if form.mask is not None and form.after and task.steps.valid is not None:
+        if self.holds and task.steps.valid is not None:
             emitted = lax.concatenate([carry[leaf] for leaf in self.emitted], len(form.batch))
             hs = taken(hs, latest(task.steps.valid, steps.reverse), emitted)
         ys = self._outputs(env, carry, hs, xs, steps.reverse)

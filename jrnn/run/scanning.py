@@ -63,7 +63,7 @@ def scan(
 
     Leaves of the carry that do not depend on the cell's state, such as a counter, a random key or the input before, may
     stand beside it, in any shape and dtype. They run first, as a ``jax.lax.scan`` of their own. What the cell needs of
-    them is then an input of its steps. Random numbers that are drawn at the steps are drawn in that scan.
+    them is then an input of its steps. Branches and loops that do not depend on the state run there too.
 
     The LSTM, GRU (reset after the product), MGU and Elman cells of Flax, Haiku and Equinox are of this kind, and so are
     most cells written by hand. A flag among the inputs may replace the carry by constants, before the step or after it
