@@ -6,11 +6,14 @@ A body is made by ``make(key, F, H, batch_shape)``, which gives its weights, the
 
 import functools
 import importlib.util
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
+
+import jrnn
 
 
 class Body(NamedTuple):
@@ -66,6 +69,16 @@ def concatenated_lstm(key, F, H, batch):
         return lstm_gates(*jnp.split(z, 4, -1), c)
 
     return weights(key, w=(F + H, 4 * H), b=(4 * H,)), start(batch, H, 2), step
+
+
+def library_product(key, F, H, batch):
+    """Both products by `jrnn.product`, as a cell of one's own has them."""
+
+    def step(w, h, x):
+        h = jnp.tanh(jrnn.product(x, w["x"]) + jrnn.product(h, w["h"]))
+        return h, jrnn.product(h, w["out"])
+
+    return weights(key, x=(F, H), h=(H, H), out=(H, 2)), start(batch, H), step
 
 
 def sliced_lstm(key, F, H, batch):
@@ -280,6 +293,103 @@ def counter(key, F, H, batch):
     return w, (h, jnp.array(0)), step
 
 
+def random_key(key, F, H, batch):
+    """A key in the carry, split at each step, for dropout of the input and of the output."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, carry, x):
+        h, key = carry
+        key, ours, other = jax.random.split(key, 3)
+        x = jnp.where(jax.random.bernoulli(ours, 0.7, x.shape), x / 0.7, 0)
+        h, _ = plain(w, h, x)
+        return (h, key), (jnp.where(jax.random.bernoulli(other, 0.5, h.shape), 2 * h, 0), key)
+
+    return w, (h, jax.random.key(4)), step
+
+
+def dropped(key, F, H, batch):
+    """Dropout and zoneout of the state, by a key in the carry; units of the memory that never move."""
+    w, state, plain = concatenated_lstm(key, F, H, batch)
+
+    def step(w, carry, x):
+        (h, c), key = carry
+        key, ours, other = jax.random.split(key, 3)
+        (new, memory), _ = plain(w, (h, c), x)
+        memory = jnp.where(
+            jax.random.bernoulli(ours, 0.3, c.shape) | (jnp.arange(H) == 1)[(None,) * len(batch)], c, memory
+        )
+        new = jnp.where(jax.random.bernoulli(other, 0.7, h.shape), new / 0.7, 0)
+        return ((new, memory), key), new
+
+    return w, (state, jax.random.key(4)), step
+
+
+def random_input(key, F, H, batch):
+    """A key of the step, made of its input."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, h, x):
+        key = jax.random.key(x.sum().astype(jnp.int32))
+        return plain(w, h, x + jax.random.normal(key, x.shape))
+
+    return w, h, step
+
+
+def carried_flag(key, F, H, batch):
+    """A flag in the carry, which replaces the state at the next step."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, carry, x):
+        h, done = carry
+        h, y = plain(w, jnp.where(done[..., None], 0.25, h), x)
+        return (h, x[..., 0] > 0.3), (y, done)
+
+    return w, (h, jnp.ones(batch, bool)), step
+
+
+def counted_lengths(key, F, H, batch):
+    """A counter in the carry, which a mask compares to the length of each sequence."""
+    w, carry, plain = concatenated_lstm(key, F, H, batch)
+
+    def step(w, carry, x):
+        old, t = carry
+        valid = (t < w["lengths"])[..., None]
+        new, y = plain(w, old, x)
+        new = jax.tree.map(lambda n, o: jnp.where(valid, n, o), new, old)
+        return (new, t + 1), jnp.where(valid, y, 0.0)
+
+    return {**w, "lengths": jnp.arange(2, 2 + math.prod(batch)).reshape(batch)}, (carry, jnp.array(0)), step
+
+
+def other_generator(key, F, H, batch):
+    """Keys whose numbers differ from step to step if they are drawn for all steps at once; and a branch."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, carry, x):
+        h, key = carry
+        key, now = jax.random.split(key)
+        wave = jax.lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x)
+        x = x + jnp.where(jax.random.bernoulli(now, 0.7, x.shape), wave, 0)
+        h, y = plain(w, h, x)
+        return (h, key), (y, jax.random.uniform(now))
+
+    return w, (h, jax.random.key(4, impl="rbg")), step
+
+
+def clock(key, F, H, batch):
+    """The time, which scales a gate and is multiplied by weights, beside the sum of the inputs and the one before."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, carry, x):
+        t, h, (total, before) = carry
+        new, _ = plain(w, h, x + before)
+        waves = jnp.sin(t * (1.0 + jnp.arange(F, dtype=x.dtype))) @ w["x"]
+        h = h + (new + waves[(None,) * len(batch)] - h) / (1 + t)
+        return (t + 0.5, h, (total + x, x)), (h, total, t)
+
+    return w, (jnp.float32(0), h, (jnp.ones((*batch, F)), jnp.zeros((*batch, F)))), step
+
+
 def control_flow(key, F, H, batch):
     w, h, plain = elman(key, F, H, batch)
 
@@ -318,6 +428,32 @@ def masked(key, F, H, batch):
         return h, (h, jnp.tanh(h) + x[..., :1])
 
     return w, h, step
+
+
+def masked_outputs(key, F, H, batch):
+    """Readouts of the state before its mask, which the flags of the mask select."""
+    w, carry, plain = concatenated_lstm(key, F, H, batch)
+
+    def step(w, carry, x):
+        taken = x[..., :1] > 0
+        (h, c), _ = plain(w, carry, x)
+        y = jnp.where(taken, jnp.sin(c) @ w["w"][-H:], 0.0), jnp.sin(jnp.where(taken, h / 2 + c, 1.0))
+        return tuple(jnp.where(taken, new, old) for new, old in zip((h, c), carry, strict=True)), y
+
+    return w, carry, step
+
+
+def ended(key, F, H, batch):
+    """The state is replaced after the step, for the next, and put out as it was before and as the step met it."""
+    w, carry, plain = concatenated_lstm(key, F, H, batch)
+
+    def step(w, carry, x):
+        done = x[..., 0] > 0.3
+        (h, c), _ = plain(w, carry, x)
+        new = tuple(jnp.where(done[..., None], s, a) for s, a in zip((jnp.tanh(w["b"][:H]), 0.0), (h, c), strict=True))
+        return new, (h, new[1], carry[0])
+
+    return w, carry, step
 
 
 def masked_reset_lstm(key, F, H, batch):
@@ -482,6 +618,7 @@ TWO = "a product of something computed from its state"
 BODIES = (
     Body("elman", elman, batches=NO_BATCH),
     Body("concatenated_lstm", concatenated_lstm, batches=NO_BATCH),
+    Body("library_product", library_product, batches=NO_BATCH),
     Body("sliced_lstm", sliced_lstm, batches=((4,), ())),
     Body("four_products_lstm", four_products_lstm, batches=NO_BATCH),
     Body("einsum_lstm", einsum_lstm),
@@ -490,6 +627,9 @@ BODIES = (
     Body("reset_gru", reset_gru),
     Body("reset_lstm", reset_lstm, batches=NO_BATCH),
     Body("masked", masked, batches=NO_BATCH),
+    Body("masked_outputs", masked_outputs, batches=NO_BATCH),
+    Body("held", held, batches=NO_BATCH),
+    Body("ended", ended, batches=NO_BATCH),
     Body("masked_reset_lstm", masked_reset_lstm),
     Body("relu_readout", relu_readout, batches=NO_BATCH),
     Body("checkpointed", checkpointed),
@@ -500,6 +640,15 @@ BODIES = (
     Body("random_mask", random_mask),
     Body("memory_readout", memory_readout),
     Body("many_gates", many_gates, native="input projection itself"),
+    Body("counter", counter, batches=NO_BATCH),
+    Body("random_key", random_key),
+    Body("random_input", random_input),
+    Body("carried_flag", carried_flag, batches=NO_BATCH),
+    Body("counted_lengths", counted_lengths, batches=NO_BATCH),
+    Body("other_generator", other_generator),
+    Body("clock", clock, batches=NO_BATCH, native="input projection itself"),
+    Body("unit_flags", unit_flags, native="input projection itself"),
+    Body("dropped", dropped, native="input projection itself"),
     Body("linen_lstm", linen("LSTMCell"), batches=NO_BATCH, peer="flax"),
     Body("linen_optimized_lstm", linen("OptimizedLSTMCell"), batches=NO_BATCH, peer="flax"),
     Body("linen_gru", linen("GRUCell"), batches=NO_BATCH, peer="flax"),
@@ -513,11 +662,8 @@ BODIES = (
     # What is no cell: products of the state stay in the loop, and the gradients of their weights leave it.
     Body("reset_before", reset_before, 2, TWO),
     Body("haiku_gru", haiku("GRU"), 2, TWO, peer="haiku"),
-    Body("counter", counter, 1, "not of one shape and dtype"),
     Body("normalised", normalised, 1, "'reduce_sum'"),
-    Body("held", held, 1, "its outputs are not of the carry that it leaves"),
     Body("random_steps", random_steps, 2, "not of one shape and dtype"),
-    Body("unit_flags", unit_flags, 1, "its gates are given an array of bool"),
     Body("one_for_bias", one_for_bias, 1, "with a number that is broadcast"),
     Body("numbered_reset", numbered_reset, 1, "its gates are given an array of int32"),
     Body("broadcast_bias", broadcast_bias, 1, "it broadcasts an array over groups of features"),

@@ -95,6 +95,29 @@ class StepLSTM(jrnn.Cell):
 
 
 @dataclasses.dataclass(frozen=True)
+class Aging(jrnn.Cell):
+    """A user's cell that knows how many steps it has taken, and the input before: a part of its state needs no h."""
+
+    hidden: int
+    uses_key: ClassVar[Any] = False
+
+    def init(self, key, in_features):
+        k_x, k_h = jax.random.split(key)
+        width = (in_features, self.hidden)
+        return {"x": jax.random.normal(k_x, width), "h": jax.random.normal(k_h, (self.hidden, self.hidden))}
+
+    def initial_state(self, params, batch_shape):
+        h, last = (jnp.zeros((*batch_shape, n), params["x"].dtype) for n in (self.hidden, params["x"].shape[0]))
+        return {"age": jnp.zeros(batch_shape, jnp.int32), "h": h, "last": last}
+
+    def step(self, params, state, x, key=None):
+        age = state["age"][..., None].astype(state["h"].dtype)
+        moved = (x - state["last"].astype(x.dtype)) / (1 + age).astype(x.dtype)
+        h = jnp.tanh(jrnn.product(moved, params["x"]) + jrnn.product(state["h"].astype(x.dtype), params["h"]))
+        return {"age": state["age"] + 1, "h": h, "last": x.astype(state["last"].dtype)}, h / (1 + age)
+
+
+@dataclasses.dataclass(frozen=True)
 class Attending(jrnn.Cell):
     """A user's cell around an attention cell, with the memory, which all sequences share, among its parameters."""
 
@@ -278,6 +301,7 @@ CASES = (
     Case("step_only", StepOnly(0.5), full=True),
     Case("counting", Counting(), full=True),
     Case("step_lstm", StepLSTM(4), full=True),
+    Case("aging", Aging(4)),
     Case("project_and_update", ProjectAndUpdate(4)),
     Case("leaky", Leaky(4)),
     Case("no_inputs", jrnn.stack(jrnn.lstm(4), jrnn.gru(3)), 0),  # autonomous: its inputs are (T, *B, 0)

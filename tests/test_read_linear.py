@@ -77,15 +77,28 @@ def inner(w, c, x):
     return c, jnp.sum(c)
 
 
-BODIES = [average, constant_decay, negative, factored, twice, summed, reset, reset_after, held, inner]
-TREES = {two_leaves: 2, fixed_leaf: 2}
+def looped(w, c, x):
+    """A loop over the input alone, which does not run for all steps at once."""
+    c = w * c + jax.lax.fori_loop(0, 2, lambda i, a: a + jnp.sin(x), x)
+    return c, c
+
+
+def running_mean(w, c, x):
+    """A mean by a counter, which needs no state of the mean."""
+    mean, count = c["mean"], c["count"] + 1
+    mean = mean + w * (x - mean) / count
+    return {"mean": mean, "count": count}, mean * count
+
+
+BODIES = [looped, average, constant_decay, negative, factored, twice, summed, reset, reset_after, held, inner]
+TREES = {two_leaves: 2, fixed_leaf: 2, running_mean: 1}
 
 
 def built(body, dtype=jnp.float64):
     keys = jax.random.split(jax.random.key(0), 4)
     w = jax.random.uniform(keys[0], (B, H), dtype, 0.2, 0.8)
     c = tuple(jax.random.normal(k, (B, H), dtype) for k in keys[1:3])
-    c = c if body in TREES else c[0]
+    c = {"mean": c[0], "count": dtype(0)} if body is running_mean else c if body in TREES else c[0]
     return w, c, jax.random.normal(keys[3], (T, B, H), dtype)
 
 
@@ -187,7 +200,7 @@ def test_what_runs_by_default():
         (lambda c, x: ((c[0] + c[1], c[1] + x), x), (jnp.zeros(H),) * 2, "depends on another leaf"),
         (lambda c, x: (c + 1, x), jnp.zeros(H, jnp.int32), "a leaf of its carry that changes is int32"),
         (lambda c, x: (c + x.astype(jnp.bfloat16), x), jnp.zeros(H, jnp.bfloat16), "changes is bfloat16"),
-        (lambda c, x: (c + jax.lax.fori_loop(0, 2, lambda i, a: a + x, x), c), jnp.zeros(H), "stays at its step"),
+        (lambda c, x: (c + x, jax.lax.fori_loop(0, 2, lambda i, a: a + c, x)), jnp.zeros(H), "'scan' of its state"),
     ],
 )
 def test_what_is_not_linear_is_refused_by_name(step, carry, reason):

@@ -1,6 +1,7 @@
 """`jrnn.scan` against `jax.lax.scan`, on every body of the table: values, every gradient, and what transforms them."""
 
 import functools
+import re
 
 import jax
 import jax.extend
@@ -194,6 +195,15 @@ def test_equal_bodies_are_equal(body):
     assert counter["compilations"] == 0
 
 
+@pytest.mark.parametrize(("name", "again"), [("masked_outputs", False), ("held", True)])
+def test_outputs_before_a_mask_are_those_after_it_where_the_mask_selects_them(name, again):
+    weights, carry, step, xs = built(BODIES[[body.name for body in BODIES].index(name)])
+    closed = jax.make_jaxpr(functools.partial(step, weights))(carry, xs[0])
+    form = affine.read(flatten(closed)[0], len(closed.consts), len(jax.tree.leaves(carry)))
+    assert form.mask is not None
+    assert all(is_new for _, is_new in form.after.values()) is not again
+
+
 def test_other_gates_are_another_program():
     weights, carry, _step, xs = built(BODIES[0])
 
@@ -380,6 +390,24 @@ def test_choice_follows_the_size():
     assert jrnn.choose_scan_backend(lambda c, x: step(weights, c, x), carry, xs)[0] == "reference"
 
 
+@pytest.mark.parametrize(
+    ("name", "expected", "why"),
+    [
+        ("counter", "native", r"runs first as a scan \(int32\[\] of its carry\)"),
+        ("other_generator", "native", r"\(key<rbg>\[\] of its carry, 'cond', 'random_bits', 'random_split'\)"),
+        ("masked_outputs", "native", "one compiled function"),
+        ("held", "reference", "its outputs need a matmul of its state that the loop does not put out"),
+        ("dropped", "reference", "its gates take arrays of every step beside the products"),
+        ("random_steps", "reference", "not of one shape and dtype"),
+    ],
+)
+def test_the_reason_tells_what_runs_first_and_what_does_not_pay(name, expected, why):
+    weights, carry, step = BODIES[[body.name for body in BODIES].index(name)].make(jax.random.key(1), 64, 128, (16,))
+    chosen, reason = jrnn.choose_scan_backend(lambda c, x: step(weights, c, x), carry, jnp.ones((128, 16, 64)))
+    assert chosen in (expected, "hoisted" if expected == "native" else expected)  # native where there is a compiler
+    assert re.search(why, reason) or (chosen == "hoisted" and name == "masked_outputs")
+
+
 @interpreted
 @pytest.mark.parametrize("where", ["flat._const", "affine._Reader._product"])
 def test_programs_of_another_jax_run_as_they_are(where, monkeypatch):
@@ -416,10 +444,13 @@ def test_what_the_table_does_not_know_stays_in_the_loop():
     batching.primitive_batchers[unheard_of] = lambda args, axes: (unheard_of.bind(*args), axes[0])
     mlir.register_lowering(unheard_of, lambda context, x: [x])
     weights, carry, step, xs = built(BODIES[0])
-    for of in (lambda c, x: (c, unheard_of.bind(x)), lambda c, x: (unheard_of.bind(c), x)):
+    for of, stays in (
+        (lambda c, x: (c, unheard_of.bind(x)), "runs first as a scan ('unheard_of')"),
+        (lambda c, x: (unheard_of.bind(c), x), "has 'unheard_of' of its state"),
+    ):
         name, reason = jrnn.choose_scan_backend(lambda c, x, of=of: step(weights, *of(c, x)), carry, xs)
         assert name == "reference"
-        assert "'unheard_of' of its" in reason
+        assert stays in reason
     got = jrnn.scan(lambda c, x: step(weights, c, unheard_of.bind(x)), carry, xs, backend="hoisted")
     close(got, jrnn.scan(functools.partial(step, weights), carry, xs, backend="reference"))
 

@@ -179,10 +179,10 @@ class AffineCell(WeightedCell):
         if not self.is_affine:
             return None
         named = self.additive if isinstance(self.additive, tuple) else self.gate_names if self.additive else ()
-        sums = tuple(name in named for name in self.gate_names)
+        sums = tuple(None if self.additive is None else name in named for name in self.gate_names)
         projects = type(self).project is not AffineCell.project
         return AffineForm(
-            Gates(_Method(self, "combine"), sums, self.elementwise, self.additive),
+            Gates(_Method(self, "combine"), sums, self.elementwise),
             emitted_fields(self),
             params if projects else self.input_weights(params),
             self.recurrent_weights(params),

@@ -23,16 +23,15 @@ __all__ = ["AffineForm", "Gates", "LinearForm", "ReadGates", "gate_tuple"]
 class Gates:
     """The gates of an affine step, and what is promised of them.
 
-    ``combine(theta, u, v, state, key)`` gives the new state; it is hashed and compared by value. ``elementwise`` says
-    that unit j of the new state depends on unit j of the arguments alone, and ``sums`` of each gate whether it is
-    promised to use only ``u + v``. ``elementwise`` and ``additive`` are None where nothing is promised of the one or
-    of the other. ``draws`` says that ``combine`` uses its key.
+    ``combine(theta, u, v, state, key)`` gives the new state; it is hashed and compared by value. ``sums`` says of each
+    gate whether it uses only ``u + v``. ``elementwise`` says that unit j of the new state depends on unit j of the
+    arguments alone. None, for a gate or for ``elementwise``, promises nothing (see `jrnn.schedules.promises`).
+    ``draws`` says that ``combine`` uses its key.
     """
 
     combine: Callable[[Any, Any, Any, Any, Any], Any]
-    sums: tuple[bool, ...]
+    sums: tuple[bool | None, ...]
     elementwise: bool | None = None
-    additive: Any = None
     draws: bool = False
 
 

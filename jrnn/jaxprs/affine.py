@@ -12,14 +12,16 @@ concatenated before a matmul, features first or last, a bias on either side. The
 - columns of one product ``h W`` (``v``), alone or with a term ``u`` added that does not depend on the state,
 - the leaves of the state, and vectors that are the same at every step.
 
-A ``select`` by one flag for each sequence is read as a reset if it is the first operation on the state, and as a mask
-if it is the last. A step that does anything else is refused, with the reason.
+A ``select`` by one flag for each sequence is read as a reset if it is the first operation on the state. As the last
+operation it is read as a mask if it selects the old state, and as a reset before the next step if it selects constants.
+A step that does anything else is refused, with the reason.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,18 +39,18 @@ from jrnn.jaxprs.blocks import (
     Value,
     shared_ranges,
 )
-from jrnn.jaxprs.dependence import Dependence
+from jrnn.jaxprs.dependence import PRODUCTS, Dependence, contraction
 from jrnn.jaxprs.flat import Const, Op, Program, reading
-from jrnn.jaxprs.gates import Gates, Parts, assemble, recipe
+from jrnn.jaxprs.gates import Gates, Parts, assemble, is_not_zero, recipe
 from jrnn.jaxprs.primitives import primitive
-from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE, Add, Atom, Flat, Negative, PerSequence, Recipe, Take
+from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE, Add, Atom, Flat, Negative, Number, PerSequence, Recipe, Take
 
 __all__ = ["Affine", "Mask", "Resets", "read"]
 
 
 @dataclass(frozen=True)
 class Resets:
-    """Where ``flags`` (a recipe of ``(*B)``) equal ``on``, the step starts from ``values``, a recipe for each leaf."""
+    """Where ``flags`` (a recipe of ``(*B)``) equal ``on``, the carry is replaced by ``values``, a recipe each leaf."""
 
     flags: Recipe
     on: bool
@@ -69,8 +71,9 @@ class Affine:
 
     ``leaves`` are the leaves of the carry that change, all ``(*batch, units)``. ``hidden`` is the leaf that the matmul
     takes. ``fixed`` are the leaves that no step changes. ``kinds`` has the kind of each variable: invariant, or
-    dependent on the input or on the state. ``after`` are the variables of the loop that the outputs are computed from
-    (see `Dependence.after`).
+    dependent on the input or on the state. ``resets`` apply to the carry before the step. ``ends`` apply to the carry
+    after it: the gates leave them to the next step. ``after`` are the variables of the loop that the outputs are
+    computed from (see `Dependence.after`).
 
     Forms are compared by their program, from which all other fields follow.
     """
@@ -89,6 +92,7 @@ class Affine:
     parts: Parts = field(compare=False)
     resets: Resets | None = field(compare=False)
     mask: Mask | None = field(compare=False)
+    ends: Resets | None = field(compare=False)
     after: dict[int, tuple[int, bool]] = field(compare=False)
 
     @property
@@ -118,6 +122,8 @@ class _Reader(Dependence):
         super().__init__(program, consts, carry)
         self.values: dict[int, Value] = {}
         self.resets: list[Reset] = []
+        self.ended: dict[int, _Ended] = {}
+        self.held: dict[int, int | Const] = {}  # the state before the mask, by the variable after it
         self.cuts: dict[Any, Any] = {}
         self._begin()
 
@@ -130,17 +136,20 @@ class _Reader(Dependence):
                 self._follow(op)
             elif kind == INPUT:
                 self._try(op)
-        new = [self._new_leaf(results[i], i) for i in self.leaves]
+        last = [results[i] for i in self.leaves]
+        new = [self._new_leaf(atom, i) for atom, i in zip(last, self.leaves, strict=True)]
         new, mask = self._unheld(new)
+        ends = self._ends(last)
+        if ends is not None:
+            last = [self.ended[atom].new for atom in last]  # type: ignore[index]
+            new = [self._new_leaf(atom, i) for atom, i in zip(last, self.leaves, strict=True)]
         resets = self._resets(new)
         gates, parts, hidden = assemble(new, self.leaves, self.units, self.dtype, self.kinds)
         self.check_inputs()
-        after = self.after()
-        if mask is not None and not all(is_new for _, is_new in after.values()):
-            raise Refusal("a flag holds its carry, and its outputs are not of the carry that it leaves")
+        after = self.after(last, *self._shown(mask, last))
         return Affine(
             self.program, self.consts, self.carry, self.leaves, self.fixed, hidden, self.batch, self.units, self.dtype,
-            tuple(self.kinds), gates, parts, resets, mask, after,
+            tuple(self.kinds), gates, parts, resets, mask, ends, after,
         )  # fmt: skip
 
     # --- variables ---
@@ -216,6 +225,35 @@ class _Reader(Dependence):
             raise Refusal("flags replace a part of its carry and not another part, or with other values")
         return Resets(first.flags, first.on, tuple(values[i] for i in self.leaves))
 
+    def _ends(self, last: Sequence[int | Const]) -> Resets | None:
+        """The reset after the step that all leaves share, unless there is one before the step too."""
+        ends = [self.ended.get(atom) if isinstance(atom, int) else None for atom in last]
+        first = ends[0]
+        if first is None or self.resets:
+            return None
+        if any(end is None or (end.flags, end.on) != (first.flags, first.on) for end in ends):
+            return None
+        return Resets(first.flags, first.on, tuple(end.value for end in ends if end is not None))
+
+    def _shown(self, mask: Mask | None, last: Sequence[int | Const]) -> tuple[dict[int, int], dict[int, int]]:
+        """The leaves before the mask, and all selections by its flags: see `Dependence.after`."""
+        if mask is None:
+            return {}, {}
+        pairs = [(self.held.get(atom), i) for atom, i in zip(last, self.leaves, strict=True)]  # type: ignore[arg-type]
+        masked = {new: i for new, i in pairs if isinstance(new, int) and self.kinds[new] == STATE}
+        shown = {}
+        for op in self.program.ops:
+            shape = self.shape(op.outs[0])
+            if op.name != "select_n" or len(op.ins) != 3 or self.kind(op.ins[0]) == STATE or shape[:-1] != self.batch:
+                continue
+            try:
+                found = self._recipe(op.ins[0], (*self.batch_axes, "f"), shape)
+            except Refusal:
+                continue
+            if (found.source if isinstance(found, PerSequence) else found) == mask.flags:
+                shown[id(op)] = 1 + mask.on
+        return masked, shown
+
     # --- arrays that need no state ---
 
     def _known(self, atom: int | Const, axes: Any, outer: tuple[int, ...]) -> Value:
@@ -223,12 +261,17 @@ class _Reader(Dependence):
         if self.kind(atom) == STATE:
             raise Refusal("it uses a result of an operation that was not followed")
         dtype = self.program.form(atom).dtype
-        if isinstance(atom, int) and dtype != self.dtype:  # literals become constants of the gates
+        flags = isinstance(atom, int) and dtype == np.dtype(bool)
+        # Literals become constants of the gates.
+        if isinstance(atom, int) and dtype != self.dtype and not flags:
             raise Refusal(f"its gates are given an array of {dtype}, where its state is {self.dtype}")
         found = self._recipe(atom, axes, outer)
-        if not found.shape:
-            return Value((Sum((), found, EVERY),), axes)
-        width = int(np.prod([n for n, axis in zip(outer, axes, strict=True) if axis in ("f", "g")]))
+        width = EVERY
+        if found.shape:
+            width = int(np.prod([n for n, axis in zip(outer, axes, strict=True) if axis in ("f", "g")]))
+        if flags:  # The inputs of gates are numbers, so the gates compare them with 0.
+            number = Sum((), Number(found, self.dtype), width)
+            return Value((is_not_zero(number, self.dtype),), axes)
         return Value((Sum((), found, width),), axes)
 
     def _recipe(self, atom: int | Const, axes: Any, outer: tuple[int, ...]) -> Recipe:
@@ -277,7 +320,7 @@ class _Reader(Dependence):
         same = op.name == "convert_element_type" and self.program.form(op.ins[0])[1] == self.program.forms[out][1]
         if same or op.name in ("copy", "copy_p"):  # but not stop_gradient, whose derivative differs
             self.values[out] = self._value(op.ins[0])
-        elif op.name == "dot_general":
+        elif op.name in PRODUCTS:
             self.values[out] = self._product(op)
         elif row.rearranges:
             self.values.update(zip(op.outs, getattr(self, f"_{op.name}")(op), strict=True))
@@ -375,7 +418,12 @@ class _Reader(Dependence):
                 return Value((self.resets[-1],), axes)
         for old, new, is_on in ((off, on, True), (on, off, False)):
             if isinstance(old, State | Reset):
+                self.held[op.outs[0]] = cases[is_on]
                 return Value((Held(found, is_on, new, old, old.width),), axes)
+        for value, is_on in ((off, False), (on, True)):
+            known = value.known if isinstance(value, Sum) and not value.pieces else None
+            if known is not None and known.kind(self.kinds) == INVARIANT:
+                self.ended[op.outs[0]] = _Ended(found, is_on, known, cases[not is_on])
         return None
 
     # --- rearranging ---
@@ -484,7 +532,7 @@ class _Reader(Dependence):
     # --- products ---
 
     def _product(self, op: Op) -> Value:
-        contracted, batched = op.params["dimension_numbers"]
+        contracted, batched = contraction(op, len(self.shape(op.ins[0])))
         if any(batched) or any(len(axes) != 1 for axes in contracted):
             raise Refusal("it has a product of its state with batch axes, or over several axes")
         if not default_precision(op.params.get("precision")):
@@ -529,6 +577,15 @@ class _Reader(Dependence):
         names = ["f" if i == axis else next(rest) for i in range(len(shape))]
         found = _take(Atom.of(self.program, atom), names, [*self.batch_axes, "f"])
         return Value((Sum((), found, shape[axis]),), tuple(names))
+
+
+class _Ended(NamedTuple):
+    """``value`` where ``flags`` equal ``on``, and the variable ``new`` elsewhere."""
+
+    flags: Recipe
+    on: bool
+    value: Recipe
+    new: int | Const
 
 
 TERMS = 32  # the largest number of terms in one sum

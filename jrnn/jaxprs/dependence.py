@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from jrnn.jaxprs.blocks import Refusal
-from jrnn.jaxprs.flat import Const, Program
+from jrnn.jaxprs.flat import Const, Op, Program, mappable
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE
 
-__all__ = ["Dependence"]
+__all__ = ["PRODUCTS", "Dependence", "contraction"]
+
+PRODUCTS = ("dot_general", "weigh")  # the operations that are matmuls
+# Elementwise operations whose values and derivatives are finite for all numbers of a usual size.
+FINITE: tuple[str, ...] = (
+    "add",
+    "add_any",
+    "cos",
+    "erf",
+    "exp",
+    "logistic",
+    "max",
+    "min",
+    "mul",
+    "neg",
+    "select_n",
+    "sin",
+    "square",
+)
+FINITE += ("stop_gradient", "sub", "tanh")
+
+
+def contraction(op: Op, ndim: int) -> Any:
+    """The dimension numbers of a matmul, as ``dot_general`` has them. ``ndim`` is the rank of its first operand."""
+    if op.name == "weigh":  # see `jrnn._core.products`
+        return ((ndim - 1,), (0,)), ((), ())
+    return op.params["dimension_numbers"]
 
 
 class Dependence:
@@ -55,24 +82,61 @@ class Dependence:
                 needed.add(id(op))
         return needed
 
-    def after(self) -> dict[int, tuple[int, bool]]:
+    def after(
+        self,
+        new: Sequence[int | Const],
+        masked: Mapping[int, int] | None = None,
+        shown: Mapping[int, int] | None = None,
+    ) -> dict[int, tuple[int, bool]]:
         """The variables of the loop that the outputs are computed from.
 
         Each maps to the leaf of the carry that it is, and whether it is the leaf after the step (True) or before it.
+
+        Args:
+          new: the leaves after the step.
+          masked: variables that equal a leaf after the step in all sequences that a mask does not hold. They count as
+            this leaf if no output depends on them in the other sequences.
+          shown: the selections by the flags of that mask: by the id of the operation, the index of the operand that
+            is selected in the sequences that the mask does not hold.
         """
-        results = self.program.results
+        outputs = self.program.results[self.carry :]
         given: dict[int, tuple[int, bool]] = {self.consts + i: (i, False) for i in self.leaves}
-        given |= {a: (i, True) for i in self.leaves if isinstance(a := results[i], int)}
-        wanted = {a for a in results[self.carry :] if isinstance(a, int) and self.kinds[a] == STATE}
+        given |= {a: (i, True) for i, a in zip(self.leaves, new, strict=True) if isinstance(a, int)}
+        masked, shown = masked or {}, shown or {}
+        wanted = {a for a in outputs if isinstance(a, int) and self.kinds[a] == STATE}
+        everywhere = set(wanted)  # variables that the outputs need in all sequences
         for op in reversed(self.program.ops):
-            if wanted.intersection(op.outs) - set(given):
-                if not op.mappable:
-                    raise Refusal(f"its output depends on {op.name!r} of its state")
-                wanted.update(a for a in op.ins if isinstance(a, int) and self.kinds[a] == STATE)
+            if not wanted.intersection(op.outs) - set(given) - set(masked):
+                continue
+            if not mappable(self.program, op):
+                raise Refusal(f"its output depends on {op.name!r} of its state")
+            names = {a for a in op.ins if isinstance(a, int) and self.kinds[a] == STATE}
+            wanted |= names
+            if id(op) in shown:
+                names = {a for i, a in enumerate(op.ins) if a in names and i != shown[id(op)]}  # type: ignore[misc]
+                everywhere |= names
+            elif everywhere.intersection(op.outs) or not self._by_sequence(op):
+                everywhere |= names
+        if everywhere & set(masked):
+            return self.after(new, {a: i for a, i in masked.items() if a not in everywhere}, shown)
+        given |= {a: (i, True) for a, i in masked.items()}
         return {a: given[a] for a in sorted(wanted & set(given))}
+
+    def _by_sequence(self, op: Op) -> bool:
+        """Whether an operation on arrays ``(*B, features)`` acts on each sequence by itself, and is always finite.
+
+        It may then have any finite operands in sequences whose result is not selected: neither the result nor its
+        gradient can become NaN there.
+        """
+        if op.name in FINITE or (op.name == "div" and self.kind(op.ins[1]) != STATE):
+            return True
+        if op.name not in PRODUCTS or self.kind(op.ins[1]) != INVARIANT:
+            return False
+        contracted, batched = contraction(op, len(self.shape(op.ins[0])))
+        return tuple(contracted[0]) == (len(self.shape(op.ins[0])) - 1,) and not any(batched)
 
     def check_inputs(self) -> None:
         """Raises if an operation on the input cannot run for all steps at once."""
         for op in self.program.ops:
-            if self.kinds[op.outs[0]] == INPUT and not op.mappable:
+            if self.kinds[op.outs[0]] == INPUT and not mappable(self.program, op):
                 raise Refusal(f"it computes {op.name!r} of its input, which stays at its step")

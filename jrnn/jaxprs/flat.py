@@ -28,12 +28,14 @@ __all__ = [
     "Op",
     "Program",
     "Refusal",
+    "Shaped",
     "Unreadable",
     "bind",
     "broadcast",
     "calls",
     "evaluate",
     "flatten",
+    "mappable",
     "run",
 ]
 __all__ += ["reading", "run_elementwise", "typed"]
@@ -167,6 +169,19 @@ class Program:
 
     def form(self, atom: int | Const) -> Shaped:
         return self.forms[atom] if isinstance(atom, int) else atom.form
+
+
+RANDOM = ("random_bits", "random_fold_in", "random_split")
+
+
+def mappable(program: Program, op: Op) -> bool:
+    """Whether an operation of a program can run for all steps at once, with the same result.
+
+    Random numbers can if they are drawn from threefry keys. Other generators give different numbers under `jax.vmap`.
+    """
+    if op.name in RANDOM:
+        return str(program.form(op.ins[0]).dtype) == "key<fry>"
+    return op.mappable
 
 
 def is_elementwise(op: Op) -> bool:

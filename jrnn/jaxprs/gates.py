@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jrnn.jaxprs.blocks import Elementwise, Gate, Piece, Refusal, Reset, State, Sum
-from jrnn.jaxprs.flat import apply_elementwise, broadcast, flatten
+from jrnn.jaxprs.blocks import EVERY, Elementwise, Gate, Piece, Refusal, Reset, State, Sum
+from jrnn.jaxprs.flat import Const, Shaped, apply_elementwise, broadcast, flatten
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, Atom, Dot, Recipe, total
 
-__all__ = ["Gates", "Parts", "assemble"]
+__all__ = ["Gates", "Parts", "assemble", "is_not_zero"]
 
 
 @dataclass(frozen=True)
@@ -213,3 +213,15 @@ def _index(items: list[Any], item: Any) -> int:
 def _addition(dtype: Any) -> Elementwise:
     form = jax.ShapeDtypeStruct((), dtype)
     return Elementwise(flatten(jax.make_jaxpr(jax.lax.add)(form, form))[0].ops[0], (dtype,))
+
+
+def is_not_zero(number: Sum, dtype: Any) -> Gate:
+    """The flags of which numbers are not zero."""
+    zero = Atom(Const(np.zeros((), dtype), Shaped(((), np.dtype(dtype), False))), ())
+    return Gate(_comparison(dtype), (number, Sum((), zero, EVERY)), 0, number.width)
+
+
+@functools.lru_cache(maxsize=4)
+def _comparison(dtype: Any) -> Elementwise:
+    form = jax.ShapeDtypeStruct((), dtype)
+    return Elementwise(flatten(jax.make_jaxpr(jax.lax.ne)(form, form))[0].ops[0], (np.dtype(bool),))

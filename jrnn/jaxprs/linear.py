@@ -136,9 +136,8 @@ class _Reader(Dependence):
                 self.values[op.outs[0]] = self._follow(op)
         found = tuple(self._recurrence(results[i], i) for i in self.leaves)
         self.check_inputs()
-        return Linear(
-            self.program, self.consts, self.carry, self.leaves, self.fixed, tuple(self.kinds), found, self.after()
-        )
+        after = self.after([results[i] for i in self.leaves])
+        return Linear(self.program, self.consts, self.carry, self.leaves, self.fixed, tuple(self.kinds), found, after)
 
     def _recurrence(self, atom: int | Const, i: int) -> Recurrence:
         if self.kind(atom) != STATE:

@@ -17,8 +17,8 @@ import numpy as np
 
 from jrnn.jaxprs.flat import Const, Op, Program, broadcast
 
-__all__ = ["INPUT", "INVARIANT", "STATE", "Add", "Atom", "Dot", "Flat", "Negative", "PerSequence", "Recipe", "Take"]
-__all__ += ["needed", "side_by_side", "total"]
+__all__ = ["INPUT", "INVARIANT", "STATE", "Add", "Atom", "Dot", "Flat", "Negative", "Number", "PerSequence", "Recipe"]
+__all__ += ["Take", "needed", "side_by_side", "total"]
 
 # The kinds of variables: those that depend only on constants, on the input of the step, or on the state.
 INVARIANT, INPUT, STATE = range(3)
@@ -154,6 +154,28 @@ class Negative(Recipe):
 
     def columns(self, start: int, stop: int) -> Recipe:
         return Negative(self.source.columns(start, stop))
+
+
+@dataclass(frozen=True)
+class Number(Recipe):
+    """Booleans as the numbers 0 and 1."""
+
+    source: Recipe
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def parts(self) -> tuple[Recipe, ...]:
+        return (self.source,)
+
+    def make(self, env: dict[int, Any]) -> Any:
+        return jax.lax.convert_element_type(self.source.make(env), self.dtype)
+
+    def columns(self, start: int, stop: int) -> Recipe:
+        return Number(self.source.columns(start, stop), self.dtype)
 
 
 @dataclass(frozen=True)

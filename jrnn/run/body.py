@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn.cells.form import AffineForm, Gates, ReadGates
-from jrnn.jaxprs.affine import Affine
+from jrnn.jaxprs.affine import Affine, Mask, Resets
 from jrnn.jaxprs.blocks import Piece
+from jrnn.jaxprs.dependence import PRODUCTS
 from jrnn.jaxprs.flat import Op, broadcast, evaluate, typed
-from jrnn.jaxprs.recipes import INPUT, INVARIANT, Atom, Recipe, needed, side_by_side
+from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE, Atom, Recipe, needed, side_by_side
 from jrnn.schedules import SCHEDULES, Plan, Refusal, Steps, Task, hoisted, native
-from jrnn.schedules.steps import latest, taken
+from jrnn.schedules.steps import latest, select, taken
 
 __all__ = ["WORK", "Body", "before", "invariant", "outputs"]
 
@@ -48,6 +49,21 @@ class Body:
         """See `gates.Parts.input_product`."""
         return self.form.parts.input_product(self.form.kinds)
 
+    @functools.cached_property
+    def holds(self) -> bool:
+        """Whether the outputs depend on the carry of steps at which the mask inside the step holds it."""
+        form = self.form
+        carry = form.program.results[: form.carry]
+        return form.mask is not None and any(not new or a in carry for a, (_, new) in form.after.items())
+
+    @functools.cached_property
+    def repeats(self) -> bool:
+        """Whether the outputs need a matmul of the state that the loop has made already."""
+        form = self.form
+        made = {id(op) for op in _after(form, form.program.results[: form.carry], ())}
+        again = [op for op in _after(form, form.outputs, form.after) if id(op) in made]
+        return any(op.name in PRODUCTS and form.kinds[op.outs[0]] == STATE for op in again)
+
     @property
     def work(self) -> int:
         """Floating-point operations in a step's matmul of the state."""
@@ -57,7 +73,7 @@ class Body:
         """The form of the step, from its arrays. ``inputs`` is None if the input parts of the gates are given."""
         gates = self.form.gates
         return AffineForm(
-            Gates(ReadGates(gates), gates.summed, elementwise=True, additive=()),
+            Gates(ReadGates(gates), gates.summed, elementwise=True),
             tuple(self.fields[self.form.leaves.index(leaf)] for leaf in self.emitted),
             inputs,
             w_hh,
@@ -96,12 +112,16 @@ class Body:
             return made[0] if len(made) == 1 else lax.concatenate(made, 0)
 
         if form.mask is not None:
-            steps = replace(steps, valid=self.valid(env, xs))
+            steps = replace(steps, valid=self._flags(env, form.mask, xs))
         if form.resets is not None:
-            (flags,) = self._at_all_steps(env, [form.resets.flags], xs)
-            resets = over_batch(flags if form.resets.on else ~flags, form.batch)
+            resets = self._flags(env, form.resets, xs)
             steps = replace(steps, resets=resets if steps.valid is None else resets & steps.valid)
-            restart = state_type(*(broadcast(value.make(env), (*form.batch, units)) for value in form.resets.values))
+            restart = state_type(*self._values(env, form.resets))
+        elif form.ends is not None:  # the same as a reset before the next step
+            flags = self._flags(env, form.ends, xs)
+            edge = jnp.zeros_like(flags[:1])
+            resets = jnp.concatenate([flags[1:], edge] if steps.reverse else [edge, flags[:-1]])
+            steps, restart = replace(steps, resets=resets), state_type(*self._values(env, form.ends))
         elif restart is not None:
             restart = state_type(*(restart[i] for i in form.leaves))
         weights: Any = None
@@ -130,10 +150,15 @@ class Body:
         if backend is not None:
             found = SCHEDULES[backend].plan(task)
             return found if isinstance(found, Refusal) else (backend, found)
+        if self.repeats:
+            again = "its outputs need a matmul of its state that the loop does not put out"
+            return Refusal(f"{again}, and making it a second time costs more than the loop saves")
         found = native.pays(task) or native.plan(task)
         if isinstance(found, Plan):
             return "native", found
         reason = f"not native: {found.reason}"
+        if self.product is None and not all(self.form.parts.v):
+            return Refusal(f"{reason}; not hoisted: its gates take arrays of every step beside the products")
         if self.work < WORK:
             return Refusal(f"{reason}; not hoisted: {small(self.work)}")
         found = hoisted.plan(task)
@@ -151,23 +176,28 @@ class Body:
         env = invariant(self.form, consts, carry)
         task = self.task(env, carry, xs, steps, restart)
         last, hs = plan(task)
+        if self.form.ends is not None:
+            flags = self._flags(env, self.form.ends, xs)[0 if steps.reverse else -1]
+            last = select(flags, self._values(env, self.form.ends), list(last))
         leaves = list(carry)
         for leaf, value in zip(self.form.leaves, last, strict=True):
             leaves[leaf] = value
         form = self.form
-        if form.mask is not None and form.after and task.steps.valid is not None:
+        if self.holds and task.steps.valid is not None:
             emitted = lax.concatenate([carry[leaf] for leaf in self.emitted], len(form.batch))
             hs = taken(hs, latest(task.steps.valid, steps.reverse), emitted)
         ys = self._outputs(env, carry, hs, xs, steps.reverse)
         outs = typed(self.form.program, [*leaves, *ys])
         return outs[: len(leaves)], outs[len(leaves) :]
 
-    def valid(self, env: dict[int, Any], xs: Any) -> jax.Array:
-        """The valid steps ``(T, *B)`` of the mask inside the step."""
-        mask = self.form.mask
-        assert mask is not None
-        (flags,) = self._at_all_steps(env, [mask.flags], xs)
-        return over_batch(flags if mask.on else ~flags, self.form.batch)
+    def _flags(self, env: dict[int, Any], flagged: Mask | Resets, xs: Any) -> jax.Array:
+        """Where a mask or resets inside the step apply: ``(T, *B)``."""
+        (flags,) = self._at_all_steps(env, [flagged.flags], xs)
+        return over_batch(flags if flagged.on else ~flags, self.form.batch)
+
+    def _values(self, env: dict[int, Any], resets: Resets) -> list[jax.Array]:
+        """The carry that resets inside the step restore."""
+        return [broadcast(value.make(env), (*self.form.batch, self.form.units)) for value in resets.values]
 
     def _at_all_steps(self, env: dict[int, Any], recipes: Sequence[Recipe], xs: Any) -> list[Any]:
         """The array ``(T, ...)`` of each recipe, for all steps."""
@@ -191,7 +221,11 @@ class Body:
         states = dict(zip(self.emitted, jnp.split(hs, len(self.emitted), -1), strict=True))
         given: dict[Any, jax.Array] = {}
         for variable, (leaf, is_new) in form.after.items():
-            given[variable] = states[leaf] if is_new else before(states[leaf], carry[leaf], reverse)
+            after = states[leaf]
+            if not is_new and form.ends is not None:
+                value = self._values(env, form.ends)[form.leaves.index(leaf)]
+                after = select(self._flags(env, form.ends, xs), jnp.broadcast_to(value, after.shape), after)
+            given[variable] = after if is_new else before(after, carry[leaf], reverse)
         return outputs(form, env, given, xs)
 
 

@@ -70,10 +70,13 @@ class Recurrences:
             )
         return None
 
-    def run(self, consts: Any, carry: Any, xs: Any, steps: Steps, restart: Any = None) -> tuple[list[Any], list[Any]]:
+    def run(
+        self, plan: None, consts: Any, carry: Any, xs: Any, steps: Steps, restart: Any = None
+    ) -> tuple[list[Any], list[Any]]:
         """The carry after the last step, and the outputs of all steps.
 
-        ``steps`` may have resets, to the leaves ``restart`` of a carry, if the step itself contains none.
+        ``plan`` is None, since `linear_scan` chooses. ``steps`` may have resets, to the leaves ``restart`` of a carry,
+        if the step itself contains none.
         """
         form = self.form
         env = invariant(form, consts, carry)

@@ -15,9 +15,10 @@ from jrnn import schedules
 from jrnn.jaxprs import sites
 from jrnn.jaxprs.blocks import Refusal
 from jrnn.jaxprs.flat import Program
+from jrnn.run.apart import Apart
 from jrnn.run.body import Body
 from jrnn.run.recurrence import Recurrences
-from jrnn.run.step import read
+from jrnn.run.step import cell_of, read, schedule
 from jrnn.schedules.parts import Parts, of_one_step, trace
 from jrnn.schedules.steps import Steps, check_remat, checkpointed, times_in_a_body
 
@@ -57,11 +58,16 @@ def scan(
     - its carry consists of float32 or float64 arrays of one shape ``(*B, H)``, and of arrays that no step changes,
     - one of these arrays is multiplied by weights as it is,
     - every other use of the carry in the next carry is elementwise, and
-    - its outputs depend only on the inputs and on the multiplied array, before or after the step.
+    - its outputs can be computed from the inputs and the carry, before or after the step, by operations that can run
+      for all steps at once.
+
+    Leaves of the carry that do not depend on the cell's state, such as a counter, a random key or the input before, may
+    stand beside it, in any shape and dtype. They run first, as a ``jax.lax.scan`` of their own. What the cell needs of
+    them is then an input of its steps. Branches and loops that do not depend on the state run there too.
 
     The LSTM, GRU (reset after the product), MGU and Elman cells of Flax, Haiku and Equinox are of this kind, and so are
-    most cells written by hand. A flag among the inputs may replace arrays of the carry by constants:
-    ``jnp.where(reset[:, None], initial, h)``.
+    most cells written by hand. A flag among the inputs may replace the carry by constants, before the step or after it
+    (``jnp.where(reset[:, None], initial, h)``), or hold it (``jnp.where(valid[:, None], new_h, h)``).
 
     With ``backend="hoisted"``, a body that is not a cell but has a matmul of a carry-dependent value with weights runs
     in parts: only the part that the next carry needs stays in the loop, and the gradients of those weights are matmuls
@@ -144,7 +150,7 @@ class _Choice:
 
     name: str
     reason: str
-    body: Body | Parts | Recurrences | None = None
+    body: Apart | Body | Parts | Recurrences | None = None
     consts: Any = ()
     ys: Any = None
     plan: schedules.Plan | None = None
@@ -178,22 +184,14 @@ def _choose(
         if backend is not None:
             raise ValueError(_cannot(backend, reason)) from None
         return _Choice("reference", reason)
-    if isinstance(body, Recurrences):
-        serves = body.serves(xs, backend)
-        if not isinstance(serves, schedules.Refusal):
-            return _Choice("associative", f"the body is read: {serves}", body, consts, ys)
-        if backend is not None:
-            raise ValueError(_cannot(backend, serves.reason))
-        return _Choice("reference", f"the body is read: {serves.reason}")
-    if backend == "associative":
-        raise ValueError(_cannot(backend, "the body is a recurrent cell that is not linear in its state"))
-    found = body.plan(body.shapes(xs, Steps(reverse=bool(reverse), remat=remat)), backend)
+    linear = isinstance(cell_of(body), Recurrences)
+    is_read = "the body is read: " if linear else "the body is a recurrent cell: "
+    found = schedule(body, xs, Steps(reverse=bool(reverse), remat=remat), backend)
     if isinstance(found, schedules.Refusal):
         if backend is not None:
             raise ValueError(_cannot(backend, found.reason))
-        return _Choice("reference", f"the body is a recurrent cell: {found.reason}")
-    name, plan = found
-    return _Choice(name, f"the body is a recurrent cell: {plan.reason}", body, consts, ys, plan)
+        return _Choice("reference", is_read + found.reason)
+    return _Choice(found.name, is_read + found.reason, body, consts, ys, found.plan)
 
 
 def _arrays(init: Any) -> Any:
@@ -231,14 +229,18 @@ def _plain(f: Any, init: Any, xs: Any, length: Any, reverse: Any, unroll: Any, r
 # Jitted with the body as a static argument, so that a second eager call with an equal body compiles nothing.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _run(
-    body: Body | Parts | Recurrences, plan: Any, reverse: bool, unroll: Any, remat: Any, consts: Any, init: Any, xs: Any
+    body: Apart | Body | Parts | Recurrences,
+    plan: Any,
+    reverse: bool,
+    unroll: Any,
+    remat: Any,
+    consts: Any,
+    init: Any,
+    xs: Any,
 ) -> Any:
     time = jax.tree.leaves(xs)[0].shape[0]
     steps = Steps(reverse=reverse, remat=remat, unroll=times_in_a_body(time if unroll is True else unroll, time))
     tree: Any
     leaves, tree = jax.tree.flatten(init)
-    if isinstance(body, Parts | Recurrences):
-        last, ys = body.run(consts, leaves, xs, steps)
-    else:
-        last, ys = body.run(plan, consts, leaves, xs, steps)
+    last, ys = body.run(plan, consts, leaves, xs, steps)
     return tree.unflatten(last), ys

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from jrnn._core.devices import one_step
-from jrnn.jaxprs import affine, blocks, linear
+from jrnn.jaxprs import affine, apart, blocks, linear
 from jrnn.jaxprs.flat import Program
+from jrnn.run.apart import Apart
 from jrnn.run.body import Body
 from jrnn.run.recurrence import Recurrences
-from jrnn.schedules import Plan, Refusal, Task
+from jrnn.schedules import Plan, Refusal, Steps, Task
 from jrnn.schedules.parts import trace
 
-__all__ = ["ReadStep", "read", "read_step"]
+__all__ = ["ReadStep", "Schedule", "cell_of", "read", "read_step", "schedule"]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("consts",), meta_fields=("body", "ys"))
@@ -24,25 +25,50 @@ __all__ = ["ReadStep", "read", "read_step"]
 class ReadStep:
     """The form of a step that was read: its body, the tree of its outputs, and its constants."""
 
-    body: Body | Recurrences
+    body: Body | Recurrences | Apart
     ys: Any
     consts: Any
 
     def plan(self, task: Task, backend: str | None) -> tuple[str, Plan] | Refusal:
         """The schedule that runs the step, and its plan."""
-        if isinstance(self.body, Recurrences):
-            reason = self.body.serves(task.xs, backend)
-            if isinstance(reason, Refusal):
-                return Refusal(f"its step was read: {reason.reason}")
-            return "associative", Plan(_run, f"its step was read: {reason}", of_form=True, recomputes=True)
-        read = "its step was read as that of an affine cell"
-        if backend == "associative":
-            return Refusal(f"{read}, which is not linear in its state")
-        found = self.body.plan(self.body.shapes(task.xs, task.steps), backend)
+        linear = isinstance(cell_of(self.body), Recurrences)
+        read = "its step was read: " if linear else "its step was read as that of an affine cell; "
+        found = schedule(self.body, task.xs, task.steps, backend)
         if isinstance(found, Refusal):
-            return Refusal(f"{read}; {found.reason}")
-        name, plan = found
-        return name, Plan(_run, f"{read}; {plan.reason}", plan, of_form=True, recomputes=True)
+            return Refusal(f"{read}{found.reason}")
+        return found.name, Plan(_run, f"{read}{found.reason}", found.plan, of_form=True, recomputes=True)
+
+
+class Schedule(NamedTuple):
+    """The schedule that runs a step that was read: its name, the reason, and the plan of an affine cell, or None."""
+
+    name: str
+    reason: str
+    plan: Plan | None
+
+
+def cell_of(body: Body | Recurrences | Apart) -> Body | Recurrences:
+    """The cell in a step that was read."""
+    return body.cell if isinstance(body, Apart) else body
+
+
+def schedule(body: Body | Recurrences | Apart, xs: Any, steps: Steps, backend: str | None) -> Schedule | Refusal:
+    """The schedule that runs a step that was read. A named backend is the only one considered."""
+    cell, before = cell_of(body), ""
+    if isinstance(body, Apart):
+        xs, before = body.inputs(xs), f"{body.form.description}; "
+    if isinstance(cell, Recurrences):
+        reason = cell.serves(xs, backend)
+        if isinstance(reason, Refusal):
+            return Refusal(before + reason.reason)
+        return Schedule("associative", before + reason, None)
+    if backend == "associative":
+        return Refusal(f"{before}it is not linear in its state")
+    found = cell.plan(cell.shapes(xs, steps), backend)
+    if isinstance(found, Refusal):
+        return Refusal(before + found.reason)
+    name, plan = found
+    return Schedule(name, before + plan.reason, plan)
 
 
 def read_step(task: Task) -> ReadStep | Refusal:
@@ -57,19 +83,35 @@ def read_step(task: Task) -> ReadStep | Refusal:
         body = read(program, len(consts), len(jax.tree.leaves(state)))
     except blocks.Refusal as refusal:
         return Refusal(str(refusal))
-    form = body.form
-    flagged = form.resets or (isinstance(form, affine.Affine) and form.mask)
+    form = cell_of(body).form
+    flagged = form.resets or (isinstance(form, affine.Affine) and (form.mask or form.ends))
     if contract and (flagged or not all(is_new for _, is_new in form.after.values())):
         return Refusal("its step replaces its state, or puts out what it was, which masks and resets change")
     return ReadStep(body, ys, consts)
 
 
-def read(program: Program, consts: int, carry: int) -> Body | Recurrences:
+def read(program: Program, consts: int, carry: int) -> Body | Recurrences | Apart:
     """Reads a step ``(consts, carry, x) -> (carry, y)`` as that of an affine cell, or else as linear in its state.
 
+    A step that is neither is read again without the part of it that needs no state of the cell.
+
     Raises:
-      blocks.Refusal: it is neither, with the reasons.
+      blocks.Refusal: it is none of these, with the reasons.
     """
+    try:
+        return _whole(program, consts, carry)
+    except blocks.Refusal as refusal:
+        try:
+            form = apart.split(program, consts, carry)
+        except blocks.Refusal:
+            raise refusal from None
+        try:
+            return Apart(form, _whole(form.rest, consts, len(form.others)))
+        except blocks.Refusal as other:
+            raise blocks.Refusal(f"{other}, where {form.description}") from None
+
+
+def _whole(program: Program, consts: int, carry: int) -> Body | Recurrences:
     try:
         return Body(affine.read(program, consts, carry))
     except blocks.Refusal as refusal:
@@ -83,6 +125,6 @@ def _run(plan: Plan | None, task: Task) -> tuple[Any, Any]:
     tree: Any
     leaves, tree = jax.tree.flatten(task.state)
     restart = None if task.restart is None else jax.tree.leaves(task.restart)
-    form, options = task.form, () if plan is None else (plan,)
-    last, ys = form.body.run(*options, form.consts, leaves, task.xs, task.steps, restart)
+    form = task.form
+    last, ys = form.body.run(plan, form.consts, leaves, task.xs, task.steps, restart)
     return tree.unflatten(last), jax.tree.unflatten(form.ys, ys)

@@ -26,16 +26,18 @@ _WORK = ("forward", "train")
 
 @dataclass(frozen=True)
 class Timing:
-    """A schedule's row: median milliseconds, or None; ``reason`` says why there are none.
+    """A schedule's row: median milliseconds of the forward pass, and of the forward and backward pass.
 
-    >>> Timing("hoisted", 1.0, 3.0, "it serves").train_ms
+    A time is None if the schedule refused or failed. ``reason`` says why, and is None if both times were measured.
+
+    >>> Timing("hoisted", 1.0, 3.0).train_ms
     3.0
     """
 
     backend: str
     forward_ms: float | None
     train_ms: float | None
-    reason: str
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Tuning:
     ``device`` is the device, ``default`` the schedule that ``backend=None`` runs, and ``rows`` has a `Timing` for each
     schedule.
 
-    >>> rows = (Timing("hoisted", 2.0, 5.0, "it serves"), Timing("reference", 1.0, 6.0, "it serves"))
+    >>> rows = (Timing("hoisted", 2.0, 5.0), Timing("reference", 1.0, 6.0))
     >>> found = Tuning("cpu", "hoisted", rows)
     >>> found.train, found.forward
     ('hoisted', 'reference')
@@ -73,7 +75,7 @@ class Tuning:
         lines: list[tuple[str, ...]] = [("backend", "forward ms", "forward+backward ms", "")]
         for row in self.rows:
             times = ["-" if ms is None else f"{ms:.4g}" for ms in (row.forward_ms, row.train_ms)]
-            lines.append((row.backend, *times, row.reason))
+            lines.append((row.backend, *times, row.reason or ""))
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
         table = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in lines]
         choice = f"fastest on {self.device}: forward {self.forward}, forward+backward {self.train}"
@@ -164,7 +166,7 @@ def tune(
     rows = []
     for name in names:
         forward, train = (samples.get((name, work)) for work in _WORK)
-        rows.append(Timing(name, forward, train, reasons.get(name, "")))
+        rows.append(Timing(name, forward, train, reasons.get(name)))
     found = Tuning(default_device().device_kind, default, tuple(rows))
     if not quiet:
         print(found)

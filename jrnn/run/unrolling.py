@@ -47,8 +47,10 @@ def unroll(
     state by the initial state before ``xs[t]`` is consumed; no value and no gradient passes a reset. A reset at an
     invalid step is ignored.
 
-    Under ``jax.jit``, close over the cell (``jax.jit(lambda params, xs: jrnn.unroll(cell, params, xs))``) or name it
-    static: it is not an array.
+    Under ``jax.jit``, close over the cell, ``jax.jit(lambda params, xs: jrnn.unroll(cell, params, xs))``, or name it
+    static, ``jax.jit(jrnn.unroll, static_argnums=0)``: it is not an array, and JAX raises a ``TypeError`` for one that
+    is passed as if it were. Give ``reverse``, ``backend``, ``remat`` and ``unroll`` in the same way, as
+    ``static_argnames``.
 
     Batches may be sharded over the devices of a mesh. Where the mesh axes are Explicit (`jax.set_mesh`), the state, the
     lengths, the mask and the resets are resharded along the batch axes as the inputs are, and the results are sharded
@@ -103,6 +105,9 @@ def unroll(
     >>> state, ys = jrnn.unroll(cell, params, xs, lengths=jnp.array([6, 2]))
     >>> ys.shape, bool((ys[2:, 1] == 0).all()), bool((state.h[1] == ys[1, 1]).all())
     ((6, 2, 4), True, True)
+    >>> run = jax.jit(jrnn.unroll, static_argnums=0, static_argnames="reverse")
+    >>> run(cell, params, xs, reverse=True)[1].shape
+    (6, 2, 4)
     >>> first, _ = jrnn.unroll(cell, params, xs[:4])                      # chunks equal the whole
     >>> _, ys = jrnn.unroll(cell, params, xs[4:], first, start=4)
     >>> bool(jnp.allclose(ys, jrnn.unroll(cell, params, xs)[1][4:], atol=1e-6))

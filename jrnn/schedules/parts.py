@@ -44,7 +44,7 @@ class Parts:
 
     form: Sites
 
-    def run(self, consts: Any, carry: Any, xs: Any, steps: Steps) -> tuple[list[Any], list[Any]]:
+    def run(self, plan: None, consts: Any, carry: Any, xs: Any, steps: Steps) -> tuple[list[Any], list[Any]]:
         """The carry after the last step, and the outputs of all steps."""
         form = self.form
         env = dict(enumerate(consts))
@@ -89,7 +89,7 @@ def scan(
         parts = Parts(read(program, len(consts), len(leaves)))
     except Refusal:
         return lax.scan(f, init, xs, length, reverse, unroll)
-    last, outs = parts.run(consts, leaves, xs, Steps(reverse=reverse, unroll=unroll))
+    last, outs = parts.run(None, consts, leaves, xs, Steps(reverse=reverse, unroll=unroll))
     return jax.tree.unflatten(tree, last), jax.tree.unflatten(ys, outs)
 
 

@@ -29,10 +29,11 @@ def elementwise(cell: Any, theta: Any, state: Any) -> bool:
 
 
 def sums(cell: Any, theta: Any, state: Any) -> tuple[bool, ...]:
-    """For each gate, whether it uses u and v only in the sum ``u + v``."""
-    if cell.additive is not None or any(jnp.ndim(leaf) != 1 for leaf in jax.tree.leaves(theta)):
-        return tuple(cell.sums)
-    return _sums(cell, Forms.of(theta, state))
+    """For each gate, whether it uses u and v only in the sum ``u + v``: as promised, or else as read."""
+    if None not in cell.sums or any(jnp.ndim(leaf) != 1 for leaf in jax.tree.leaves(theta)):
+        return tuple(map(bool, cell.sums))
+    read = _sums(cell, Forms.of(theta, state))
+    return tuple(found if promised is None else promised for found, promised in zip(read, cell.sums, strict=True))
 
 
 # --- the gates at given shapes -----------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ def _sums(cell: Any, forms: Forms) -> tuple[bool, ...]:
         )
         program, consts = flatten(traced)
     except Exception:  # the run itself raises the error
-        return tuple(cell.sums)
+        return (False,) * gates
     first = len(consts)
     return tuple(_is_summed(program, first + i, first + gates + i) for i in range(gates))
 
