@@ -429,6 +429,21 @@ def many_gates(key, F, H, batch):
     return weights(key, x=(F, H), h=(H, H)), start(batch, H), step
 
 
+def convolutional(key, F, H, batch):
+    """A convolution of the input and one of the state over the places of a map, each with a kernel."""
+
+    def step(w, h, x):
+        z = convolve(x[..., None], w["x"]) + convolve(h, w["h"])
+        h = jnp.tanh(z)
+        return h, h
+
+    return weights(key, x=(3, 1, H), h=(2, H, H)), start((*batch, F), H), step
+
+
+def convolve(x, w):
+    return jax.lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+
+
 def linen(name, **options):
     def make(key, F, H, batch):
         import flax.linen as nn
@@ -522,6 +537,7 @@ BODIES = (
     Body("numbered_reset", numbered_reset, 1, "its gates are given an array of int32"),
     Body("broadcast_bias", broadcast_bias, 1, "it broadcasts an array over groups of features"),
     Body("still_input", still_input, 1, TWO),
+    Body("convolutional", convolutional, 1, "'conv_general_dilated' of its state"),
     # What is not read: these run as jax.lax.scan, and say why.
     Body("no_product", no_product, None, "it has no product of its state with weights"),
     Body("control_flow", control_flow, None, "has 'cond' of its state"),

@@ -148,7 +148,7 @@ def products_in_loops(closed):
     def count(jaxpr, inside):
         total = 0
         for eqn in jaxpr.eqns:
-            total += inside and eqn.primitive.name in ("dot_general", "weigh")
+            total += inside and eqn.primitive.name in ("dot_general", "weigh", "conv_general_dilated")
             for value in eqn.params.values():
                 for inner in value if isinstance(value, tuple) else (value,):
                     inner = getattr(inner, "jaxpr", inner)

@@ -1,4 +1,4 @@
-"""Reads the parts of any step: the operations that leave the loop, and the matmuls of the state that stay in it.
+"""Reads the parts of any step: the operations that leave the loop, and the products of the state that stay in it.
 
 The step is a program ``(consts, carry, x) -> (carry, y)``. Its operations are
 
@@ -7,8 +7,9 @@ The step is a program ``(consts, carry, x) -> (carry, y)``. Its operations are
 - the *loop*: those that depend on the state and that the next carry needs, and
 - those that depend on the state and that no carry needs, which run for all steps at once after the loop.
 
-A *site* is a matmul in the loop of a state-dependent vector with invariant weights. Operations that are not
-``mappable`` (see `jrnn.jaxprs.primitives`) and depend on x or on the state stay in the loop.
+A *site* is a product in the loop of a state-dependent array with invariant weights: a matmul, or a convolution with a
+kernel. Operations that are not ``mappable`` (see `jrnn.jaxprs.primitives`) and depend on x or on the state stay in the
+loop, except for convolutions with an invariant kernel, which run for all steps at once as one convolution.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = ["Site", "Sites", "read"]
 
 @dataclass(frozen=True)
 class Site:
-    """A matmul: the index of its operation in the loop, and the index of the weights among its operands."""
+    """A product: the index of its operation in the loop, and the index of the weights among its operands."""
 
     place: int
     weights: int
@@ -88,7 +89,7 @@ def _read(program: Program, consts: int, carry: int) -> Sites:
     kinds += [INPUT] * (program.inputs - len(kinds)) + [INVARIANT] * (len(program.forms) - program.inputs)
     for op in program.ops:
         kind = max((kinds[a] for a in op.ins if isinstance(a, int)), default=INVARIANT)
-        kind = STATE if kind == INPUT and not op.mappable else kind
+        kind = STATE if kind == INPUT and not _mappable(op, kinds) else kind
         for out in op.outs:
             kinds[out] = kind
 
@@ -106,7 +107,7 @@ def _read(program: Program, consts: int, carry: int) -> Sites:
     for op in reversed(program.ops):
         if kinds[op.outs[0]] == STATE and id(op) not in in_loop and outputs.intersection(op.outs):
             outputs |= variables(op.ins)
-            if not op.mappable:  # stays in the loop, with all operations that it depends on
+            if not _mappable(op, kinds):  # stays in the loop, with all operations that it depends on
                 in_loop |= _with_ancestors(program, kinds, op)
     loop = [op for op in program.ops if id(op) in in_loop]
     made = {out for op in loop for out in op.outs} | set(range(consts, consts + carry))
@@ -118,9 +119,10 @@ def _read(program: Program, consts: int, carry: int) -> Sites:
     seen = variables(a for op in after for a in op.ins) | variables(program.results[carry:])
     sites = []
     for place, op in enumerate(loop):
-        if op.name == "dot_general" and jnp.issubdtype(program.forms[op.outs[0]].dtype, jnp.floating):
-            operands = [kinds[a] if isinstance(a, int) else INVARIANT for a in op.ins]
-            if sorted(operands) == [INVARIANT, STATE]:
+        if jnp.issubdtype(program.forms[op.outs[0]].dtype, jnp.floating):
+            operands = _kinds_of(op, kinds)
+            matmul = op.name == "dot_general" and sorted(operands) == [INVARIANT, STATE]
+            if matmul or (_convolves(op, kinds) and operands[0] == STATE):
                 sites.append(Site(place, operands.index(INVARIANT)))
     if not sites:
         raise Refusal("it has no product of its state with weights")
@@ -130,6 +132,21 @@ def _read(program: Program, consts: int, carry: int) -> Sites:
         tuple(sorted(a for a in used if kinds[a] == INVARIANT)), tuple(sorted(a for a in used if kinds[a] == INPUT)),
         tuple(sorted(seen & made)), tuple(sites),
     )  # fmt: skip
+
+
+def _kinds_of(op: Op, kinds: list[int]) -> list[int]:
+    """The kinds of the operands."""
+    return [kinds[a] if isinstance(a, int) else INVARIANT for a in op.ins]
+
+
+def _convolves(op: Op, kinds: list[int]) -> bool:
+    """Whether an operation is a convolution with an invariant kernel, which takes several steps as a larger batch."""
+    plain = op.name == "conv_general_dilated" and op.params["batch_group_count"] == 1
+    return plain and _kinds_of(op, kinds)[1] == INVARIANT
+
+
+def _mappable(op: Op, kinds: list[int]) -> bool:
+    return op.mappable or _convolves(op, kinds)
 
 
 def _with_ancestors(program: Program, kinds: list[int], op: Op) -> set[int]:

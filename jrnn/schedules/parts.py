@@ -9,6 +9,7 @@ The tangent of the loop is a loop too. With ``g_k`` the cotangent of ``z_k``, a 
 
 The bracket is one product for all steps, before the loop, since the run stores every ``a_k``. Its transpose, the
 gradient of the weights, is therefore one product for all steps after the backward loop: nothing is accumulated inside.
+A convolution with a kernel is such a product too, and all steps are one convolution over a batch of T*B.
 Both modes and all higher derivatives follow, since the rule consists of ordinary JAX operations.
 """
 
