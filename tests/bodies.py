@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import jrnn
+
 
 class Body(NamedTuple):
     """``products``: in a step of the loop, once it is read; None where it runs as ``jax.lax.scan``.
@@ -260,6 +262,28 @@ def reset_before(key, F, H, batch):
         return h, h
 
     return weights(key, x=(F, 2 * H), h=(H, 2 * H), xn=(F, H), hn=(H, H)), start(batch, H), step
+
+
+def own_product(key, F, H, batch):
+    """The products of a step are jrnn's own."""
+    w, h, _ = elman(key, F, H, batch)
+
+    def step(w, h, x):
+        z = jrnn.product(x, w["x"]) + jrnn.product(h, w["h"])
+        h = jnp.tanh(z + jnp.broadcast_to(w["b"], z.shape))
+        return h, h
+
+    return w, h, step
+
+
+def own_product_twice(key, F, H, batch):
+    w, h, _ = elman(key, F, H, batch)
+
+    def step(w, h, x):
+        h = jnp.tanh(jrnn.product(x, w["x"]) + jrnn.product(jnp.sin(jrnn.product(h, w["h"])), w["h"]))
+        return h, jrnn.product(h, w["h"])
+
+    return w, h, step
 
 
 def no_product(key, F, H, batch):
@@ -512,6 +536,7 @@ BODIES = (
     Body("scaled", scaled),
     Body("stopped", stopped),
     Body("fixed_carry", fixed_carry),
+    Body("own_product", own_product, batches=NO_BATCH),
     Body("random_mask", random_mask),
     Body("memory_readout", memory_readout),
     Body("many_gates", many_gates, native="input projection itself"),
@@ -537,6 +562,7 @@ BODIES = (
     Body("numbered_reset", numbered_reset, 1, "its gates are given an array of int32"),
     Body("broadcast_bias", broadcast_bias, 1, "it broadcasts an array over groups of features"),
     Body("still_input", still_input, 1, TWO),
+    Body("own_product_twice", own_product_twice, 2, TWO),
     Body("convolutional", convolutional, 1, "'conv_general_dilated' of its state"),
     # What is not read: these run as jax.lax.scan, and say why.
     Body("no_product", no_product, None, "it has no product of its state with weights"),

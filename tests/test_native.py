@@ -20,7 +20,8 @@ from tests.cases import CASES, HiddenAndMemory, Leaky, softsign
 
 pytestmark = pytest.mark.skipif(not build.available()[0], reason=build.available()[1] or "")
 
-# What is drawn at each step, what mixes units and what makes a projection of its own is refused; all else is served.
+# What is drawn at each step, what mixes units and what makes a projection of its own is refused; all else is served,
+# steps that are read among it.
 SERVED = {
     "elman", "elman_relu", "elman_sigmoid", "elman_function", "lstm", "peephole_lstm", "coupled_lstm", "gru_after",
     "mgu", "ugrnn", "leaky", "learned_state", "dropconnect", "residual", "stack_nested", "stack_embed", "bidirectional",
@@ -30,7 +31,8 @@ SERVED = {
     "bidirectional_nested", "dense", "embed", "layer_norm", "activation", "dropout", "bidirectional_embed",
     "bidirectional_different", "residual_of_bidirectional", "variational_twice", "no_inputs",
     "emits_all", "emits_memory", "emits_all_wrapped", "antisymmetric", "antisymmetric_gated", "orthogonal_rnn",
-    "echo_state", "slstm", "skip",
+    "echo_state", "slstm", "skip", "step_lstm", "project_and_update", "wrapper_with_an_update",
+    "wrapper_with_a_projection", "zoneout_project", "drawing_decoder", "tied",
 }  # fmt: skip
 WITH_A_KEY = {
     "dropconnect", "variational", "variational_gru", "residual_of_wrapped", "highway_of_random", "dropout",

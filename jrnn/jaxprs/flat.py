@@ -32,6 +32,7 @@ __all__ = [
     "bind",
     "broadcast",
     "calls",
+    "contraction",
     "evaluate",
     "flatten",
     "run",
@@ -167,6 +168,13 @@ class Program:
 
     def form(self, atom: int | Const) -> Shaped:
         return self.forms[atom] if isinstance(atom, int) else atom.form
+
+
+def contraction(program: Program, op: Op) -> Any:
+    """The dimension numbers of a matmul, be it JAX's or jrnn's own (`jrnn._core.products`); None if it is none."""
+    if op.name == "weigh":
+        return ((len(program.form(op.ins[0]).shape) - 1,), (0,)), ((), ())
+    return op.params["dimension_numbers"] if op.name == "dot_general" else None
 
 
 def is_elementwise(op: Op) -> bool:

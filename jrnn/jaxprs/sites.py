@@ -20,7 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jrnn.jaxprs.blocks import Refusal
-from jrnn.jaxprs.flat import Const, Op, Program, reading
+from jrnn.jaxprs.flat import Const, Op, Program, contraction, reading
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE
 
 __all__ = ["Site", "Sites", "read"]
@@ -121,7 +121,7 @@ def _read(program: Program, consts: int, carry: int) -> Sites:
     for place, op in enumerate(loop):
         if jnp.issubdtype(program.forms[op.outs[0]].dtype, jnp.floating):
             operands = _kinds_of(op, kinds)
-            matmul = op.name == "dot_general" and sorted(operands) == [INVARIANT, STATE]
+            matmul = contraction(program, op) is not None and sorted(operands) == [INVARIANT, STATE]
             if matmul or (_convolves(op, kinds) and operands[0] == STATE):
                 sites.append(Site(place, operands.index(INVARIANT)))
     if not sites:
