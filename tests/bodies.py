@@ -264,6 +264,18 @@ def reset_before(key, F, H, batch):
     return weights(key, x=(F, 2 * H), h=(H, 2 * H), xn=(F, H), hn=(H, H)), start(batch, H), step
 
 
+def joined_reset_before(key, F, H, batch):
+    """The input stands before the state in one product, and between two values made of the state in another."""
+
+    def step(w, h, x):
+        r, z = jnp.split(jax.nn.sigmoid(jnp.concatenate([x, h], -1) @ w["gates"]), 2, -1)
+        n = jnp.tanh(jnp.concatenate([r * h, x, h], -1) @ w["n"])
+        h = (1 - z) * n + z * h
+        return h, h
+
+    return weights(key, gates=(F + H, 2 * H), n=(F + 2 * H, H)), start(batch, H), step
+
+
 def own_product(key, F, H, batch):
     """The products of a step are jrnn's own."""
     w, h, _ = elman(key, F, H, batch)
@@ -552,6 +564,7 @@ BODIES = (
     # What is not read: these run as jax.lax.scan, and say why.
     # What is no cell: products of the state stay in the loop, and the gradients of their weights leave it.
     Body("reset_before", reset_before, 2, TWO),
+    Body("joined_reset_before", joined_reset_before, 2, TWO, batches=((4,), ())),
     Body("haiku_gru", haiku("GRU"), 2, TWO, peer="haiku"),
     Body("counter", counter, 1, "not of one shape and dtype"),
     Body("normalised", normalised, 1, "'reduce_sum'"),

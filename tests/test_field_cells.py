@@ -15,6 +15,7 @@ import pytest
 
 import jrnn
 from jrnn.initializers import reservoir, spectral_radius
+from tests.conftest import in_loops
 from tests.test_cells import fold, sigmoid
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_cells.json"
@@ -364,17 +365,6 @@ def test_a_network_of_maps():
     np.testing.assert_allclose(jrnn.unroll(model, params, xs)[1][:, 1, 1], flat, atol=1e-6)
 
 
-def convolutions_in_loops(jaxpr, inside=False):
-    total = 0
-    for eqn in jaxpr.eqns:
-        total += inside and eqn.primitive.name == "conv_general_dilated"
-        for value in jax.tree.leaves(list(eqn.params.values())):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += convolutions_in_loops(inner, inside or eqn.primitive.name == "scan")
-    return total
-
-
 convolutional = pytest.mark.parametrize("name", [name for name in CELLS if name.startswith("conv")])
 
 
@@ -401,7 +391,7 @@ def test_the_gradient_of_a_kernel_is_one_convolution_after_the_loop(name, x64):
     counts = []
     for backend in (None, "reference"):
         gradients, arguments = convolutional_gradients(name, backend)
-        counts.append(convolutions_in_loops(jax.make_jaxpr(gradients)(*arguments).jaxpr))
+        counts.append(len(in_loops(jax.make_jaxpr(gradients)(*arguments), "conv_general_dilated")))
     assert counts[0] == 2 * products < counts[1]
     assert jrnn.choose_backend(cell, *arguments)[0] == "hoisted"
 
