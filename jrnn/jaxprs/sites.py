@@ -90,7 +90,7 @@ def read(program: Program, consts: int, carry: int) -> Sites:
 
 
 def _read(program: Program, consts: int, carry: int) -> Sites:
-    program = _apart(program, _kinds(program, consts, carry))
+    program = _apart(program, carry, _kinds(program, consts, carry))
     kinds = _kinds(program, consts, carry)
 
     def variables(atoms: Any) -> set[int]:
@@ -146,12 +146,19 @@ def _kinds(program: Program, consts: int, carry: int) -> list[int]:
     return kinds
 
 
-def _apart(program: Program, kinds: list[int]) -> Program:
-    """The program with each product of a concatenation ``[x, h]`` as ``x W_x + h W_h``, so that x leaves the loop."""
+def _apart(program: Program, carry: int, kinds: list[int]) -> Program:
+    """The program with each product of a concatenation ``[x, h]`` as ``x W_x + h W_h``, so that x leaves the loop.
+
+    Only of products that the next carry needs: the others leave the loop anyway.
+    """
     made = {op.outs[0]: op for op in program.ops if op.name == "concatenate"}
+    wanted = {a for a in program.results[:carry] if isinstance(a, int)}
+    for op in reversed(program.ops):
+        if wanted.intersection(op.outs):
+            wanted.update(a for a in op.ins if isinstance(a, int))
     forms, ops = list(program.forms), []
     for op in program.ops:
-        found = _joined(program, op, made, kinds)
+        found = _joined(program, op, made, kinds) if op.outs[0] in wanted else None
         if found is None:
             ops.append(op)
             continue
