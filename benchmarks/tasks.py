@@ -7,7 +7,9 @@ one learning rate, in a model that differs in the cell alone::
 
 The cell is as wide as a budget of parameters lets it be. Nothing is tuned, per cell or per task, and one seed is run
 unless ``--seeds`` says otherwise: the table says what comes out of the box in a short training, and not what a cell
-can do at best.
+can do at best. One option is not the default: the gates of minGRU, minLSTM, SRU and QRNN are half open before training,
+so that a memory lasts for about two steps, and in a short training some never learn more. Their forget biases start
+with memories of up to T steps, T being the steps of the task (`jrnn.initializers.chrono`).
 
 Writes ``benchmarks/results/tasks-CPU.json`` and a table beside it, anew after each pair. After an interruption the same
 command goes on from there.
@@ -21,6 +23,7 @@ command goes on from there.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -62,6 +65,7 @@ CELLS: dict[str, Callable[[int], Any]] = {
     "min_gru": jrnn.min_gru,
     "min_lstm": jrnn.min_lstm,
     "sru": jrnn.sru,
+    "qrnn": jrnn.qrnn,
     "lru": lambda hidden: jrnn.lru(hidden, hidden),
     "s5": lambda hidden: jrnn.s5(hidden, hidden),
     "rg_lru": lambda hidden: jrnn.stack(jrnn.dense(hidden), jrnn.rg_lru(hidden)),  # its inputs have H features
@@ -69,6 +73,14 @@ CELLS: dict[str, Callable[[int], Any]] = {
     "mlstm": lambda hidden: jrnn.mlstm(hidden, heads=2),
     "gated_delta_net": lambda hidden: jrnn.gated_delta_net(hidden, heads=2),
 }
+
+# The cells that are given forget biases for memories of up to the steps of the task.
+FORGETTING = ("min_gru", "min_lstm", "sru", "qrnn")
+
+
+def options_of(name: str, task: Task) -> dict[str, Any]:
+    """The options of a cell on a task that are not the defaults."""
+    return {"forget_bias": jrnn.initializers.chrono(task.length)} if name in FORGETTING else {}
 
 
 def count(layer: Any, in_features: int) -> int:
@@ -100,9 +112,11 @@ class Task(NamedTuple):
 
     ``metrics(ys, targets)`` are measured on the test set, ``test``; the first of them is the one of the table.
     ``trivial`` is what predictors that know nothing of the inputs get in it, ``lower`` whether less is better.
+    ``length`` is T.
     """
 
     about: str
+    length: int
     features: int
     outputs: int
     batch: int
@@ -139,6 +153,7 @@ def adding(length: int, steps: int, batch: int = 32) -> Task:
     ones = jnp.ones((1, 256, 1))
     return Task(
         f"adding problem, T = {length}: mean squared error at the last step",
+        length=length,
         features=2,
         outputs=1,
         batch=batch,
@@ -175,6 +190,7 @@ def copying(delay: int, steps: int, batch: int = 32) -> Task:
 
     return Task(
         f"copying memory, T = {delay}: cross-entropy over all {delay + 2 * COPIED} steps, in nats",
+        length=delay + 2 * COPIED,
         features=SYMBOLS + 2,
         outputs=SYMBOLS + 1,
         batch=batch,
@@ -245,6 +261,7 @@ def mackey_glass(steps: int, length: int = 150, ahead: int = 15, batch: int = 32
     return Task(
         f"Mackey-Glass, delay 17, {ahead} steps ahead in windows of {length}: root mean square error over the "
         f"standard deviation, from step {WASHOUT} on",
+        length=length,
         features=1,
         outputs=1,
         batch=batch,
@@ -284,6 +301,7 @@ def mnist1d(steps: int, batch: int = 64) -> Task:
 
     return Task(
         "MNIST-1D, 40 points one by one: accuracy at the last of them, on 1,000 curves",
+        length=40,
         features=1,
         outputs=10,
         batch=batch,
@@ -403,8 +421,8 @@ def markdown(content: dict[str, Any]) -> str:
     lines += [
         "Written by `python benchmarks/tasks.py`. All cells of a task have the same steps, batches, optimiser and "
         f"learning rate ({RATE}), and at most {BUDGET:,} parameters, in the same model. Nothing was tuned for any of "
-        "them: this is what comes out of the box in a short training. The best of a column is bold, and - is a pair "
-        "that was not run.",
+        "them: this is what comes out of the box in a short training, but for the options that are named below. The "
+        "best of a column is bold, and - is a pair that was not run.",
         "",
     ]
     hardware, versions = content.get("hardware", {}), content.get("versions", {})
@@ -426,6 +444,12 @@ def markdown(content: dict[str, Any]) -> str:
             f"- **{name}**: {task['about']}. {settings['steps']:,} steps of {settings['batch']} sequences; "
             f"{' or '.join(map(str, seeds))} seed(s)."
         ]
+    for cell in CELLS:
+        pairs = {name: content["pairs"].get(f"{name}/{cell}", {"settings": {}}) for name in tasks}
+        biases = {name: pair["settings"].get("forget_bias") for name, pair in pairs.items()}
+        texts = [f"`{bias}` in {name}" for name, bias in biases.items() if bias is not None]
+        if texts:
+            lines += [f"- `{cell}` not with its defaults, but with the `forget_bias` {', '.join(texts)}."]
     lines += [
         "",
         "The width H of each cell, its parameters, and the milliseconds of one training step, with the tests that come "
@@ -510,15 +534,17 @@ def main(arguments: list[str] | None = None) -> int:
             steps = 2 * ROUNDS if options.quick else made[task_name].steps
             print(f"{task_name}: {made[task_name].about}; {steps:,} steps of {made[task_name].batch}", flush=True)
         task = made[task_name]
-        settings = settings_of(task, steps)
+        settings, own = settings_of(task, steps), options_of(cell_name, task)
+        trained = {**settings, **{option: repr(value) for option, value in own.items()}}
         known = content["pairs"].get(name)
-        runs = {} if options.fresh or known is None or known["settings"] != settings else known["runs"]
+        runs = {} if options.fresh or known is None or known["settings"] != trained else known["runs"]
         for seed in range(options.seeds):
             if str(seed) in runs:
                 continue
             start = time.perf_counter()
             # As long as the longest of this task so far: then a pair that is begun is, as a rule, finished.
-            found = None if start + longest > deadline else train(fitted(cell_name)[0], task, steps, seed, deadline)
+            cell = dataclasses.replace(fitted(cell_name)[0], **own)
+            found = None if start + longest > deadline else train(cell, task, steps, seed, deadline)
             jax.clear_caches()
             if found is None:
                 left.append(f"{name} (seed {seed})")
@@ -530,7 +556,7 @@ def main(arguments: list[str] | None = None) -> int:
             content["hardware"], content["versions"] = hardware, _versions()
             content["cells"][cell_name] = {"hidden": hidden, "parameters": parameters}
             content["tasks"][task_name] = described(task, metric, settings)
-            content["pairs"][name] = {"settings": settings, "runs": runs}
+            content["pairs"][name] = {"settings": trained, "runs": runs}
             _write(path, content)
             print(
                 f"  {name}: {metric} {found['curve'][-1][metric]}, {found['compile_s']} s to compile and "

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jrnn._core.checks import finite, module_level
 
 __all__ = [
-    "constant", "draw", "glorot_uniform", "identity", "normal", "orthogonal", "reservoir", "resolve", "rotations",
-    "uniform", "zeros",
+    "chrono", "constant", "draw", "glorot_uniform", "identity", "normal", "orthogonal", "reservoir", "resolve",
+    "rotations", "uniform", "zeros",
 ]  # fmt: skip
 
 Initializer = str | Callable[..., jax.Array]
@@ -37,6 +37,32 @@ class constant:
 
     def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         return jnp.full(shape, self.value, dtype)
+
+
+@dataclass(frozen=True)
+class chrono:
+    """Biases of forget gates whose memories last from 2 to ``steps`` steps, evenly spread (Tallec and Ollivier 2018).
+
+    The logarithm of a number that is uniform in [1, steps - 1). A gate with the bias ``log u`` keeps a share of ``u /
+    (1 + u)`` at each step, and so remembers for about ``1 + u`` steps. For the ``forget_bias`` of `jrnn.min_gru`,
+    `jrnn.min_lstm`, `jrnn.sru` and `jrnn.qrnn`.
+
+    Args:
+      steps: the number of steps that the longest memory should last, at least 2.
+
+    >>> share = jax.nn.sigmoid(chrono(100)(jax.random.key(0), (1000,)))
+    >>> lasts = 1 / (1 - share)
+    >>> bool(lasts.min() >= 1.99 and lasts.max() < 100.01), bool(abs(lasts.mean() - 51) < 3)
+    (True, True)
+    """
+
+    steps: float
+
+    def __post_init__(self) -> None:
+        finite(self.steps, "steps", least=2.0)
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, self.steps - 1.0))
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

@@ -275,6 +275,40 @@ def reset_before(key, F, H, batch):
     return weights(key, x=(F, 2 * H), h=(H, 2 * H), xn=(F, H), hn=(H, H)), start(batch, H), step
 
 
+def joined_reset_before(key, F, H, batch):
+    """The input stands before the state in one product, and between two values made of the state in another."""
+
+    def step(w, h, x):
+        r, z = jnp.split(jax.nn.sigmoid(jnp.concatenate([x, h], -1) @ w["gates"]), 2, -1)
+        n = jnp.tanh(jnp.concatenate([r * h, x, h], -1) @ w["n"])
+        h = (1 - z) * n + z * h
+        return h, h
+
+    return weights(key, gates=(F + H, 2 * H), n=(F + 2 * H, H)), start(batch, H), step
+
+
+def own_product(key, F, H, batch):
+    """The products of a step are jrnn's own."""
+    w, h, _ = elman(key, F, H, batch)
+
+    def step(w, h, x):
+        z = jrnn.product(x, w["x"]) + jrnn.product(h, w["h"])
+        h = jnp.tanh(z + jnp.broadcast_to(w["b"], z.shape))
+        return h, h
+
+    return w, h, step
+
+
+def own_product_twice(key, F, H, batch):
+    w, h, _ = elman(key, F, H, batch)
+
+    def step(w, h, x):
+        h = jnp.tanh(jrnn.product(x, w["x"]) + jrnn.product(jnp.sin(jrnn.product(h, w["h"])), w["h"]))
+        return h, jrnn.product(h, w["h"])
+
+    return w, h, step
+
+
 def no_product(key, F, H, batch):
     def step(w, h, x):
         h = jnp.tanh(0.5 * h + (x @ w["x"]))
@@ -565,6 +599,21 @@ def many_gates(key, F, H, batch):
     return weights(key, x=(F, H), h=(H, H)), start(batch, H), step
 
 
+def convolutional(key, F, H, batch):
+    """A convolution of the input and one of the state over the places of a map, each with a kernel."""
+
+    def step(w, h, x):
+        z = convolve(x[..., None], w["x"]) + convolve(h, w["h"])
+        h = jnp.tanh(z)
+        return h, h
+
+    return weights(key, x=(3, 1, H), h=(2, H, H)), start((*batch, F), H), step
+
+
+def convolve(x, w):
+    return jax.lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+
+
 def linen(name, **options):
     def make(key, F, H, batch):
         import flax.linen as nn
@@ -637,6 +686,7 @@ BODIES = (
     Body("scaled", scaled),
     Body("stopped", stopped),
     Body("fixed_carry", fixed_carry),
+    Body("own_product", own_product, batches=NO_BATCH),
     Body("random_mask", random_mask),
     Body("memory_readout", memory_readout),
     Body("many_gates", many_gates, native="input projection itself"),
@@ -661,6 +711,7 @@ BODIES = (
     # What is not read: these run as jax.lax.scan, and say why.
     # What is no cell: products of the state stay in the loop, and the gradients of their weights leave it.
     Body("reset_before", reset_before, 2, TWO),
+    Body("joined_reset_before", joined_reset_before, 2, TWO, batches=((4,), ())),
     Body("haiku_gru", haiku("GRU"), 2, TWO, peer="haiku"),
     Body("normalised", normalised, 1, "'reduce_sum'"),
     Body("random_steps", random_steps, 2, "not of one shape and dtype"),
@@ -668,6 +719,8 @@ BODIES = (
     Body("numbered_reset", numbered_reset, 1, "its gates are given an array of int32"),
     Body("broadcast_bias", broadcast_bias, 1, "it broadcasts an array over groups of features"),
     Body("still_input", still_input, 1, TWO),
+    Body("own_product_twice", own_product_twice, 2, TWO),
+    Body("convolutional", convolutional, 1, "'conv_general_dilated' of its state"),
     # What is not read: these run as jax.lax.scan, and say why.
     Body("no_product", no_product, None, "it has no product of its state with weights"),
     Body("control_flow", control_flow, None, "has 'cond' of its state"),

@@ -137,3 +137,19 @@ def count_compilations():
         yield counter
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def in_loops(closed, *names):
+    """The equations of the named primitives that stand in the bodies of loops, of a closed jaxpr."""
+
+    def found(jaxpr, inside):
+        for eqn in jaxpr.eqns:
+            if inside and eqn.primitive.name in names:
+                yield eqn
+            for value in eqn.params.values():
+                for inner in value if isinstance(value, tuple) else (value,):
+                    inner = getattr(inner, "jaxpr", inner)
+                    if hasattr(inner, "eqns"):
+                        yield from found(inner, inside or eqn.primitive.name == "scan")
+
+    return list(found(closed.jaxpr, False))

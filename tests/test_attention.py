@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jrnn
+from tests.conftest import in_loops
 
 SCORES = {
     "dot": {"score": "dot"},
@@ -94,6 +95,28 @@ def test_what_stands_in_the_padding_of_a_memory_changes_nothing(options):
         for valid in ({"lengths": lengths}, {"mask": mask}):
             got = jax.value_and_grad(value, (0, 1))(params, broken, **valid)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
+
+
+@pytest.mark.parametrize("options", SCORES.values(), ids=SCORES)
+def test_its_products_leave_the_loop(options):
+    """The products of x do, and all gradients of weights: left are those of the state, and their transposes."""
+    cell, params, xs, memory, lengths = built(options)
+    marks = {"lengths": np.array([2, 1, 2]), "resets": np.array([[False] * B, [True, False, False]])}
+
+    def gradients(backend):
+        def loss(params, xs, memory):
+            remembered = jrnn.remember(cell, params, memory, lengths=lengths)
+            state, ys = jrnn.unroll(cell, remembered, xs, **marks, backend=backend)
+            return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves((state, ys)))
+
+        return jax.value_and_grad(loss, (0, 1, 2))
+
+    got, expected = (gradients(backend)(params, xs, memory) for backend in (None, "reference"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+    assert jrnn.choose_backend(cell, jrnn.remember(cell, params, memory), xs)[0] == "hoisted"
+    products = in_loops(jax.make_jaxpr(gradients(None))(params, xs, memory), "dot_general", "weigh")
+    assert len(products) == 2 * (2 + ("w_query" in params))
+    assert max(eqn.invars[0].aval.size for eqn in products) <= B * 12  # the cotangent of the three gates
 
 
 def test_a_memory_without_a_valid_step_gives_a_context_of_zero():

@@ -436,7 +436,7 @@ def test_the_extra_names_no_torch():
 def test_tasks_are_what_the_papers_say_and_their_trivial_predictors_get_what_is_said_of_them():
     adding = tasks.adding(20, steps=1)
     xs, sums = adding.test()
-    assert xs.shape == (20, 256, 2)
+    assert xs.shape == (adding.length, 256, 2)
     values, marks = np.asarray(xs[..., 0]), np.asarray(xs[..., 1])
     assert (marks[:10].sum(0) == 1).all()
     assert (marks[10:].sum(0) == 1).all()
@@ -447,7 +447,7 @@ def test_tasks_are_what_the_papers_say_and_their_trivial_predictors_get_what_is_
 
     copying = tasks.copying(30, steps=1)
     xs, ids = copying.test()
-    assert xs.shape == (50, 128, 10)
+    assert xs.shape == (copying.length, 128, 10) == (50, 128, 10)
     shown = np.asarray(xs).argmax(-1)
     np.testing.assert_array_equal(shown[:10], ids[-10:])
     assert (shown[10:39] == 8).all()
@@ -498,9 +498,14 @@ def test_a_task_is_trained_once_and_reported(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(tasks, "train", lambda *_: pytest.fail("trained again"))
         assert run() == 0
         assert json.loads(path.read_text()) == content
+        cells = []
+        monkeypatch.setattr(tasks, "train", lambda cell, *_: cells.append(cell) or training)
+        assert tasks.main(["--out", str(path), "--only", "adding-6/min_gru"]) == 0
+        assert [cell.forget_bias for cell in cells] == [jrnn.initializers.chrono(6)]
     finally:
         tasks.fitted.cache_clear()
     text = path.with_suffix(".md").read_text()
+    assert "- `min_gru` not with its defaults, but with the `forget_bias` `chrono(steps=6)` in adding-6." in text
     assert f"| `elman` | **{training['curve'][-1]['mse']:.3f}** |" in text
     assert "| `lstm` | - |" in text
     with pytest.raises(SystemExit):

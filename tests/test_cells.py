@@ -311,6 +311,7 @@ def test_repr_is_an_expression(case):
         "lstm(4, recurrent_init=initializers.orthogonal(scale=0.5), forget_bias=0.0)",
         "gru(4, reset='before', bias_init=initializers.zeros, activation='relu')",
         "elman(4, activation=activations.linear)",
+        "min_gru(4, forget_bias=initializers.chrono(steps=40))",
         "stack(gru(4), residual(dense(4)), dropout(0.1))",
         "bidirectional(lstm(4), gru(3), merge='sum')",
         "bidirectional(lstm(4))",

@@ -15,6 +15,7 @@ import pytest
 
 import jrnn
 from jrnn.initializers import reservoir, spectral_radius
+from tests.conftest import in_loops
 from tests.test_cells import fold, sigmoid
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_cells.json"
@@ -362,6 +363,48 @@ def test_a_network_of_maps():
     assert ys.shape == (6, 2, 3, 4, 5, 4)
     flat = jrnn.unroll(model, params, xs[:, 1, 1])[1]
     np.testing.assert_allclose(jrnn.unroll(model, params, xs)[1][:, 1, 1], flat, atol=1e-6)
+
+
+convolutional = pytest.mark.parametrize("name", [name for name in CELLS if name.startswith("conv")])
+
+
+def convolutional_gradients(name, backend):
+    """A loss of a convolutional cell with its gradients, of parameters and inputs in float64; and these."""
+    cell, features, _ = CELLS[name]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: rng.normal(size=p.shape), cell.init(jax.random.key(0), features))
+    xs = rng.normal(size=(T, 3, *features))
+    marks = {"lengths": np.array([T, 0, 3]), "resets": rng.random((T, 3)) < 0.3}
+
+    def loss(params, xs):
+        state, ys = jrnn.unroll(cell, params, xs, **marks, reverse="gru" in name, backend=backend)
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in (ys, *state))
+
+    return jax.value_and_grad(loss, (0, 1)), (params, xs)
+
+
+@convolutional
+def test_the_gradient_of_a_kernel_is_one_convolution_after_the_loop(name, x64):
+    """A step has the convolutions of the state and their transposes, and none for a kernel, as the plain scan has."""
+    cell = CELLS[name][0]
+    products = 2 if getattr(cell, "reset", "") == "before" else 1
+    counts = []
+    for backend in (None, "reference"):
+        gradients, arguments = convolutional_gradients(name, backend)
+        counts.append(len(in_loops(jax.make_jaxpr(gradients)(*arguments), "conv_general_dilated")))
+    assert counts[0] == 2 * products < counts[1]
+    assert jrnn.choose_backend(cell, *arguments)[0] == "hoisted"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+@convolutional
+def test_convolutions_outside_the_loop_equal_those_of_a_plain_scan(name, x64):
+    results = []
+    for backend in (None, "reference"):
+        gradients, arguments = convolutional_gradients(name, backend)
+        results.append(jax.jit(gradients)(*arguments))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), *results)
 
 
 def test_the_weights_of_a_map_serve_maps_of_any_size():

@@ -36,6 +36,7 @@ ROWS = (
     Case("initialisers", jrnn.lstm(4, input_init=jrnn.initializers.uniform(0.1), bias_init=jrnn.initializers.zeros)),
     Case("functions", jrnn.stack(jrnn.elman(4, jnp.sin), jrnn.activation(jax.nn.softplus), jrnn.gru(2))),
     Case("merge", jrnn.bidirectional(jrnn.elman(4), merge=jnp.maximum)),
+    Case("chrono", jrnn.sru(4, forget_bias=jrnn.initializers.chrono(40))),
     Case("infinite", jrnn.lstm(4, forget_bias=float("inf"))),
 )
 

@@ -4,6 +4,7 @@ An oracle is ``(xp, p, x, *state) -> (state, y)`` for one unbatched step, as in 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -301,9 +302,45 @@ def test_rg_lru_starts_with_long_memory():
     assert 0.99 < power.max() <= 0.999 + 1e-5
 
 
+FORGETTING = {
+    "min_gru": jrnn.min_gru,
+    "min_lstm": jrnn.min_lstm,
+    "sru": jrnn.sru,
+    "qrnn": jrnn.qrnn,
+    "qrnn_ifo": functools.partial(jrnn.qrnn, pooling="ifo"),
+}
+
+
+@pytest.mark.parametrize("name", FORGETTING)
+def test_forget_bias_says_what_is_kept_of_the_state(name):
+    """``σ(forget_bias)`` at an input of zero, and the other gates and the weights as without it."""
+
+    def params_and_kept(**options):
+        cell = FORGETTING[name](200, **options)
+        params = cell.init(jax.random.key(0), F)
+        return params, np.asarray(cell.coefficients(params, jnp.zeros((1, F * cell.window)))[0][0], np.float64)
+
+    plain, half = params_and_kept()
+    np.testing.assert_allclose(half, 0.5, atol=1e-6)
+    moved, kept = params_and_kept(forget_bias=3.0)
+    np.testing.assert_allclose(kept, 1 / (1 + np.exp(-3.0)), rtol=1e-6)
+    assert all(np.array_equal(plain[key], moved[key]) for key in plain if key != "b")
+    changed = np.unique(np.asarray(moved["b"] - plain["b"]))
+    assert set(changed) <= {-3.0, 0.0, 3.0}
+    _, kept = params_and_kept(forget_bias=jrnn.initializers.chrono(50))
+    lasts = 1 / (1 - kept)
+    assert 1.99 < lasts.min() < 4
+    assert 48 < lasts.max() < 50.1
+    assert abs(lasts.mean() - 26) < 3
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
+        (lambda: jrnn.min_gru(3, forget_bias="chrono"), ValueError, "forget_bias: expected one of"),
+        (lambda: jrnn.min_lstm(3, forget_bias=None), TypeError, "forget_bias: expected a finite float"),
+        (lambda: jrnn.sru(3, forget_bias=float("inf")), ValueError, "forget_bias: expected a finite float"),
+        (lambda: jrnn.initializers.chrono(1), ValueError, "steps: expected a finite float of at least 2"),
         (lambda: jrnn.min_gru(0), ValueError, "hidden: expected a positive int, got 0"),
         (lambda: jrnn.qrnn(3, 0), ValueError, "window: expected a positive int, got 0"),
         (lambda: jrnn.qrnn(3, pooling="of"), ValueError, 'pooling: expected "f", "fo" or "ifo", got \'of\''),

@@ -20,7 +20,8 @@ from tests.cases import CASES, HiddenAndMemory, Leaky, softsign
 
 pytestmark = pytest.mark.skipif(not build.available()[0], reason=build.available()[1] or "")
 
-# What is drawn at each step, what mixes units and what makes a projection of its own is refused; all else is served.
+# What is drawn at each step, what mixes units and what makes a projection of its own is refused; all else is served,
+# steps that are read among it.
 SERVED = {
     "elman", "elman_relu", "elman_sigmoid", "elman_function", "lstm", "peephole_lstm", "coupled_lstm", "gru_after",
     "mgu", "ugrnn", "leaky", "learned_state", "dropconnect", "residual", "stack_nested", "stack_embed", "bidirectional",
@@ -30,7 +31,8 @@ SERVED = {
     "bidirectional_nested", "dense", "embed", "layer_norm", "activation", "dropout", "bidirectional_embed",
     "bidirectional_different", "residual_of_bidirectional", "variational_twice", "no_inputs",
     "emits_all", "emits_memory", "emits_all_wrapped", "antisymmetric", "antisymmetric_gated", "orthogonal_rnn",
-    "echo_state", "slstm", "skip", "tied",
+    "echo_state", "slstm", "skip", "step_lstm", "project_and_update", "wrapper_with_an_update",
+    "wrapper_with_a_projection", "zoneout_project", "drawing_decoder", "tied", "aging",
 }  # fmt: skip
 WITH_A_KEY = {
     "dropconnect", "variational", "variational_gru", "residual_of_wrapped", "highway_of_random", "dropout",
@@ -601,3 +603,13 @@ def test_header_of_a_users_cell():
     header = native.read_gates(cell.form(params), cell.initial_state(params, ()))[1]
     assert "GATES = 2, SUMS = 2, PARTS = 2" in header
     assert read.slots((True, False, True)) == (0, 3, 2)
+
+
+@pytest.mark.parametrize(
+    "cell", [jrnn.lstm(4), jrnn.slstm(4), jrnn.elman(4, "softplus"), jrnn.elman(4, "elu")], ids=repr
+)
+def test_gates_are_vectors_throughout(cell):
+    """No function of the C library is called lane by lane: one such call takes longer than all other operations."""
+    params = cell.init(jax.random.key(0), 3)
+    header = native.read_gates(cell.form(params), cell.initial_state(params, ()))[1]
+    assert "each(" not in header

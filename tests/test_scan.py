@@ -16,7 +16,7 @@ from jrnn.jaxprs.flat import flatten
 from jrnn.jaxprs.primitives import TABLE
 from jrnn.schedules.native import emit
 from tests.bodies import BODIES, elman, held, inner_cond, params, relu_readout, reset_lstm, still_input
-from tests.conftest import count_compilations
+from tests.conftest import count_compilations, in_loops
 
 T, F, H = 5, 3, 4
 READ = params([body for body in BODIES if body.products is not None])
@@ -156,20 +156,7 @@ def test_transformations(body):
 
 
 def products_in_loops(closed):
-    """How many products stand in the bodies of loops."""
-
-    def count(jaxpr, inside):
-        total = 0
-        for eqn in jaxpr.eqns:
-            total += inside and eqn.primitive.name in ("dot_general", "weigh")
-            for value in eqn.params.values():
-                for inner in value if isinstance(value, tuple) else (value,):
-                    inner = getattr(inner, "jaxpr", inner)
-                    if hasattr(inner, "eqns"):
-                        total += count(inner, inside or eqn.primitive.name == "scan")
-        return total
-
-    return count(closed.jaxpr, False)
+    return len(in_loops(closed, "dot_general", "weigh", "conv_general_dilated"))
 
 
 @pytest.mark.parametrize("body", READ)
@@ -179,6 +166,13 @@ def test_one_product_in_the_loop(body):
     assert products_in_loops(jax.make_jaxpr(got)(weights, carry, xs)) == body.products
     backward = jax.make_jaxpr(lambda *args: gradients(got, *args))(weights, carry, xs)
     assert products_in_loops(backward) <= 2 * body.products
+
+
+def test_of_a_product_of_the_input_and_the_state_side_by_side_only_the_state_is_in_the_loop():
+    weights, carry, step, xs = built(next(body for body in BODIES if body.name == "joined_reset_before"))
+    closed = jax.make_jaxpr(run(jrnn.scan, step, backend="hoisted"))(weights, carry, xs)
+    rows = [eqn.invars[1].aval.shape[0] for eqn in in_loops(closed, "dot_general", "weigh")]
+    assert rows == [H, 2 * H]
 
 
 @interpreted

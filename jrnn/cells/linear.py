@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn import initializers
-from jrnn._core.checks import batch_axes, non_negative_int, positive_int
+from jrnn._core.checks import batch_axes, finite, non_negative_int, positive_int
 from jrnn.cells.base import (
     Cell,
     HiddenState,
@@ -29,7 +29,7 @@ from jrnn.cells.base import (
 )
 from jrnn.cells.form import LinearForm
 
-__all__ = ["GatedLinearCell", "LinearCell"]
+__all__ = ["ForgetGateCell", "GatedLinearCell", "LinearCell"]
 
 
 class LinearCell(Cell):
@@ -184,3 +184,34 @@ class GatedLinearCell(LinearCell):
         columns = slice(first * self.hidden, (first + count) * self.hidden)
         u = product(xs, params["w_ih"][:, columns])
         return tuple(jnp.split(u + vector(params["b"][columns], u), count, -1))
+
+
+@dataclass(frozen=True, repr=False)
+class ForgetGateCell(GatedLinearCell):
+    """A gated linear cell that multiplies its state by ``σ(forget_bias)`` at a step whose input is zero.
+
+    Args:
+      forget_bias: a number, or an initialiser of one for each unit. It is added to the biases of the gates in
+        ``forget_signs`` at initialisation, or subtracted where the sign is -1.
+    """
+
+    forget_bias: float | initializers.Initializer = field(default=0.0, kw_only=True)
+
+    # Of each gate whose bias says how long the state is kept.
+    forget_signs: ClassVar[Mapping[str, int]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.forget_bias, str) or callable(self.forget_bias):
+            initializers.resolve(self.forget_bias, "forget_bias")
+        else:
+            finite(self.forget_bias, "forget_bias")
+
+    def init(self, key: jax.Array, in_features: int) -> dict[str, jax.Array]:
+        params = super().init(key, in_features)
+        kept: Any = self.forget_bias
+        if isinstance(kept, str) or callable(kept):
+            kept = initializers.draw(kept, jax.random.fold_in(key, 1), (self.hidden,))
+        kept = jnp.broadcast_to(jnp.asarray(kept, jnp.float32), (self.hidden,))
+        params["b"] += jnp.concatenate([self.forget_signs.get(name, 0) * kept for name in self.gate_names])
+        return params

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jrnn import initializers
-from jrnn.cells.linear import GatedLinearCell
+from jrnn.cells.linear import ForgetGateCell
 
 __all__ = ["min_gru", "min_lstm"]
 
@@ -20,10 +21,11 @@ def positive(x: jax.Array) -> jax.Array:
 
 
 @dataclass(frozen=True, repr=False)
-class MinGRU(GatedLinearCell):
+class MinGRU(ForgetGateCell):
     """See `min_gru`."""
 
     gate_names: ClassVar[tuple[str, ...]] = ("z", "n")
+    forget_signs: ClassVar[Mapping[str, int]] = {"z": -1}
     emits = "h"
 
     _constructor = "min_gru"
@@ -34,10 +36,11 @@ class MinGRU(GatedLinearCell):
 
 
 @dataclass(frozen=True, repr=False)
-class MinLSTM(GatedLinearCell):
+class MinLSTM(ForgetGateCell):
     """See `min_lstm`."""
 
     gate_names: ClassVar[tuple[str, ...]] = ("i", "f", "n")
+    forget_signs: ClassVar[Mapping[str, int]] = {"f": 1, "i": -1}
     emits = "h"
 
     _constructor = "min_lstm"
@@ -52,6 +55,7 @@ class MinLSTM(GatedLinearCell):
 def min_gru(
     hidden: int,
     *,
+    forget_bias: float | initializers.Initializer = 0.0,
     input_init: initializers.Initializer = "glorot_uniform",
     bias_init: initializers.Initializer = "zeros",
 ) -> MinGRU:
@@ -63,6 +67,10 @@ def min_gru(
 
     Args:
       hidden: H.
+      forget_bias: subtracted from z's part of ``b`` at initialisation, so that a step whose input is zero multiplies
+        ``h`` by ``σ(forget_bias)``. A number, or an initialiser of one for each unit. With zero, as in the paper, a
+        memory lasts for about two steps before training; ``jrnn.initializers.chrono(T)`` spreads memories over up to T
+        steps, which long sequences need.
       input_init, bias_init: initialisers of ``w_ih`` and ``b``, drawn gate by gate.
 
     Parameters: ``w_ih (F, 2H)``, ``b (2H,)``, in the order z, n.
@@ -72,12 +80,13 @@ def min_gru(
     >>> ys.shape, state.h.shape
     ((5, 2, 4), (2, 4))
     """
-    return MinGRU(hidden, input_init=input_init, bias_init=bias_init)
+    return MinGRU(hidden, forget_bias=forget_bias, input_init=input_init, bias_init=bias_init)
 
 
 def min_lstm(
     hidden: int,
     *,
+    forget_bias: float | initializers.Initializer = 0.0,
     input_init: initializers.Initializer = "glorot_uniform",
     bias_init: initializers.Initializer = "zeros",
 ) -> MinLSTM:
@@ -88,6 +97,7 @@ def min_lstm(
 
     Args:
       hidden: H.
+      forget_bias: as for `min_gru`; added to f's part of ``b`` and subtracted from i's.
       input_init, bias_init: initialisers of ``w_ih`` and ``b``, drawn gate by gate.
 
     Parameters: ``w_ih (F, 3H)``, ``b (3H,)``, in the order i, f, n.
@@ -96,4 +106,4 @@ def min_lstm(
     >>> jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))[1].shape
     (5, 2, 4)
     """
-    return MinLSTM(hidden, input_init=input_init, bias_init=bias_init)
+    return MinLSTM(hidden, forget_bias=forget_bias, input_init=input_init, bias_init=bias_init)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jrnn import initializers
 from jrnn._core.checks import positive_int
 from jrnn.cells.base import exported
-from jrnn.cells.linear import GatedLinearCell, form, parameter_dtype
+from jrnn.cells.linear import ForgetGateCell, form, parameter_dtype
 
 __all__ = ["QRNNState", "qrnn"]
 
@@ -31,11 +32,13 @@ class QRNNState(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class QRNN(GatedLinearCell):
+class QRNN(ForgetGateCell):
     """See `qrnn`."""
 
     window: int = 2
     pooling: Pooling = "fo"
+
+    forget_signs: ClassVar[Mapping[str, int]] = {"f": 1, "i": -1}
 
     _constructor = "qrnn"
 
@@ -69,6 +72,7 @@ def qrnn(
     window: int = 2,
     *,
     pooling: Pooling = "fo",
+    forget_bias: float | initializers.Initializer = 0.0,
     input_init: initializers.Initializer = "glorot_uniform",
     bias_init: initializers.Initializer = "zeros",
 ) -> QRNN:
@@ -87,6 +91,8 @@ def qrnn(
       hidden: H.
       window: how many steps the gates see, their own included.
       pooling: one of the three.
+      forget_bias: added to f's part of ``b`` at initialisation and subtracted from i's, as for `min_gru`; zero in the
+        authors' code.
       input_init, bias_init: initialisers of ``w_ih`` and ``b``, drawn gate by gate.
 
     Parameters: ``w_ih (window * F, G*H)``, the weights of the oldest input first, and ``b (G*H,)``; gates in the order
@@ -97,4 +103,4 @@ def qrnn(
     >>> ys.shape, state.c.shape, state.past.shape
     ((5, 2, 4), (2, 4), (2, 2, 3))
     """
-    return QRNN(hidden, window, pooling, input_init=input_init, bias_init=bias_init)
+    return QRNN(hidden, window, pooling, forget_bias=forget_bias, input_init=input_init, bias_init=bias_init)

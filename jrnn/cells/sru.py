@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jrnn import activations, initializers
 from jrnn.cells.base import check_features, check_named, exported, product, vector
-from jrnn.cells.linear import GatedLinearCell, form, parameter_dtype
+from jrnn.cells.linear import ForgetGateCell, form, parameter_dtype
 
 __all__ = ["SRUState", "sru"]
 
@@ -28,12 +28,13 @@ class SRUState(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class SRU(GatedLinearCell):
+class SRU(ForgetGateCell):
     """See `sru`."""
 
     activation: activations.Activation = field(default="tanh", kw_only=True)
 
     gate_names: ClassVar[tuple[str, ...]] = ("c", "f", "r")
+    forget_signs: ClassVar[Mapping[str, int]] = {"f": 1}
 
     _constructor = "sru"
 
@@ -73,6 +74,7 @@ class SRU(GatedLinearCell):
 def sru(
     hidden: int,
     *,
+    forget_bias: float | initializers.Initializer = 0.0,
     activation: activations.Activation = "tanh",
     input_init: initializers.Initializer = "glorot_uniform",
     bias_init: initializers.Initializer = "zeros",
@@ -85,6 +87,7 @@ def sru(
 
     Args:
       hidden: H.
+      forget_bias: added to f's part of ``b`` at initialisation, as for `min_gru`; zero in the authors' code.
       activation: g, "tanh", "linear" or another name of `jrnn.activations`, or a module-level function.
       input_init, bias_init: initialisers of the weights and of ``b``, drawn gate by gate.
 
@@ -96,4 +99,4 @@ def sru(
     >>> ys.shape, state.c.shape
     ((5, 2, 4), (2, 4))
     """
-    return SRU(hidden, activation=activation, input_init=input_init, bias_init=bias_init)
+    return SRU(hidden, forget_bias=forget_bias, activation=activation, input_init=input_init, bias_init=bias_init)

@@ -18,9 +18,7 @@ from jrnn.cells.base import (
     Cell,
     Layer,
     check_features,
-    check_state,
     compute_params,
-    emitted,
     exported,
     product,
     stable,
@@ -211,16 +209,13 @@ class Attention(Cell):
                 f"memory: expected the batch axes of the inputs, which end a shape of {batch}, or none, got {memory}"
             )
 
-    def step(
-        self, params: Any, state: AttentionState, x: jax.Array, key: jax.Array | None = None
+    def update(
+        self, params: Any, state: AttentionState, p: jax.Array, key: jax.Array | None = None
     ) -> tuple[AttentionState, jax.Array]:
-        x = jnp.asarray(x)
-        self.check(params, x)
-        check_state(self, params, state, x)
-        joined = jnp.concatenate([x, state.context.astype(x.dtype)], -1)
+        joined = jnp.concatenate([p, state.context.astype(p.dtype)], -1)
         cell, h = self.cell.step(params["cell"], state.cell, joined, key)
         context = self._context(params, h)[0].astype(state.context.dtype)
-        return AttentionState(cell, context), jnp.concatenate([h, emitted(context, x).astype(h.dtype)], -1)
+        return AttentionState(cell, context), jnp.concatenate([h, context.astype(h.dtype)], -1)
 
     def weights(self, params: Any, ys: Any) -> jax.Array:
         """How much each step attended to each step of the memory, from the outputs of `jrnn.unroll`.

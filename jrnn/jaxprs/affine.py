@@ -39,8 +39,8 @@ from jrnn.jaxprs.blocks import (
     Value,
     shared_ranges,
 )
-from jrnn.jaxprs.dependence import PRODUCTS, Dependence, contraction
-from jrnn.jaxprs.flat import Const, Op, Program, reading
+from jrnn.jaxprs.dependence import Dependence
+from jrnn.jaxprs.flat import Const, Op, Program, contraction, reading
 from jrnn.jaxprs.gates import Gates, Parts, assemble, is_not_zero, recipe
 from jrnn.jaxprs.primitives import primitive
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE, Add, Atom, Flat, Negative, Number, PerSequence, Recipe, Take
@@ -320,8 +320,8 @@ class _Reader(Dependence):
         same = op.name == "convert_element_type" and self.program.form(op.ins[0])[1] == self.program.forms[out][1]
         if same or op.name in ("copy", "copy_p"):  # but not stop_gradient, whose derivative differs
             self.values[out] = self._value(op.ins[0])
-        elif op.name in PRODUCTS:
-            self.values[out] = self._product(op)
+        elif (numbers := contraction(self.program, op)) is not None:
+            self.values[out] = self._product(op, *numbers)
         elif row.rearranges:
             self.values.update(zip(op.outs, getattr(self, f"_{op.name}")(op), strict=True))
         elif op.name == "select_n" and (flagged := self._flagged(op)) is not None:
@@ -531,8 +531,7 @@ class _Reader(Dependence):
 
     # --- products ---
 
-    def _product(self, op: Op) -> Value:
-        contracted, batched = contraction(op, len(self.shape(op.ins[0])))
+    def _product(self, op: Op, contracted: Any, batched: Any) -> Value:
         if any(batched) or any(len(axes) != 1 for axes in contracted):
             raise Refusal("it has a product of its state with batch axes, or over several axes")
         if not default_precision(op.params.get("precision")):

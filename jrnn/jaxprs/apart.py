@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jrnn.jaxprs.blocks import Refusal
-from jrnn.jaxprs.dependence import PRODUCTS
-from jrnn.jaxprs.flat import Const, Op, Program, mappable
+from jrnn.jaxprs.flat import Const, Op, Program, contraction, mappable
 
 __all__ = ["Split", "split"]
 
@@ -146,9 +145,11 @@ def _dependences(program: Program, consts: int, carry: int) -> tuple[list[int], 
         atoms = [a for a in op.ins if isinstance(a, int)]
         reached = functools.reduce(int.__or__, (reaches[a] for a in atoms), 0)
         multiplied = functools.reduce(int.__or__, (products[a] for a in atoms), 0)
+        if contraction(program, op) is not None:
+            multiplied |= reached
         for out in op.outs:
             reaches[out] = reached
-            products[out] = multiplied | (reached if op.name in PRODUCTS else 0)
+            products[out] = multiplied
     return reaches, products
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from jrnn.jaxprs.blocks import Refusal
-from jrnn.jaxprs.flat import Const, Op, Program, mappable
+from jrnn.jaxprs.flat import Const, Op, Program, contraction, mappable
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE
 
-__all__ = ["PRODUCTS", "Dependence", "contraction"]
+__all__ = ["Dependence"]
 
-PRODUCTS = ("dot_general", "weigh")  # the operations that are matmuls
 # Elementwise operations whose values and derivatives are finite for all numbers of a usual size.
 FINITE: tuple[str, ...] = (
     "add",
@@ -29,13 +27,6 @@ FINITE: tuple[str, ...] = (
     "square",
 )
 FINITE += ("stop_gradient", "sub", "tanh")
-
-
-def contraction(op: Op, ndim: int) -> Any:
-    """The dimension numbers of a matmul, as ``dot_general`` has them. ``ndim`` is the rank of its first operand."""
-    if op.name == "weigh":  # see `jrnn._core.products`
-        return ((ndim - 1,), (0,)), ((), ())
-    return op.params["dimension_numbers"]
 
 
 class Dependence:
@@ -130,9 +121,10 @@ class Dependence:
         """
         if op.name in FINITE or (op.name == "div" and self.kind(op.ins[1]) != STATE):
             return True
-        if op.name not in PRODUCTS or self.kind(op.ins[1]) != INVARIANT:
+        numbers = contraction(self.program, op)
+        if numbers is None or self.kind(op.ins[1]) != INVARIANT:
             return False
-        contracted, batched = contraction(op, len(self.shape(op.ins[0])))
+        contracted, batched = numbers
         return tuple(contracted[0]) == (len(self.shape(op.ins[0])) - 1,) and not any(batched)
 
     def check_inputs(self) -> None:

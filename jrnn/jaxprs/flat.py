@@ -33,6 +33,7 @@ __all__ = [
     "bind",
     "broadcast",
     "calls",
+    "contraction",
     "evaluate",
     "flatten",
     "mappable",
@@ -182,6 +183,13 @@ def mappable(program: Program, op: Op) -> bool:
     if op.name in RANDOM:
         return str(program.form(op.ins[0]).dtype) == "key<fry>"
     return op.mappable
+
+
+def contraction(program: Program, op: Op) -> Any:
+    """The dimension numbers of a matmul, be it JAX's or jrnn's own (`jrnn._core.products`); None if it is none."""
+    if op.name == "weigh":
+        return ((len(program.form(op.ins[0]).shape) - 1,), (0,)), ((), ())
+    return op.params["dimension_numbers"] if op.name == "dot_general" else None
 
 
 def is_elementwise(op: Op) -> bool:

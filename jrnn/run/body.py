@@ -16,8 +16,7 @@ from jax import lax
 from jrnn.cells.form import AffineForm, Gates, ReadGates
 from jrnn.jaxprs.affine import Affine, Mask, Resets
 from jrnn.jaxprs.blocks import Piece
-from jrnn.jaxprs.dependence import PRODUCTS
-from jrnn.jaxprs.flat import Op, broadcast, evaluate, typed
+from jrnn.jaxprs.flat import Op, broadcast, contraction, evaluate, typed
 from jrnn.jaxprs.recipes import INPUT, INVARIANT, STATE, Atom, Recipe, needed, side_by_side
 from jrnn.schedules import SCHEDULES, Plan, Refusal, Steps, Task, hoisted, native
 from jrnn.schedules.steps import latest, select, taken
@@ -62,7 +61,7 @@ class Body:
         form = self.form
         made = {id(op) for op in _after(form, form.program.results[: form.carry], ())}
         again = [op for op in _after(form, form.outputs, form.after) if id(op) in made]
-        return any(op.name in PRODUCTS and form.kinds[op.outs[0]] == STATE for op in again)
+        return any(contraction(form.program, op) is not None and form.kinds[op.outs[0]] == STATE for op in again)
 
     @property
     def work(self) -> int:

@@ -69,9 +69,10 @@ def scan(
     most cells written by hand. A flag among the inputs may replace the carry by constants, before the step or after it
     (``jnp.where(reset[:, None], initial, h)``), or hold it (``jnp.where(valid[:, None], new_h, h)``).
 
-    With ``backend="hoisted"``, a body that is not a cell but has a matmul of a carry-dependent value with weights runs
-    in parts: only the part that the next carry needs stays in the loop, and the gradients of those weights are matmuls
-    after it. This is faster for some bodies and slower for others, so it is never chosen by default.
+    With ``backend="hoisted"``, a body that is not a cell but has a product of a carry-dependent value with weights (a
+    matmul, or a convolution with a kernel) runs in parts: only the part that the next carry needs stays in the loop,
+    and the gradients of those weights are one product each after it. This is faster for some bodies and slower for
+    others, so it is never chosen by default.
 
     Args:
       f: ``(carry, x) -> (carry, y)``, as for ``jax.lax.scan``.

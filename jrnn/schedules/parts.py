@@ -9,6 +9,7 @@ The tangent of the loop is a loop too. With ``g_k`` the cotangent of ``z_k``, a 
 
 The bracket is one product for all steps, before the loop, since the run stores every ``a_k``. Its transpose, the
 gradient of the weights, is therefore one product for all steps after the backward loop: nothing is accumulated inside.
+A convolution with a kernel is such a product too, and all steps are one convolution over a batch of T*B.
 Both modes and all higher derivatives follow, since the rule consists of ordinary JAX operations.
 """
 
@@ -29,7 +30,7 @@ from jrnn._core.devices import knows_mesh
 from jrnn._core.products import weigh
 from jrnn.jaxprs.affine import default_precision
 from jrnn.jaxprs.blocks import Refusal
-from jrnn.jaxprs.flat import Op, Program, bind, evaluate, flatten, reading, typed
+from jrnn.jaxprs.flat import Op, Program, bind, contraction, evaluate, flatten, reading, typed
 from jrnn.jaxprs.recipes import INVARIANT
 from jrnn.jaxprs.sites import Sites, read
 from jrnn.schedules.affine import jvp_of
@@ -206,10 +207,11 @@ def outside(program: Program, ops: Iterable[Op], env: dict[int, Any]) -> None:
 
 def is_plain(program: Program, op: Op) -> bool:
     """Whether an operation is ``x @ w``, over the last axis of x and the first of the two axes of w."""
-    if op.name != "dot_general":
+    numbers = contraction(program, op)
+    if numbers is None:
         return False
     x, w, out = (program.form(a) for a in (*op.ins, *op.outs))
-    (over_x, over_w), batched = op.params["dimension_numbers"]
+    (over_x, over_w), batched = numbers
     plain = len(w.shape) == 2 and tuple(over_x) == (len(x.shape) - 1,) and tuple(over_w) == (0,) and not any(batched)
     return plain and x.dtype == w.dtype == out.dtype and default_precision(op.params.get("precision"))
 

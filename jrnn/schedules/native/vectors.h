@@ -59,8 +59,9 @@ inline vf exp2i(vf n) {
   return (vf)((__builtin_convertvector(n, vi) + 127) << 23);
 }
 
-// The Taylor series of exp, up to r^7, at r = x - n log 2 in [-log(2)/2, log(2)/2]. The error is about one ulp.
-inline vf series(vf x, vf n) {
+// The Taylor series of exp without its first term, up to r^7, at r = x - n log 2 in [-log(2)/2, log(2)/2]. The error is
+// about one ulp.
+inline vf series_m1(vf x, vf n) {
   const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   vf p = splat(1.0f / 5040);
   p = p * r + 1.0f / 720;
@@ -68,8 +69,9 @@ inline vf series(vf x, vf n) {
   p = p * r + 1.0f / 24;
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
-  return p * r * r + r + 1.0f;
+  return p * r * r + r;
 }
+inline vf series(vf x, vf n) { return series_m1(x, n) + 1.0f; }
 
 inline vf rounded(vf x) { return (x + 12582912.0f) - 12582912.0f; }  // adding 1.5 * 2^23 rounds to an integer
 
@@ -78,6 +80,41 @@ inline vf vexp(vf x) {
   x = x < -104.0f ? splat(-104.0f) : x;
   const vf n = rounded(x * 1.44269504f), half = rounded(n * 0.5f);
   return series(x, n) * exp2i(half) * exp2i(n - half);  // two factors, so that 2^n overflows and underflows like exp
+}
+
+// exp(x) - 1 = 2^n ((e^r - 1) + (1 - 2^-n)). Nothing cancels: where n is 0, only e^r - 1 is left.
+inline vf vexpm1(vf x) {
+  vf c = x > 89.0f ? splat(89.0f) : x;
+  c = c < -20.0f ? splat(-20.0f) : c;
+  const vf n = rounded(c * 1.44269504f), half = rounded(n * 0.5f);
+  const vf rest = 1.0f - exp2i(n > 126.0f ? splat(-126.0f) : -n);
+  return x == 0.0f ? x : (series_m1(c, n) + rest) * exp2i(half) * exp2i(n - half);  // -0 stays -0
+}
+
+// n log 2 + log m, for x = 2^n m with m in [sqrt(1/2), sqrt(2)). The polynomial is that of Cephes, and the error about
+// one ulp. As in XLA, subnormal numbers are zeros.
+inline vf vlog(vf x) {
+  const vi n = ((vi)x - 0x3f3504f3) >> 23;
+  const vf f = (vf)((vi)x - (n << 23)) - 1.0f, e = __builtin_convertvector(n, vf), square = f * f;
+  vf p = splat(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const vf y = f + (p * square * f + e * -2.12194440e-4f - 0.5f * square) + e * 0.693359375f;
+  const vf in = x <= 3.4028235e38f ? y : x;  // infinity and NaN stay
+  return x >= 1.17549435e-38f ? in : x > -1.17549435e-38f ? splat(-__builtin_inff()) : splat(__builtin_nanf(""));
+}
+
+// log u, with u = 1 + x, and what was rounded away there.
+inline vf vlog1p(vf x) {
+  const vf u = 1.0f + x, lost = (x - (u - 1.0f)) / u;
+  const vf y = vlog(u) + ((vabs(u) <= 3.4028235e38f) & (u != 0.0f) ? lost : vf{});
+  return x == 0.0f ? x : y;  // -0 stays -0
 }
 
 // XLA's result is zero below -87.34, where it would be subnormal. Here it is zero below -88.4, from 1 / (1 + inf).
