@@ -165,14 +165,14 @@ def _apart(program: Program, carry: int, kinds: list[int]) -> Program:
         side, axes, joined = found
         states = [kinds[a] == STATE if isinstance(a, int) else False for a in joined.ins]
         parts = _parts_of_product(op, side, axes, states, [program.form(a) for a in (*joined.ins, op.ins[1 - side])])
-        names = dict(enumerate((*joined.ins, op.ins[1 - side])))
+        names: dict[int, Any] = dict(enumerate((*joined.ins, op.ins[1 - side])))
         for inner in parts.ops:
             for out in inner.outs:
                 names[out] = op.outs[0] if out == parts.results[0] else len(forms)
                 if out != parts.results[0]:
                     forms.append(parts.forms[out])
             ins = tuple(names[a] if isinstance(a, int) else a for a in inner.ins)
-            ops.append(replace(inner, ins=ins, outs=tuple(names[out] for out in inner.outs)))  # type: ignore[misc]
+            ops.append(replace(inner, ins=ins, outs=tuple(names[out] for out in inner.outs)))
     return Program(program.inputs, tuple(ops), program.results, tuple(forms))
 
 
