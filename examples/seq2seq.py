@@ -81,9 +81,6 @@ class Seq2Seq:
             k_encoder = k_decoder = None
         else:
             k_encoder, k_decoder, k_own = jax.random.split(key, 3)
-        k_encoder, k_decoder = (
-            k if layer.uses_key else None for k, layer in ((k_encoder, self.encoder), (k_decoder, self.decoder))
-        )
         ready = self.read(params, source, lengths, k_encoder)
         inputs = jnp.concatenate([jnp.full_like(target[:1], END), target[:-1]])
         if key is None or not own:
