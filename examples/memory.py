@@ -114,7 +114,7 @@ def train(model, task, steps, learning_rate, seed):
     return training.fit(
         training.make_step(loss_fn, jrnn.optimizer("adam", rate, clip_norm=1.0)),
         model.init(k_init, task.features),
-        lambda round: (draw(step) for step in range(round * size, (round + 1) * size)),
+        lambda epoch: (draw(step) for step in range(epoch * size, (epoch + 1) * size)),
         epochs=ROUNDS,
         validation=[task.sample(k_test, TESTS)],
     )
