@@ -1,8 +1,8 @@
-"""What do cells remember? The adding problem and copying memory, over hundreds of steps, one cell beside another.
+"""What do cells remember? The adding problem and copying memory, over 100 steps and more, one cell beside another.
 
-    pip install -e ".[examples]" && python examples/memory.py          # adding, 400 steps, five cells
+    pip install -e ".[examples]" && python examples/memory.py          # five cells, a few minutes
     python examples/memory.py --task copying --cells orthogonal_rnn lstm
-    python examples/memory.py --length 1000 --cells gru lem rg_lru      # any of the names that --help lists
+    python examples/memory.py --length 400 --cells gru lem rg_lru       # any of the names that --help lists
 
 Both tasks are those of Hochreiter and Schmidhuber (1997), drawn anew for every step of the training:
 
@@ -135,7 +135,7 @@ def plot(path, task, curves):
 def main(arguments=None):
     parser = shared.parser(__doc__, "memory.png")
     parser.add_argument("--task", choices=TASKS, default="adding", help="(default: %(default)s)")
-    parser.add_argument("--length", type=shared.positive, help="steps to remember over (default: 400; 20 with --quick)")
+    parser.add_argument("--length", type=shared.positive, help="steps to remember over (default: 100; 20 with --quick)")
     parser.add_argument(
         "--cells",
         nargs="+",
@@ -145,13 +145,13 @@ def main(arguments=None):
         help=f"of {', '.join(CELLS)} (default: elman lstm gru min_gru lru)",
     )
     parser.add_argument("--hidden", type=shared.positive, default=32, help="units of each cell (default: %(default)s)")
-    parser.add_argument("--steps", type=shared.positive, help="of each training (default: 1000; 40 with --quick)")
+    parser.add_argument("--steps", type=shared.positive, help="of each training (default: 2000; 40 with --quick)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="(default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="20 steps to remember over, to see that it works")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    length = (20 if options.quick else 400) if options.length is None else options.length
-    steps = (2 * ROUNDS if options.quick else 1000) if options.steps is None else options.steps
+    length = (20 if options.quick else 100) if options.length is None else options.length
+    steps = (2 * ROUNDS if options.quick else 2000) if options.steps is None else options.steps
     if length < 2 or steps < ROUNDS or not options.learning_rate > 0:
         parser.error(f"expected --length of 2 or more, --steps of {ROUNDS} or more, --learning-rate above 0")
 
