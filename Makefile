@@ -14,7 +14,7 @@ lint:
 	mypy
 
 docs:
-	sphinx-build -W --keep-going -q docs docs/_build
+	sphinx-build -W --keep-going -q docs docs/_build/html
 
 ci:
 	.ci/run

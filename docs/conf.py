@@ -1,4 +1,4 @@
-"""How the documentation is built: ``sphinx-build -W docs docs/_build`` (extra: ``pip install -e ".[docs]"``)."""
+"""How the documentation is built: ``sphinx-build -W docs docs/_build/html`` (extra: ``pip install -e ".[docs]"``)."""
 
 import importlib.metadata
 import os
@@ -12,9 +12,10 @@ project_copyright = "2026, the jrnn authors"
 release = version = importlib.metadata.version("jrnn")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]
 
-# Pages are Markdown whose code cells run when the documentation is built. A cell that raises fails the build.
+# Pages are Markdown whose code cells run when the documentation is built. A cell that raises fails the build. The pages
+# as notebooks, with what their cells gave, are left in the folder jupyter_execute beside the output: see docs/start.md.
 source_suffix = {".md": "myst-nb", ".rst": "restructuredtext"}
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

@@ -185,9 +185,9 @@ def main(arguments=None):
     parser.add_argument(
         "--questions", type=int, default=10_000, help="of the larger training set (default: %(default)s)"
     )
-    parser.add_argument("--hidden", type=seq2seq.positive, default=64, help="units (default: %(default)s)")
+    parser.add_argument("--hidden", type=shared.positive, default=64, help="units (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=seq2seq.positive, default=1000, help="training steps of each network (default: %(default)s)"
+        "--steps", type=shared.positive, default=1000, help="training steps of each network (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)

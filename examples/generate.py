@@ -135,26 +135,36 @@ def main(arguments=None):
     parser.add_argument("--text", help="a text file to learn from, in the place of Shakespeare")
     parser.add_argument("--encoding", default="utf-8-sig", help="how the file stores text (default: UTF-8)")
     parser.add_argument("--prompt", default="ROMEO", help="what the new text begins with (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=400, help="characters to write (default: %(default)s)")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="below 1, less surprising (default: %(default)s)"
+        "--length", type=shared.positive, default=400, help="characters to write (default: %(default)s)"
     )
-    parser.add_argument("--top-k", type=int, help="draw from the k most probable characters only")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="below 1, less surprising; 0, the most probable (default: %(default)s)",
+    )
+    parser.add_argument("--top-k", type=shared.positive, help="draw from the k most probable characters only")
     parser.add_argument("--top-p", type=float, help="draw from the most probable, which sum to p (nucleus sampling)")
-    parser.add_argument("--hidden", type=int, help="units of each LSTM layer (default: 256; 512 with --full)")
-    parser.add_argument("--layers", type=int, default=1, help="LSTM layers (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="training steps (default: 800; 8000 with --full)")
+    parser.add_argument(
+        "--hidden", type=shared.positive, help="units of each LSTM layer (default: 256; 512 with --full)"
+    )
+    parser.add_argument("--layers", type=shared.positive, default=1, help="LSTM layers (default: %(default)s)")
+    parser.add_argument("--steps", type=shared.positive, help="training steps (default: 800; 8000 with --full)")
     parser.add_argument("--full", action="store_true", help="the larger network, for longer")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if not options.prompt:
         parser.error("--prompt: expected at least one character")
+    if options.temperature < 0 or (options.top_p is not None and not 0 < options.top_p <= 1):
+        parser.error("expected a --temperature of 0 or more and a --top-p above 0 and at most 1")
     with shared.loading("generate.py"):
         texts = load_file(options.text, options.encoding) if options.text else load_shakespeare()
     alphabet = Alphabet(texts[0])
     train_ids, test_ids = map(alphabet.encode, texts)
-    steps = options.steps or (8000 if options.full else 800)
-    model = network(len(alphabet.characters), options.hidden or (512 if options.full else 256), options.layers)
+    steps = (8000 if options.full else 800) if options.steps is None else options.steps
+    hidden = (512 if options.full else 256) if options.hidden is None else options.hidden
+    model = network(len(alphabet.characters), hidden, options.layers)
     k_init, k_draw = jax.random.split(jax.random.key(options.seed))
     params = model.init(k_init, None)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -204,8 +204,8 @@ def plot(path, record, split, scores, threshold, said):
 def main(arguments=None):
     parser = shared.parser(__doc__, "heartbeat.png")
     parser.add_argument("--record", help="a record of PhysioNet's, without the suffix: mitdb/100")
-    parser.add_argument("--steps", type=int, help="training steps (default: 150; 300 with --record)")
-    parser.add_argument("--hidden", type=int, default=32, help="units of each GRU (default: %(default)s)")
+    parser.add_argument("--steps", type=shared.positive, help="training steps (default: 150; 300 with --record)")
+    parser.add_argument("--hidden", type=shared.positive, default=32, help="units of each GRU (default: %(default)s)")
     parser.add_argument("--deviations", type=float, default=5.0, help="above the median to flag (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -219,7 +219,8 @@ def main(arguments=None):
     model = network(options.hidden)
     seconds, beats = len(signal) / RATE, len(record.beats)
     print(f"{record.name}: {seconds:.0f} seconds, {beats} beats; it learns from {learnt / RATE:.0f} seconds")
-    params = train(model, signal[:learnt], options.steps or (300 if options.record else 150), options.seed)
+    steps = (300 if options.record else 150) if options.steps is None else options.steps
+    params = train(model, signal[:learnt], steps, options.seed)
 
     xs = jnp.asarray(signal, jnp.float32)[:, None]
     later = (np.asarray(a)[:, 0] for a in jax.jit(surprise, static_argnums=0)(model, params, xs[:-AHEAD], xs[AHEAD:]))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jrnn
+import shared
 from jrnn import decoding, training
 
 END = 0  # ends a sequence, and stands before its first symbol; what is padded is this too, and masked out
@@ -18,9 +19,11 @@ UNKNOWN = 1  # the id of all symbols that the training data do not have
 
 def add_options(parser, steps, hidden):
     """``steps`` and ``hidden`` say what the defaults are."""
-    parser.add_argument("--steps", type=positive, help=f"training steps (default: {steps})")
-    parser.add_argument("--hidden", type=positive, help=f"units of each GRU (default: {hidden})")
-    parser.add_argument("--beam", type=positive, default=4, help="hypotheses of the beam search (default: %(default)s)")
+    parser.add_argument("--steps", type=shared.positive, help=f"training steps (default: {steps})")
+    parser.add_argument("--hidden", type=shared.positive, help=f"units of each GRU (default: {hidden})")
+    parser.add_argument(
+        "--beam", type=shared.positive, default=4, help="hypotheses of the beam search (default: %(default)s)"
+    )
     parser.add_argument(
         "--scheduled",
         type=share,
@@ -30,12 +33,6 @@ def add_options(parser, steps, hidden):
     parser.add_argument(
         "--seed", type=int, default=0, help="of the parameters and batches; the split of the data stays"
     )
-
-
-def positive(text):
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
-    return number
 
 
 def share(text):
@@ -84,9 +81,6 @@ class Seq2Seq:
             k_encoder = k_decoder = None
         else:
             k_encoder, k_decoder, k_own = jax.random.split(key, 3)
-        k_encoder, k_decoder = (
-            k if layer.uses_key else None for k, layer in ((k_encoder, self.encoder), (k_decoder, self.decoder))
-        )
         ready = self.read(params, source, lengths, k_encoder)
         inputs = jnp.concatenate([jnp.full_like(target[:1], END), target[:-1]])
         if key is None or not own:

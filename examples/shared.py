@@ -47,6 +47,13 @@ def picture_path(text):
     return path
 
 
+def positive(text):
+    """An option that counts something: 0 is refused, and not taken for an option that was not given."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return number
+
+
 def add_csv_options(parser, help):
     parser.add_argument("--csv", help=help)
     parser.add_argument(

@@ -194,7 +194,7 @@ ERRORS = {
         lambda: run(jrnn.gru(4), jrnn.gru(4, "before").init(KEY, 3)), ValueError, "params: expected", "b_hn",
     ),
     # key
-    "key_unused": (lambda: run(key=KEY), ValueError, "key: expected None", "lstm(4)", "leave it out"),
+    "key_of_no_use": (lambda: run(key=0), TypeError, "key: expected one PRNG key", "jax.random.key(0)"),
     "key_seed": (lambda: run(MODEL, MODEL_PARAMS, key=0), TypeError, "key: expected one PRNG key", "jax.random.key(0)"),
     "key_several": (
         lambda: run(MODEL, MODEL_PARAMS, key=jax.random.split(KEY)), TypeError, "key: expected one PRNG key",
@@ -239,7 +239,7 @@ ERRORS = {
         lambda: jrnn.stepper(jrnn.stack(jrnn.dense(2), BIDIRECTIONAL)), TypeError,
         "layer: expected a layer that has a step", "a bidirectional layer has no step", "jrnn.unroll",
     ),
-    "draw_key": (lambda: jrnn.draw(LSTM, PARAMS, KEY, XS[0]), ValueError, "key: expected None"),
+    "draw_key": (lambda: jrnn.draw(LSTM, PARAMS, 0, XS[0]), TypeError, "key: expected one PRNG key"),
     "draw_features": (lambda: jrnn.draw(MODEL, MODEL_PARAMS, KEY, XS[0, :, :2]), ValueError, "xs: expected 3 features"),
     "draw_layer": (lambda: jrnn.draw(None, PARAMS, KEY, XS[0]), TypeError, "layer: expected a layer"),
     # constructors

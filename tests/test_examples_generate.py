@@ -68,3 +68,10 @@ def test_a_file_that_cannot_be_used_is_named(example, tmp_path, content, match):
     text.write_bytes(content)
     with pytest.raises(SystemExit, match=match):
         example.main(["--text", str(text)])
+
+
+@pytest.mark.parametrize("option", ["--steps", "--hidden", "--layers", "--length", "--top-k", "--top-p"])
+def test_an_option_of_zero_is_refused_before_training(example, option, capsys):
+    with pytest.raises(SystemExit):
+        example.main([option, "0"])
+    assert option in capsys.readouterr().err.splitlines()[-1]

@@ -69,6 +69,19 @@ def test_an_eager_call_compiles_once():
     assert jrnn_traces() == traces
 
 
+def test_a_key_changes_nothing_where_nothing_is_random():
+    """Training code passes a key to any model: one without randomness gives the same, and compiles no second time."""
+    model, key = jrnn.stack(jrnn.lstm(3), jrnn.bidirectional(jrnn.gru(2))), jax.random.key(1)
+    params, xs, lengths = model.init(jax.random.key(0), 5), jnp.ones((4, 2, 5)), jnp.array([4, 1])
+    expected = jrnn.unroll(model, params, xs, lengths=lengths)
+    traces = jrnn_traces()
+    got = jrnn.unroll(model, params, xs, lengths=lengths, key=key)
+    assert jrnn_traces() == traces
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert jrnn.choose_backend(model, params, xs, key=key) == jrnn.choose_backend(model, params, xs)
+    assert jrnn.draw(model.layers[0], params[0], key, xs[0]) is params[0]
+
+
 def jrnn_traces():
     from jrnn.run.unrolling import _unroll
 

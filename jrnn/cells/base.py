@@ -186,7 +186,7 @@ class Layer:
     its methods take and return.
 
     Promises (class attributes, None means "don't know"):
-      - ``uses_key``: whether a key changes what the layer does. False makes a key an error.
+      - ``uses_key``: whether a key changes what the layer does. Where it is False, `unroll` drops the key it is given.
       - ``event_ndim``: how many trailing axes of an input belong to one step of one sequence (features: 1; an image
         of features: 3, and ``in_features`` is the tuple of the three).
 

@@ -71,7 +71,7 @@ def unroll(
       resets: ``(T, *B)`` booleans (see `jrnn.sequence.resets_from_done`).
       reverse: run from the last valid step to the first; outputs stay in input order.
       key: a PRNG key, which turns on dropout, zoneout and other randomness. None runs deterministically, without
-        dropout. A key is an error if the model is known to have no randomness.
+        dropout. A model without randomness takes a key too, which changes nothing.
       backend: None chooses (see `choose_backend`). A schedule that is named raises an error if it cannot serve:
 
         - "reference", a plain scan of the cell's step
@@ -126,7 +126,7 @@ def unroll(
     lengths = _check_lengths(lengths, xs.shape[0], batch_shape)
     mask = _check_flags(mask, "mask", (xs.shape[0], *batch_shape))
     resets = _check_flags(resets, "resets", (xs.shape[0], *batch_shape))
-    _check_key(cell, key)
+    key = _used_key(cell, key)
     _check_options(reverse, backend, remat, unroll, start)
     cell.check_values(given[0], lengths, given[1])
     # Each argument in one dtype, so that equal shapes compile once.
@@ -154,7 +154,7 @@ def choose_backend(model: Layer, params: Any, xs: Any, *, key: jax.Array | None 
     """
     check_layer(model, "model", params)
     xs, batch_shape = _check_xs(model, xs, structs=True)
-    _check_key(model, key)
+    key = _used_key(model, key)
     chosen: list[tuple[Any, str, str]] = []
 
     def walk(params: Any, xs: Any, key: Any) -> Any:
@@ -238,7 +238,7 @@ def draw(layer: Layer, params: Any, key: jax.Array | None, x: Any) -> Any:
       from the original parameters again.
 
     Raises:
-      ValueError, TypeError: the key is not a PRNG key, or the model is known to have no randomness.
+      ValueError, TypeError: an argument does not fit; the message names it.
 
     >>> model = jrnn.stack(jrnn.variational(jrnn.gru(4), inputs=0.2), jrnn.dropout(0.5))
     >>> params, xs, key = model.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)), jax.random.key(1)
@@ -250,7 +250,7 @@ def draw(layer: Layer, params: Any, key: jax.Array | None, x: Any) -> Any:
     True
     """
     check_layer(layer, "layer", params)
-    _check_key(layer, key)
+    key = _used_key(layer, key)
     x = jnp.asarray(x)
     layer.check(params, x)
     return _drawn(layer, params, x, key, x.shape[: x.ndim - layer.event_ndim])
@@ -400,15 +400,12 @@ def _check_flags(flags: Any, argument: str, shape: tuple[int, ...]) -> Any:
     return flags
 
 
-def _check_key(cell: Layer, key: Any) -> None:
+def _used_key(cell: Layer, key: Any) -> Any:
+    """The key, checked; None where the model has no randomness, so that a key does not compile it once more."""
     if key is None:
-        return
+        return None
     prng_key(key)
-    if cell.uses_key is False:
-        raise ValueError(
-            f"key: expected None, since nothing in {cell!r} is random, got a key; leave it out, or add "
-            "jrnn.dropout, zoneout, variational or dropconnect"
-        )
+    return None if cell.uses_key is False else key
 
 
 def _check_options(reverse: Any, backend: Any, remat: Any, unroll: Any, start: Any) -> None:

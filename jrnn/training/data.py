@@ -77,28 +77,33 @@ def batches(
     return epoch_of
 
 
-def prefetch(data: Iterable[Any], size: int = 2) -> Iterator[Any]:
+def prefetch(data: Iterable[Any], size: int = 2, *, device: Any = None) -> Iterator[Any]:
     """Batches moved to the device ahead of their turn, so that copying them overlaps with the work before.
 
     Args:
       data: an iterable of pytrees of arrays.
       size: how many batches to keep there.
+      device: where to, as for `jax.device_put`: a device, a sharding, or a pytree of them that is a prefix of a batch,
+        such as the shardings of ``(xs (T, B, F), lengths (B,))`` by B. None for JAX's default device.
 
     Returns:
       An iterator over the same batches as JAX arrays. In `fit`: ``lambda epoch: prefetch(data(epoch))``.
+
+    Raises:
+      ValueError, TypeError: a size below 1.
 
     >>> [batch.sum().item() for batch in prefetch([np.ones(2), np.ones(3)])]
     [2.0, 3.0]
     """
     positive_int(size, "size")
-    return _prefetched(iter(data), size)
+    return _prefetched(iter(data), size, device)
 
 
-def _prefetched(data: Iterator[Any], size: int) -> Iterator[Any]:
-    waiting = collections.deque(jax.device_put(batch) for batch in itertools.islice(data, size))
+def _prefetched(data: Iterator[Any], size: int, device: Any) -> Iterator[Any]:
+    waiting = collections.deque(jax.device_put(batch, device) for batch in itertools.islice(data, size))
     while waiting:
         batch = waiting.popleft()
-        waiting.extend(jax.device_put(following) for following in itertools.islice(data, 1))
+        waiting.extend(jax.device_put(following, device) for following in itertools.islice(data, 1))
         yield batch
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jrnn._core.checks import positive_int
+from jrnn._core.checks import non_negative_int, positive_int
 
 Schedule = Callable[[Any], Any]
 
@@ -145,8 +145,9 @@ def schedule(
     * "constant": ``learning_rate``.
     * "exponential": ``learning_rate * rate ** (t / steps)``, never beyond ``end`` if that is given.
     * "linear": from ``learning_rate`` to ``end`` (default 0) over ``steps`` updates, then ``end``.
-    * "warmup_cosine": linearly from 0 to ``learning_rate`` over ``warmup_steps``, then along a half cosine to ``end``
-      (default 0), reached at ``steps`` (the warm-up counted in) and kept (Loshchilov and Hutter 2017).
+    * "warmup_cosine": linearly from 0 to ``learning_rate`` over ``warmup_steps`` (0: no warm-up), then along a half
+      cosine to ``end`` (default 0), reached at ``steps`` (the warm-up counted in) and kept (Loshchilov and Hutter
+      2017).
 
     Equal calls return the same function, so the optimisers made from it are the same too.
 
@@ -179,8 +180,10 @@ def schedule(
         raise ValueError(f"{unused[0]}: the {name!r} schedule does not use it; leave it out")
     _number(learning_rate, "learning_rate")
     for option, value in given.items():
-        if option in ("steps", "warmup_steps"):
+        if option == "steps":
             positive_int(value, option)
+        elif option == "warmup_steps":
+            non_negative_int(value, option)
         else:
             _number(value, option, positive=option == "rate")
     if name == "warmup_cosine" and given["warmup_steps"] >= given["steps"]:

@@ -78,6 +78,16 @@ def test_prefetching_takes_ahead_and_no_further():
     assert isinstance(next(training.prefetch(DATA)), jax.Array)
 
 
+def test_prefetching_puts_batches_where_it_is_told():
+    mesh = jax.make_mesh((1,), ("data",))
+    by_batch = [jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((None, "data"), ("data",))]
+    batches = [(np.full((3, 2, 1), i), np.full(2, i)) for i in range(3)]
+    stream = training.prefetch(batches, device=tuple(by_batch))
+    for expected, got in zip(batches, stream, strict=True):
+        assert [leaf.sharding for leaf in got] == by_batch
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
 def test_a_logger_gets_what_the_history_holds(tmp_path):
     path = tmp_path / "run.csv"
     options = {"validation": DATA[:1], "log_every": 3, "progress": False}

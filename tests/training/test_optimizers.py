@@ -151,6 +151,9 @@ def test_schedules_follow_their_formulas():
     fraction = np.clip((ts - 10) / 20, 0, 1)
     decay = 0.01 + 0.09 * 0.5 * (1 + np.cos(np.pi * fraction))
     np.testing.assert_allclose(at(cosine), np.where(ts < 10, 0.1 * ts / 10, decay), rtol=1e-5, atol=1e-8)
+    at_once = schedule("warmup_cosine", 0.1, steps=30, warmup_steps=0, end=0.01)
+    decay = 0.01 + 0.09 * 0.5 * (1 + np.cos(np.pi * np.clip(ts / 30, 0, 1)))
+    np.testing.assert_allclose(at(at_once), decay, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +168,8 @@ def test_schedules_follow_their_formulas():
         (("linear", 0.1), {"steps": 2.0}, TypeError, "steps"),
         (("linear", 0.1), {"steps": 2, "end": -1.0}, ValueError, "end"),
         (("warmup_cosine", 0.1), {"steps": 5, "warmup_steps": 5}, ValueError, "warmup_steps: expected fewer"),
+        (("warmup_cosine", 0.1), {"steps": 5, "warmup_steps": -1}, ValueError, "warmup_steps: expected a non-negative"),
+        (("warmup_cosine", 0.1), {"steps": 5}, ValueError, "warmup_steps: the 'warmup_cosine' schedule needs it"),
     ],
 )
 def test_schedule_errors(arguments, options, error, match):
