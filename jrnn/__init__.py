@@ -1,10 +1,44 @@
-"""jrnn: recurrent networks for JAX. Cells as pure functions, many schedules.
+"""Recurrent neural networks for JAX: cells as pure functions, run over time by the fastest schedule that serves.
 
-    cell = jrnn.lstm(128)
-    params = cell.init(jax.random.key(0), in_features)
-    state, ys = jrnn.unroll(cell, params, xs)          # xs (T, *B, F), ys (T, *B, H)
+A model is a value without arrays. Its parameters and states are pytrees, which functions take and return::
 
-T time, B batch (any number of leading axes, or none), F input features, H hidden features, G gates.
+    model = jrnn.stack(jrnn.lstm(128), jrnn.dropout(0.1), jrnn.dense(10))
+    params = model.init(jax.random.key(0), 8)                        # for inputs of 8 features
+    state, ys = jrnn.unroll(model, params, xs)                       # xs (T, *B, 8), ys (T, *B, 10)
+    state, ys = jrnn.unroll(model, params, xs, state, lengths=lengths, key=key)    # a key switches dropout on
+
+T time, B batch (any number of batch axes, or none), F input features, H hidden features, G gates. Time is the first
+axis of sequences, and features are the last.
+
+Run a model or a step
+  `unroll` over whole sequences, `stepper` for inputs that arrive one at a time, `scan` in the place of
+  ``jax.lax.scan`` for a step of anybody's, `linear_scan` for ``h = a * h + b``; `choose_backend` and
+  `choose_scan_backend` tell which schedule runs, and why; `summary` prints the layers of a model.
+
+Cells
+  gated: `lstm`, `gru` and their variants `peephole_lstm`, `coupled_lstm`, `projection_lstm`, `layer_norm_lstm`,
+  `layer_norm_gru`, `mgu`, `ugrnn`, `block_gru`; simple: `elman`, `jordan`, `indrnn`; linear in their state, and so
+  parallel over time: `min_gru`, `min_lstm`, `sru`, `qrnn`, `lru`, `s5`, `rg_lru`; with a matrix as their state:
+  `mlstm`, `ssd`, `gated_delta_net`; others: `slstm`, `conv_lstm`, `conv_gru`, `cornn`, `lem`, `antisymmetric`,
+  `orthogonal_rnn`, `clockwork`, `narx`, `tdnn`, `echo_state` (with `ridge`).
+
+Layers
+  of layers: `stack`, `bidirectional`, `residual`, `skip`, `highway`, `tied`, `emit_state`; around one cell:
+  `attention` (with `remember`), `variational`, `zoneout`, `dropconnect`, `learned_state`; without recurrence: `dense`,
+  `embed`, `dropout`, `layer_norm`, `activation`.
+
+A cell of your own
+  subclass `Cell` and define ``init``, ``initial_state`` and ``step``, or subclass `AffineCell`, `LinearCell` or
+  `Wrapper`; ``jrnn.testing.check_cell`` tests it.
+
+Modules
+  `sequence` (padding, masks, windows, buckets), `losses`, `training` (`optimizer`, ``fit``, checkpoints, truncated
+  backpropagation), `decoding` (sampling, beam search, CTC, error rates), `diagnose`, `testing`, `rl`, `interop`
+  (weights from and to other libraries), `flax` (modules for Flax), `native` (the compiled loop), `initializers`,
+  `activations`.
+
+Files
+  `save` and `load` for a model with its parameters, `export` for a program that runs without jrnn.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ time-major, `(T, *B, ...)`. These conventions hold throughout:
 - Arithmetic and the result are float32 for inputs of float32 and below, float64 for float64.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable, Sequence
