@@ -46,7 +46,7 @@ class HiddenState(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Parameters together with what was drawn once for a sequence (see `Layer.draw`).
+    """Parameters together with the arrays that were drawn once for a sequence (see `Layer.draw`).
 
     >>> Drawn(params={"w": 1.0}, noise={}).params
     {'w': 1.0}
@@ -57,7 +57,7 @@ class Drawn(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """What a layer of `jrnn.emit_state` puts out: its outputs, and its states.
+    """The outputs of a layer of `jrnn.emit_state`: those of the layer inside it, ``y``, and its states, ``state``.
 
     >>> Emitted(y=1.0, state=2.0).y
     1.0
@@ -244,7 +244,7 @@ class Layer:
         return None
 
     def out_features(self, in_features: Any) -> Any:
-        """Features of ``y`` for inputs of ``in_features`` features; found by abstract evaluation unless given."""
+        """Features of ``y`` for inputs of ``in_features`` features. By default they are found by `jax.eval_shape`."""
         params = jax.eval_shape(lambda key: self.init(key, in_features), jax.random.key(0))
         if self.event_ndim == 0:
             x = jax.ShapeDtypeStruct((), jnp.int32)
@@ -286,11 +286,11 @@ class Layer:
 
     @property
     def draws_once(self) -> bool:
-        """Whether `draw` may draw something: where a layer defines it, unless the layer is known to use no key."""
+        """Whether `draw` may draw something: True if a layer defines it and is not known to use no key."""
         return self.uses_key is not False and type(self).draw is not Layer.draw
 
     def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
-        """Parameters with what is random once per sequence (masks) drawn into them.
+        """Parameters that include the masks, or other random arrays, that are drawn once per sequence.
 
         Most layers draw nothing. A layer of your own that holds one that does (`jrnn.variational`, `jrnn.dropconnect`,
         or a stack with one of them) defines this method: it returns its parameters, with those of each part replaced
@@ -330,7 +330,7 @@ class Layer:
             check_features(x, w, "xs", self)
 
     def check_values(self, xs: Any, lengths: Any, mask: Any) -> None:
-        """Raises where values that are known already can give no right answer (ids outside a vocabulary)."""
+        """Raises if values that can be read before the run are invalid, such as ids outside a vocabulary."""
 
     def walk(self, run: Any, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
         """Runs the layer over all steps: ``(state, xs (T, *B, F)) -> (state, ys (T, *B, H))``.
@@ -424,26 +424,27 @@ def _initial_form(layer: Layer, batch_shape: tuple[int, ...], treedef: Any, leav
 
 
 class Cell(Layer):
-    """A recurrent layer, known by its step.
+    """A recurrent layer, which is defined by its step.
 
     A cell of your own is a frozen dataclass with ``init``, ``initial_state`` and one of
 
     - ``step(params, state, x, key=None) -> (state, y)``, or
     - ``project(params, xs)``, the part of the step that does not need the state, and
-      ``update(params, state, p, key=None) -> (state, y)``, the rest, where ``p`` is what ``project`` made of one step.
-      The library then calls ``project`` once for all T.
+      ``update(params, state, p, key=None) -> (state, y)``, the rest of it, where ``p`` is one step of the result of
+      ``project``. The library then calls ``project`` once for all T steps.
 
-    Matrix products belong in ``jrnn.product`` and weights in leaves named ``w_...``, which makes bfloat16 inputs work.
+    Take matrix products with `jrnn.product`, and name the leaves of weights ``w_...``, so that bfloat16 inputs work.
 
-    At steps that are not valid the cell is still called, with zeros for ``x`` and whatever state is held, and what it
-    returns is thrown away: its step must have finite values and derivatives there, or gradients turn NaN. (For the
-    same reason inputs that are NaN at *valid* steps make the gradients of parameters NaN, resets or not.)
+    At steps that are not valid the cell is still called, with zeros for ``x`` and with the state that is held, and its
+    results are discarded. Its step must have finite values and derivatives there, or gradients become NaN. (For the
+    same reason an input that is NaN at a *valid* step makes the gradients of parameters NaN, with or without a reset.)
 
-    States may be any pytree. To serialise a program that takes or returns one of your own (`jax.export`), make its type
-    known to JAX, by ``jax.export.register_namedtuple_serialization``; those of jrnn's cells are.
+    States may be any pytree. To serialise a program that takes or returns a state of your own type (`jax.export`),
+    register the type with ``jax.export.register_namedtuple_serialization``. The states of jrnn's cells are registered.
 
-    Promises: ``emits = "h"`` says that ``y`` is the field ``h`` of the new state, which zoneout needs. Another field
-    can be named, or several, ``emits = ("h", "c")``: then ``y`` is these fields side by side along the features.
+    The class attribute ``emits = "h"`` declares that ``y`` is the field ``h`` of the new state, which zoneout needs to
+    know. It may name another field, or several: with ``emits = ("h", "c")``, ``y`` is these fields side by side along
+    the features.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Leaky(jrnn.Cell):

@@ -48,7 +48,7 @@ class AttentionState(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What `remember` makes of an encoder's outputs, once for all steps of a decoder; S steps of the memory.
+    """A memory for `attention`, which `remember` makes of the outputs of an encoder. It has S steps.
 
     Attributes:
       keys: ``(S, *B, K)``, what queries are compared with.
@@ -271,10 +271,14 @@ def _for_batch(a: jax.Array, batch: tuple[int, ...], own: int) -> jax.Array:
 def attention(
     cell: Layer, memory_features: int, *, score: str = "additive", features: int | None = None, heads: int = 1
 ) -> Attention:
-    r"""A cell that attends to a memory, and takes the context with its next input (Bahdanau 2015, Luong 2015).
+    r"""A cell that attends to a memory at each step (Bahdanau et al. 2015, Luong et al. 2015)::
 
-    ``h_t = cell([x_t, c_{t-1}])``, ``a_t = softmax over s of score(h_t, m_s)``, ``c_t = sum over s of a_{t,s} m_s``,
-    ``y_t = [h_t, c_t]``. The scores are
+        h_t = cell([x_t, c_{t-1}])                      the context of the step before is part of the input
+        a_t = softmax over s of score(h_t, m_s)         the weights of the S steps of the memory
+        c_t = sum over s of a_{t,s} m_s                 the context
+        y_t = [h_t, c_t]
+
+    The scores are
 
     - "dot": ``h . m``
     - "general": ``(h W_q) . m``

@@ -135,7 +135,7 @@ class Stack(Combinator):
 
 
 def stack(*layers: Layer) -> Stack:
-    """Layers one above the other, of any kind and width; each gets the outputs of the one before as its inputs.
+    """Layers one above the other, of any kind and width: the inputs of each are the outputs of the one before.
 
     Parameters and states are tuples with one entry for each layer. Over a sequence, each layer runs over all T steps
     before the next begins.
@@ -239,12 +239,12 @@ class Skip(Combinator):
 
 
 def skip(*layers: Layer) -> Skip:
-    """Layers one above the other, the input connected to all of them and all of them to the output (Graves 2013).
+    """Layers one above the other, with connections from the input to all of them, and from all to the output.
 
-    The first layer is fed with the input, each other one with the input and the outputs of the one before, side by
-    side; the output is those of all layers, side by side.
+    The first layer gets the input. Each other layer gets the input and the outputs of the layer before, side by side.
+    The output is the outputs of all layers, side by side (Graves 2013).
 
-    Parameters and states are tuples with one entry a layer.
+    Parameters and states are tuples with one entry for each layer.
 
     Args:
       *layers: at least one layer; each has a step.
@@ -457,7 +457,7 @@ def same_features(layer: Layer, in_features: Any) -> Any:
 
 
 def residual(layer: Layer) -> Residual:
-    """A layer and a connection around it (He et al. 2016; for recurrent stacks Wu et al. 2016): ``y = x + layer(x)``.
+    """A layer with a connection around it: ``y = x + layer(x)`` (He et al. 2016; in recurrent stacks Wu et al. 2016).
 
     Parameters and states are the layer's.
 
@@ -533,9 +533,9 @@ class Highway(Combinator):
 
 
 def highway(layer: Layer, *, gate_bias: float = -1.0) -> Highway:
-    """A layer and a gated connection around it (Srivastava, Greff and Schmidhuber 2015).
+    """A layer with a gated connection around it (Srivastava, Greff and Schmidhuber 2015)::
 
-    ``t = sigmoid(x w + b)``, ``y = t * layer(x) + (1 - t) * x``.
+        t = sigmoid(x w + b)    y = t * layer(x) + (1 - t) * x
 
     Args:
       layer: a layer with as many output as input features.

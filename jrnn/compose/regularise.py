@@ -51,9 +51,9 @@ def require_drawn(cell: Any, params: Any, key: Any) -> None:
 class Wrapper(Cell):
     """A cell around a cell, which shares its parameters and state unless a subclass says otherwise.
 
-    A wrapper of your own is a frozen dataclass with a field ``cell``, and overrides what differs from the cell. One
-    that declares ``emits`` puts out other fields of the state than the cell does. One that overrides ``project`` or
-    ``update`` may also override `map_form`, so that the fast schedules run it; without that, nothing is assumed of its
+    A wrapper of your own is a frozen dataclass with a field ``cell``. It overrides the methods in which it differs from
+    the cell. If it declares ``emits``, its outputs are these fields of the state. If it overrides ``project`` or
+    ``update``, it may also override `map_form`, so that the fast schedules run it; otherwise nothing is assumed of its
     step.
 
     >>> @dataclasses.dataclass(frozen=True)
@@ -248,15 +248,15 @@ def zone(rates: tuple[tuple[str, float], ...], new: Any, old: Any, key: jax.Arra
 
 
 def zoneout(cell: Cell, *, h: float = 0.0, c: float = 0.0) -> Zoneout:
-    """Zoneout (Krueger et al. 2017): with a key, units keep their previous value at random; without, on average.
+    """Zoneout (Krueger et al. 2017): units of the state keep their previous value at random.
 
-    With a key each unit of the field keeps its old value with probability ``rate``, anew at every step; without a
-    key the new state is ``rate * old + (1 - rate) * new``.
+    With a key, each unit of a field keeps its old value with the probability ``rate``, drawn anew at every step.
+    Without a key, the new state is the mean of this, ``rate * old + (1 - rate) * new``.
 
     Args:
-      cell: a cell whose output is its state's ``h``, or the fields that it names (see `Cell`).
-      h: rate for the hidden state.
-      c: rate for the memory of an LSTM; an error for cells without one.
+      cell: a cell whose output is one or several fields of its state, which it declares as ``emits`` (see `Cell`).
+      h: the rate for the hidden state.
+      c: the rate for the memory of an LSTM; for cells without a memory it must be 0.
 
     Parameters and states are the cell's.
 
@@ -481,9 +481,10 @@ class LearnedState(Wrapper):
 
 
 def learned_state(cell: Cell) -> LearnedState:
-    """A cell whose initial state is a parameter, the same for every sequence of a batch; it starts at the cell's own.
+    """A cell whose initial state is a parameter, the same for every sequence of a batch.
 
-    It is the initial state of a run and what a reset restores, and has gradients from both.
+    `init` sets it to the initial state of the wrapped cell. A run without ``state`` starts from it, and a reset
+    restores it. It gets gradients from both.
 
     Args:
       cell: a cell whose state is a NamedTuple of arrays.

@@ -20,13 +20,13 @@ Step = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
 
 
 class Decoded(NamedTuple):
-    """What `greedy` and `sample` return.
+    """The result of `greedy` and `sample`.
 
     Attributes:
       tokens: ``(T, *B)`` int32; after the end token, the end token again.
       lengths: ``(*B,)`` int32, how many tokens stand before the end token; T where there is none.
       log_probs: ``(*B,)`` float32, the sum of the log probabilities of the tokens, the end token included.
-      state: the state after the last step, of all T of them.
+      state: the state after the last of the T steps, including those after the end token.
 
     >>> Decoded(tokens=1, lengths=2, log_probs=3, state=4).lengths
     2
@@ -39,7 +39,7 @@ class Decoded(NamedTuple):
 
 
 class Beams(NamedTuple):
-    """What `beam` returns, the best hypothesis first.
+    """The result of `beam`: W hypotheses for each sequence, the best first.
 
     Attributes:
       tokens: ``(T, *B, W)`` int32; after the end token, the end token again.
@@ -120,7 +120,7 @@ def draw_token(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> jax.Array:
-    """Draws a token from logits, from all of them or from the most probable.
+    """Draws a token from the distribution of the logits, or from its most probable part.
 
     Args:
       key: a PRNG key.
@@ -293,7 +293,7 @@ def _check_start(token: Any, length: int) -> jax.Array:
 
 
 def check_logits(step: Step, state: Any, token: jax.Array) -> int:
-    """V, the classes of a step's logits; raises where the step returns no logits for the tokens."""
+    """V, the number of classes of a step's logits. Raises if the step returns no logits for the tokens."""
     result = jax.eval_shape(step, state, token)
     if not (isinstance(result, tuple) and len(result) == 2 and hasattr(result[1], "shape")):
         raise TypeError(
