@@ -167,7 +167,10 @@ class Attention(Cell):
         """Parameters with a memory in them; see `jrnn.remember`."""
         memory = jnp.asarray(memory)
         if memory.ndim < 2 or memory.shape[-1] != self.memory_features:
-            raise ValueError(f"memory: expected (S, *B, {self.memory_features}) for {self!r}, got shape {memory.shape}")
+            raise ValueError(
+                f"memory: expected (S, *B, {self.memory_features}) for {self!r}, got shape {memory.shape}; give "
+                "memory_features as many features as the encoder's outputs have"
+            )
         valid = valid_steps(lengths, mask, memory.shape[0], memory.shape[1:-1])
         valid = jnp.ones(memory.shape[:-1], bool) if valid is None else valid
         values = jnp.where(valid[..., None], memory, jnp.zeros((), memory.dtype))  # NaN in padding stays there
@@ -198,7 +201,8 @@ class Attention(Cell):
     def check(self, params: Any, x: Any) -> None:
         if not isinstance(params, Mapping) or "cell" not in params:
             raise ValueError(
-                f"params: expected those of {self!r}, a dict with the entry 'cell', got {type(params).__name__}"
+                f"params: expected those of {self!r}, a dict with the entry 'cell', got {type(params).__name__}; make "
+                "them with init, and give them a memory with jrnn.remember"
             )
         if not isinstance(params.get("memory"), Memory):
             raise ValueError(
@@ -208,7 +212,8 @@ class Attention(Cell):
         memory, batch = params["memory"].values.shape[1:-1], x.shape[:-1]
         if memory and batch[len(batch) - len(memory) :] != memory:
             raise ValueError(
-                f"memory: expected the batch axes of the inputs, which end a shape of {batch}, or none, got {memory}"
+                f"memory: expected the last batch axes of the inputs, whose batch shape is {batch}, or no batch axes, "
+                f"got the batch shape {memory}"
             )
 
     def step(

@@ -208,7 +208,10 @@ class Zoneout(Wrapper):
         state = super().initial_state(params, batch_shape)
         unknown = [name for name, value in self.rates if value and name not in state._fields]
         if unknown:
-            raise ValueError(f"{unknown[0]}: expected rates for the fields {state._fields} of {self.cell!r}'s state")
+            raise ValueError(
+                f"{unknown[0]}: expected 0, since the state of {self.cell!r} has the fields {state._fields}, got "
+                f"{dict(self.rates)[unknown[0]]}"
+            )
         return state
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
@@ -452,7 +455,10 @@ class LearnedState(Wrapper):
         params = self.cell.init(key, in_features)
         state = self.cell.initial_state(params, ())
         if not hasattr(state, "_asdict"):
-            raise TypeError(f"cell: expected a cell whose state is a NamedTuple of arrays, got {self.cell!r}")
+            raise TypeError(
+                f"cell: expected a cell whose state is a NamedTuple of arrays, got {self.cell!r} with a state of type "
+                f"{type(state).__name__}; let its initial_state return a NamedTuple"
+            )
         return {"cell": params, "initial": state._asdict()}
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
@@ -469,7 +475,7 @@ class LearnedState(Wrapper):
         if not isinstance(own, Mapping) or set(own) != {"cell", "initial"}:
             raise ValueError(
                 'params: expected a dict with "cell" and "initial" for a cell with a learned state, got '
-                f"{describe(own)}"
+                f"{describe(own)}; make them with {self!r}.init(key, in_features)"
             )
         super().check(params, x)
 

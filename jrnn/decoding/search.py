@@ -288,7 +288,10 @@ def _check_start(token: Any, length: int) -> jax.Array:
     non_negative_int(length, "length")
     token = jnp.asarray(token)
     if not jnp.issubdtype(token.dtype, jnp.integer):
-        raise TypeError(f"token: expected integers (*B,), got {token.dtype}; the first input of the step is a token")
+        raise TypeError(
+            f"token: expected integers (*B,), got {token.dtype}; it is the first input of the step, such as the id "
+            "that begins a sequence"
+        )
     return token.astype(jnp.int32)
 
 
@@ -297,7 +300,8 @@ def check_logits(step: Step, state: Any, token: jax.Array) -> int:
     result = jax.eval_shape(step, state, token)
     if not (isinstance(result, tuple) and len(result) == 2 and hasattr(result[1], "shape")):
         raise TypeError(
-            "step: expected a function (state, token) -> (state, logits), got one that returns no such pair"
+            "step: expected a function (state, token) -> (state, logits), got one that returns "
+            f"{type(result).__name__}; for a jrnn model, pass lambda state, token: model.step(params, state, token)"
         )
     logits = result[1]
     if logits.shape[:-1] != token.shape or logits.ndim != token.ndim + 1:

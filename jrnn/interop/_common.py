@@ -87,7 +87,9 @@ def checked(model: Any, params: Any) -> Any:
 def _checked(model: Any, params: Any, features: Any, where: str) -> tuple[Any, Any]:
     if isinstance(model, Stack):
         if not isinstance(params, tuple) or len(params) != len(model.layers):
-            raise ValueError(f"{where}: expected a tuple with one entry for each of {len(model.layers)} layers")
+            raise ValueError(
+                f"{where}: expected a tuple with one entry for each of {len(model.layers)} layers, got {_kind(params)}"
+            )
         entries = []
         for i, (layer, own) in enumerate(zip(model.layers, params, strict=True)):
             entry, features = _checked(layer, own, features, f"{where}[{i}]")
@@ -95,7 +97,9 @@ def _checked(model: Any, params: Any, features: Any, where: str) -> tuple[Any, A
         return tuple(entries), features
     if isinstance(model, Bidirectional):
         if not isinstance(params, Mapping) or set(params) != {"forward", "backward"}:
-            raise ValueError(f'{where}: expected "forward" and "backward" for a bidirectional layer')
+            raise ValueError(
+                f'{where}: expected "forward" and "backward" for a bidirectional layer, got {_kind(params)}'
+            )
         both = {
             name: _checked(layer, params[name], features, f'{where}["{name}"]')[0] for _, name, layer in model._each()
         }

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from jrnn import activations
+from jrnn._core.checks import describe
 from jrnn.cells.base import Layer
 from jrnn.cells.elman import Elman, elman
 from jrnn.cells.gru import GRU, ResetBeforeGRU, gru
@@ -71,7 +72,10 @@ def from_haiku(class_name: str | Sequence[str], params: Mapping[str, Mapping[str
     """
     names = [class_name] if isinstance(class_name, str) else list(class_name)
     if not isinstance(params, Mapping) or not all(isinstance(entry, Mapping) for entry in params.values()):
-        raise ValueError("params: expected Haiku's parameters, a dict of dicts of arrays by the modules' names")
+        raise ValueError(
+            "params: expected Haiku's parameters, a dict of dicts of arrays by the modules' names, got "
+            f"{describe(params)}; pass what the init of the transformed function returned"
+        )
     left = {path: {n: np.asarray(a) for n, a in entry.items()} for path, entry in params.items() if entry}
     layers: list[tuple[Layer, Any]] = [None] * len(names)  # type: ignore[list-item]
     # Cells first: the "linear" of an LSTM is no Linear.

@@ -436,10 +436,14 @@ class _Reader:
 
     def _gather(self, node: Any) -> None:
         if self._attributes(node, axis=0)["axis"] != 0 or "F" in self.axes:
-            raise TypeError(f"{_place(node)}: expected rows of a table by integer ids (axis=0)")
+            raise TypeError(
+                f"{_place(node)}: expected rows of a table by integer ids (axis=0, before any axis of features), got "
+                f"axes {self.axes}"
+            )
         table = self._weights(node, 0, "data")
         if table is None or table.ndim != 2:
-            raise TypeError(f"{_place(node)}: expected a constant table (vocab, features)")
+            got = "none" if table is None else f"the shape {table.shape}"
+            raise TypeError(f"{_place(node)}: expected a constant table (vocab, features), got {got}")
         self.axes = [*self.axes, "F"]
         self._add(embed(*map(int, table.shape)), to_params({"w": table}, _place(node)))
 
@@ -463,7 +467,8 @@ class _Reader:
             w = w.T if options["transB"] and w is not None else w
             b = self._weights(node, 2, "C")
         if w is None or w.ndim != 2 or (b is not None and b.shape != w.shape[1:]):
-            raise TypeError(f"{where}: expected weights (F, out) and a bias (out,)")
+            got = ", ".join("none" if array is None else str(array.shape) for array in (w, b))
+            raise TypeError(f"{where}: expected constant weights (F, out) and a bias (out,), got {got}")
         bias = np.zeros_like(w[0]) if b is None else b
         self._add(dense(int(w.shape[1])), to_params({"w": w, "b": bias}, where))
         self.open = b is None
@@ -521,7 +526,8 @@ class _Reader:
         w, r = self._weights(node, 1, "W"), self._weights(node, 2, "R")
         gates = {"RNN": 1, "GRU": 3, "LSTM": 4}[op]
         if w is None or r is None or w.ndim != 3:
-            raise TypeError(f"{where}: expected constants W and R of three axes")
+            got = ", ".join("none" if array is None else str(array.shape) for array in (w, r))
+            raise TypeError(f"{where}: expected constants W and R of three axes, got {got}")
         hidden = int(r.shape[-1])
         b = self._weights(node, 3, "B")
         b = np.zeros((directions, 2 * gates * hidden), w.dtype) if b is None else b
