@@ -230,7 +230,7 @@ def theta_shapes(cell: Any) -> dict[str, tuple[int, ...]]:
 
 
 def check_affine(cell: Any, params: Any, recurrent_shape: tuple[int, ...]) -> None:
-    """Raises where parameters are not those of a cell with ``w_ih``, ``w_hh`` of the given shape, and ``b``."""
+    """Raises if parameters are not those of a cell with ``w_ih``, ``w_hh`` of the given shape, and ``b``."""
     remedy = f"make them with {cell!r}.init(key, in_features)"
     if not isinstance(params, Mapping):
         raise ValueError(f"params: expected a dict with w_ih, w_hh and b, got {describe(params)}; {remedy}")

@@ -134,7 +134,7 @@ def compute_params(params: Any, dtype: Any) -> Any:
 
 
 def check_features(x: jax.Array, w: jax.Array, argument: str, owner: Any, axis: int = 0) -> None:
-    """Raises where inputs do not fit the weight that consumes them, by feature count or by dtype."""
+    """Raises if inputs do not fit the weight that consumes them, by feature count or by dtype."""
     if x.shape[-1:] != (w.shape[axis],):
         remedy = f"initialise with in_features={x.shape[-1] if x.ndim else 1} or reshape the input"
         if w.shape[axis] == 1:
@@ -227,7 +227,7 @@ class Layer:
         and gives step t the key ``jax.random.fold_in(key, t)``.
 
         Raises:
-          ValueError: where the state does not have the batch axes of ``x``, as for a whole sequence given as one step.
+          ValueError: if the state does not have the batch axes of ``x``, as for a whole sequence given as one step.
 
         >>> cell = jrnn.variational(jrnn.gru(4), inputs=0.2, recurrent=0.3)
         >>> params, xs, key = cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)), jax.random.key(1)
@@ -324,7 +324,7 @@ class Layer:
         return params
 
     def check(self, params: Any, x: Any) -> None:
-        """Raises where an input of one or more steps does not fit the parameters."""
+        """Raises if an input of one or more steps does not fit the parameters."""
         w = params.get("w_ih") if isinstance(params, Mapping) else None
         if w is not None and jnp.ndim(w) == 2:
             check_features(x, w, "xs", self)
@@ -364,7 +364,7 @@ class Layer:
 
 
 def check_layer(layer: Any, argument: str, params: Any = None) -> None:
-    """Raises where an argument is no layer; ``params`` is the argument that follows it."""
+    """Raises if an argument is no layer; ``params`` is the argument that follows it."""
     if isinstance(layer, Layer):
         return
     remedy = ""
@@ -391,7 +391,7 @@ def draw_in_step(layer: Layer, params: Any, key: jax.Array, batch_shape: tuple[i
 
 
 def check_state(layer: Layer, params: Any, state: Any, x: jax.Array) -> None:
-    """Raises where a state is not one for the batch axes of ``x``, one step's input: the two would broadcast."""
+    """Raises if a state is not one for the batch axes of ``x``, one step's input: the two would broadcast."""
     batch_shape = x.shape[: x.ndim - layer.event_ndim]
     x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
     expected, form = _initial_form(layer, batch_shape, *_form(params), x64)
@@ -523,7 +523,7 @@ def emitted(y: Any, x: jax.Array) -> Any:
 
 
 def check_emits(cell: Any, fields: tuple[str, ...]) -> None:
-    """Raises where what a cell emits is not one or several different fields of its state."""
+    """Raises if what a cell emits is not one or several different fields of its state."""
     names = emitted_fields(cell) if isinstance(cell.emits, str | tuple) else ()
     if not names or len(set(names)) < len(names) or not set(names) <= set(fields):
         raise ValueError(
@@ -532,7 +532,7 @@ def check_emits(cell: Any, fields: tuple[str, ...]) -> None:
 
 
 def check_projection(cell: Any, params: Any, width: int, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises where parameters are not ``w_ih (F, width)``, and the others of the given names and shapes."""
+    """Raises if parameters are not ``w_ih (F, width)``, and the others of the given names and shapes."""
     check_named(cell, params, shapes)
     got = jnp.shape(params["w_ih"]) if "w_ih" in params else None
     if got is None or len(got) != 2 or got[1] != width:
@@ -543,7 +543,7 @@ def check_projection(cell: Any, params: Any, width: int, shapes: dict[str, tuple
 
 
 def check_named(cell: Any, params: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises where parameters are no mapping, lack one of the given names, or have it in another shape."""
+    """Raises if parameters are no mapping, lack one of the given names, or have it in another shape."""
     got = (
         {name: jnp.shape(params[name]) for name in shapes if name in params}
         if isinstance(params, Mapping)

@@ -306,7 +306,7 @@ def attention(
     ``v (K,)`` and ``b (K,)`` for "additive"; ``w_values (M, M)`` for "multihead". The state is an `AttentionState`.
 
     Raises:
-      ValueError, TypeError: where an option does not fit; from `unroll`, where the parameters have no memory.
+      ValueError, TypeError: if an option does not fit; from `unroll`, if the parameters have no memory.
 
     >>> encoder = jrnn.bidirectional(jrnn.gru(4))
     >>> decoder = jrnn.stack(jrnn.attention(jrnn.gru(6), 8, features=5), jrnn.dense(3))
@@ -338,7 +338,7 @@ def remember(model: Layer, params: Any, memory: Any, *, lengths: Any = None, mas
       differentiate with respect to ``params``, and call this inside the loss.
 
     Raises:
-      ValueError: where shapes do not fit, or the model has no attention layer.
+      ValueError: if shapes do not fit, or the model has no attention layer.
 
     >>> cell = jrnn.attention(jrnn.gru(4), 3, score="general")
     >>> params = jrnn.remember(cell, cell.init(jax.random.key(0), 2), jnp.ones((6, 3)))

@@ -40,7 +40,7 @@ def undrawn(params: Any) -> Any:
 
 
 def require_drawn(cell: Any, params: Any, key: Any) -> None:
-    """Raises where a part of a step is run with a key, on parameters into which nothing was drawn."""
+    """Raises if a part of a step is run with a key, on parameters into which nothing was drawn."""
     if key is not None and not isinstance(params, Drawn):
         raise TypeError(
             f"params: expected what the draw of {cell!r} returns, since update was given a key, got parameters into "

@@ -119,7 +119,8 @@ def tied(embed: Embed, layer: Layer) -> Tied:
     features.
 
     Raises:
-      TypeError, ValueError: where ``embed`` is none, or, from ``init``, the layer has other than F output features.
+      TypeError, ValueError: if ``embed`` is no `jrnn.embed`; from ``init``, if the layer does not have F output
+        features.
 
     >>> model = jrnn.tied(jrnn.embed(10, 3, table_init="uniform"), jrnn.stack(jrnn.lstm(8), jrnn.dense(3)))
     >>> params = model.init(jax.random.key(0), None)

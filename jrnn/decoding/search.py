@@ -72,7 +72,7 @@ def greedy(step: Step, state: Any, token: Any, length: int, *, end: int | None =
       A `Decoded`. The loop is one ``lax.scan``; call this under ``jax.jit``.
 
     Raises:
-      ValueError, TypeError: where a token is no integer, or the logits do not have its batch axes.
+      ValueError, TypeError: if a token is no integer, or the logits do not have its batch axes.
 
     >>> counting = lambda state, token: (state, jax.nn.one_hot((token + 1) % 5, 5))
     >>> greedy(counting, (), jnp.array(0), 6, end=4).tokens
@@ -186,7 +186,7 @@ def beam(
       A `Beams`.
 
     Raises:
-      ValueError, TypeError: where a token is no integer, or ``width`` is larger than the vocabulary.
+      ValueError, TypeError: if a token is no integer, or ``width`` is larger than the vocabulary.
 
     >>> table = jnp.log(jnp.array([[0.0, 0.6, 0.4], [0.0, 0.4, 0.6], [0.0, 0.05, 0.95]]) + 1e-9)
     >>> step = lambda state, token: (state, table[token])

@@ -96,7 +96,7 @@ class RNN(nn.RNN):
           ``keep_order``.
 
         Raises:
-          ValueError, TypeError: where ``seq_lengths`` are no integers, or have another shape or values outside of
+          ValueError, TypeError: if ``seq_lengths`` are no integers, or have another shape or values outside of
             [0, T].
         """
         return_carry = self.return_carry if return_carry is None else return_carry
@@ -290,7 +290,7 @@ class ScannedRNN(nn.Module):
           ``(carry, ys)``: the carry after the last step, and the outputs ``(T, *B, ...)``.
 
         Raises:
-          ValueError, TypeError: where ``carry`` is not one of the cell's for this batch, or ``x`` is no such pair.
+          ValueError, TypeError: if ``carry`` is not one of the cell's for this batch, or ``x`` is no such pair.
         """
         inputs, resets = _pair(x)
         cell = self.cell.clone(parent=self, name=f"{type(self.cell).__name__}_0", _deep_clone=True, _reset_names=True)
@@ -413,7 +413,7 @@ class Recurrent(nn.Module):
           ``(state, ys)``, ``ys (*B, T, H)``, with zeros at steps that are not valid (see `jrnn.unroll`).
 
         Raises:
-          ValueError, TypeError: where an argument does not fit, by name.
+          ValueError, TypeError: if an argument does not fit; the message names it.
         """
         model = self.model
         _model.check_layer(model)

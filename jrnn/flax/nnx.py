@@ -88,7 +88,7 @@ class RNN(nnx.RNN):
           ``keep_order``.
 
         Raises:
-          ValueError, TypeError: where ``seq_lengths`` are no integers, or have another shape or values outside of
+          ValueError, TypeError: if ``seq_lengths`` are no integers, or have another shape or values outside of
             [0, T].
         """
         return_carry = self.return_carry if return_carry is None else return_carry
@@ -316,7 +316,7 @@ class Recurrent(nnx.Module):
           ``(state, ys)``, ``ys (*B, T, H)``, with zeros at steps that are not valid (see `jrnn.unroll`).
 
         Raises:
-          ValueError, TypeError: where an argument does not fit, by name.
+          ValueError, TypeError: if an argument does not fit; the message names it.
         """
         model, params, xs = self.model, self.params(), jnp.asarray(xs)
         if state is None and self.state is not None:

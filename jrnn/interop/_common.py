@@ -44,7 +44,7 @@ def to_param(array: np.ndarray, argument: str) -> jax.Array:
 
 
 def check_dtype(name: str, argument: str) -> None:
-    """Raises where parameters of a dtype cannot become arrays of the same dtype."""
+    """Raises if parameters of a dtype cannot become arrays of the same dtype."""
     if name not in FLOATS:
         raise ValueError(f"{argument}: expected parameters in {', '.join(FLOATS)}, got {name}")
     if name == "float64" and jnp.asarray(np.zeros(())).dtype != jnp.float64:

@@ -38,7 +38,7 @@ def batches(
       A function of the epoch's number that returns an iterator over batches, pytrees like ``data`` of NumPy arrays.
 
     Raises:
-      ValueError: where arrays do not agree on N, or ``drop_last`` leaves nothing.
+      ValueError: if arrays do not agree on N, or ``drop_last`` leaves nothing.
 
     >>> xs, labels = np.arange(12.0).reshape(2, 6, 1), np.arange(6)
     >>> data = batches((xs, labels), 4, seed=0)
