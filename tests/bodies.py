@@ -524,7 +524,7 @@ BODIES = (
     Body("still_input", still_input, 1, TWO),
     # What is not read: these run as jax.lax.scan, and say why.
     Body("no_product", no_product, None, "it has no product of its state with weights"),
-    Body("control_flow", control_flow, None, "has 'cond' of its state"),
+    Body("control_flow", control_flow, None, "'cond' of its state"),
     Body("effect", effect, None, "it has effects"),
 )
 
