@@ -1,4 +1,4 @@
-"""Weights from and to ONNX: graphs of RNN, GRU and LSTM nodes and of what stands between them.
+"""Weights from and to ONNX: graphs of RNN, GRU and LSTM nodes, and of the nodes between them.
 
 ==================================  ==================================================================================
 ONNX                                jrnn
@@ -103,14 +103,14 @@ _REDUCE = {"ReduceSum": "sum", "ReduceMean": "mean", "ReduceProd": "product"}
 def from_onnx(source: Any) -> tuple[Layer, Any]:
     """A jrnn model and its parameters from an ONNX graph.
 
-    The graph is followed from its first output back to an input; what it must consist of is listed above. Between
-    these nodes it may move axes (`Transpose`, `Squeeze`, `Reshape`), which concerns the layout of its data alone:
-    jrnn's is time-major, ``(T, B, F)``, whatever the graph's inputs and the nodes' ``layout`` say. A bidirectional node
-    whose two directions nothing merges gives them side by side, ``(T, B, 2H)``.
+    The graph is followed from its first output back to an input. It must consist of the nodes that the docstring of
+    `jrnn.interop.onnx` lists, and may move axes between them (`Transpose`, `Squeeze`, `Reshape`). The data of the jrnn
+    model are time-major, ``(T, B, F)``, whatever the graph's inputs and the ``layout`` of its nodes are. If no node
+    merges the two directions of a bidirectional node, the model puts them side by side, ``(T, B, 2H)``.
 
-    - ``sequence_lens`` that is an input of the graph is what `jrnn.unroll` takes as ``lengths=``.
-    - ``initial_h`` and ``initial_c`` that are inputs of the graph are what it takes as ``state=``.
-    - What the nodes give besides ``Y``, their last states, `jrnn.unroll` always returns.
+    - If ``sequence_lens`` is an input of the graph, pass it to `jrnn.unroll` as ``lengths=``.
+    - If ``initial_h`` and ``initial_c`` are inputs of the graph, pass them as ``state=``.
+    - The last states, which are outputs of the nodes besides ``Y``, are returned by `jrnn.unroll`.
 
     Args:
       source: an `onnx.ModelProto`, its serialised bytes, or the path of a file.
@@ -140,15 +140,15 @@ def from_onnx(source: Any) -> tuple[Layer, Any]:
 
 
 def to_onnx(model: Layer, params: Any, *, lengths: bool = False) -> Any:
-    """An ONNX model from a jrnn model and its parameters: the other way round from `from_onnx`.
+    """An ONNX model from a jrnn model and its parameters: the inverse of `from_onnx`.
 
     The graph takes ``xs (T, B, F)``, or integer ids ``(T, B)`` where the model begins with `jrnn.embed`, for any T
     and B, and gives ``ys (T, B, H)``. With ``lengths`` it also takes ``lengths (B,)``, int32, and its outputs at
     padding are zero; onnxruntime honours them, while the onnx package's reference evaluator ignores ``sequence_lens``.
 
-    Layers: `jrnn.elman`, `lstm`, `peephole_lstm`, `coupled_lstm`, `gru` (both resets), each alone, in a
-    `jrnn.learned_state` or in a `jrnn.bidirectional` of two cells of one kind (merged by a name); `dense`, `embed`,
-    `layer_norm`, `activation`, `dropout` (which does nothing in the graph), and stacks of all these.
+    These layers are converted: `jrnn.elman`, `lstm`, `peephole_lstm`, `coupled_lstm` and `gru` (both resets), each
+    alone, in a `jrnn.learned_state`, or in a `jrnn.bidirectional` of two cells of one kind, if ``merge`` is a name;
+    `dense`, `embed`, `layer_norm`, `activation`, `dropout` (which does nothing in the graph); and stacks of all these.
 
     Args:
       model: the layer.
