@@ -12,8 +12,8 @@ axis of sequences, and features are the last.
 
 Run a model or a step
   `unroll` over whole sequences, `stepper` for inputs that arrive one at a time, `scan` in the place of
-  ``jax.lax.scan`` for a step of anybody's, `linear_scan` for ``h = a * h + b``; `choose_backend` and
-  `choose_scan_backend` tell which schedule runs, and why; `summary` prints the layers of a model.
+  ``jax.lax.scan`` for anybody's step, `linear_scan` for ``h = a * h + b``; `choose_backend` and `choose_scan_backend`
+  tell which schedule runs, and why; `draw` for steps with dropout; `summary` shows the layers of a model.
 
 Cells
   gated: `lstm`, `gru` and their variants `peephole_lstm`, `coupled_lstm`, `projection_lstm`, `layer_norm_lstm`,
