@@ -10,35 +10,43 @@ A model is a value without arrays. Its parameters and states are pytrees, which 
 T time, B batch (any number of batch axes, or none), F input features, H hidden features, G gates. Time is the first
 axis of sequences, and features are the last.
 
-Run a model or a step
-  `unroll` over whole sequences, `stepper` for inputs that arrive one at a time, `scan` in the place of
-  ``jax.lax.scan`` for anybody's step, `linear_scan` for ``h = a * h + b``; `choose_backend` and `choose_scan_backend`
-  tell which schedule runs, and why; `draw` for steps with dropout; `summary` shows the layers of a model.
+Running a model or a step
+  `unroll`                a model over whole sequences
+  `stepper`               a compiled step, for inputs that arrive one at a time
+  `scan`                  ``jax.lax.scan`` for anybody's step, faster where the step is recurrent
+  `linear_scan`           ``h = a * h + b``, element by element
+  `choose_backend`, `choose_scan_backend`    which schedule runs, and why
+  `summary`, `draw`       the layers of a model; the masks of dropout for single steps
 
 Cells
-  gated: `lstm`, `gru` and their variants `peephole_lstm`, `coupled_lstm`, `projection_lstm`, `layer_norm_lstm`,
-  `layer_norm_gru`, `mgu`, `ugrnn`, `block_gru`; simple: `elman`, `jordan`, `indrnn`; linear in their state, and so
-  parallel over time: `min_gru`, `min_lstm`, `sru`, `qrnn`, `lru`, `s5`, `rg_lru`; with a matrix as their state:
-  `mlstm`, `ssd`, `gated_delta_net`; others: `slstm`, `conv_lstm`, `conv_gru`, `cornn`, `lem`, `antisymmetric`,
-  `orthogonal_rnn`, `clockwork`, `narx`, `tdnn`, `echo_state` (with `ridge`).
+  gated                   `lstm`, `gru`, `mgu`, `ugrnn`, `block_gru`, `slstm`, `peephole_lstm`, `coupled_lstm`,
+                          `projection_lstm`, `layer_norm_lstm`, `layer_norm_gru`
+  simple                  `elman`, `jordan`, `indrnn`
+  linear in their state   `min_gru`, `min_lstm`, `sru`, `qrnn`, `lru`, `s5`, `rg_lru`; they run in parallel over time
+  with a matrix as state  `mlstm`, `ssd`, `gated_delta_net`
+  convolutional           `conv_lstm`, `conv_gru`
+  others                  `cornn`, `lem`, `antisymmetric`, `orthogonal_rnn`, `clockwork`, `narx`, `tdnn`, `echo_state`
+                          (whose readout `ridge` solves for)
 
 Layers
-  of layers: `stack`, `bidirectional`, `residual`, `skip`, `highway`, `tied`, `emit_state`; around one cell:
-  `attention` (with `remember`), `variational`, `zoneout`, `dropconnect`, `learned_state`; without recurrence: `dense`,
-  `embed`, `dropout`, `layer_norm`, `activation`.
-
-A cell of your own
-  subclass `Cell` and define ``init``, ``initial_state`` and ``step``, or subclass `AffineCell`, `LinearCell` or
-  `Wrapper`; ``jrnn.testing.check_cell`` tests it.
+  made of layers          `stack`, `bidirectional`, `residual`, `skip`, `highway`, `tied`, `emit_state`
+  around a cell           `attention` (with `remember`), `variational`, `zoneout`, `dropconnect`, `learned_state`
+  without recurrence      `dense`, `embed`, `dropout`, `layer_norm`, `activation`
+  of your own             subclasses of `Cell`, `AffineCell`, `LinearCell`, `Wrapper` or `Layer`
 
 Modules
-  `sequence` (padding, masks, windows, buckets), `losses`, `training` (`optimizer`, ``fit``, checkpoints, truncated
-  backpropagation), `decoding` (sampling, beam search, CTC, error rates), `diagnose`, `testing`, `rl`, `interop`
-  (weights from and to other libraries), `flax` (modules for Flax), `native` (the compiled loop), `initializers`,
-  `activations`.
+  `sequence`              padding, masks, resets, windows, buckets, reductions over valid steps
+  `losses`, `training`    losses; optimisers, ``fit``, truncated backpropagation, checkpoints
+  `decoding`              sampling, beam search, CTC, error rates
+  `diagnose`, `testing`   gradients and gates of a network; the laws that every cell keeps, for a cell of your own
+  `rl`                    acting with resets, burn-in, stored states
+  `interop`, `flax`       weights from and to other libraries; modules for Flax
+  `native`                the compiled loop: its cache, and programs in files
+  `initializers`, `activations`
 
 Files
-  `save` and `load` for a model with its parameters, `export` for a program that runs without jrnn.
+  `save`, `load`          a model with its parameters
+  `export`                a program that runs where jrnn is not installed
 """
 
 from __future__ import annotations
