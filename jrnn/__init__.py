@@ -30,13 +30,15 @@ Cells
 
 Layers
   made of layers          `stack`, `bidirectional`, `residual`, `skip`, `highway`, `tied`, `emit_state`
-  around a cell           `attention` (with `remember`), `variational`, `zoneout`, `dropconnect`, `learned_state`
+  around a cell           `attention` (with `remember` and `attend`), `variational`, `zoneout`, `dropconnect`,
+                          `learned_state`
   without recurrence      `dense`, `embed`, `dropout`, `layer_norm`, `activation`
-  of your own             subclasses of `Cell`, `AffineCell`, `LinearCell`, `Wrapper` or `Layer`
+  of your own             subclasses of `Cell`, `AffineCell`, `LSTM`, `LinearCell`, `Wrapper` or `Layer`; their matrix
+                          products by `product`
 
 Modules
   `sequence`              padding, masks, resets, windows, buckets, reductions over valid steps
-  `losses`, `training`    losses; optimisers, ``fit``, truncated backpropagation, checkpoints
+  `losses`, `training`    losses; `optimizer`, ``fit``, truncated backpropagation, checkpoints
   `decoding`              sampling, beam search, CTC, error rates
   `diagnose`, `testing`   gradients and gates of a network; the laws that every cell keeps, for a cell of your own
   `rl`                    acting with resets, burn-in, stored states
