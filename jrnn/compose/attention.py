@@ -212,8 +212,8 @@ class Attention(Cell):
         memory, batch = params["memory"].values.shape[1:-1], x.shape[:-1]
         if memory and batch[len(batch) - len(memory) :] != memory:
             raise ValueError(
-                f"memory: expected the last batch axes of the inputs, whose batch shape is {batch}, or no batch axes, "
-                f"got the batch shape {memory}"
+                f"memory: expected the batch axes of the inputs, {batch} or the last of these, or no batch axes, got "
+                f"the batch shape {memory}"
             )
 
     def step(
