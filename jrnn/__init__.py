@@ -1,10 +1,54 @@
-"""jrnn: recurrent networks for JAX. Cells as pure functions, many schedules.
+"""Recurrent neural networks for JAX: cells as pure functions, run over time by the fastest schedule that serves.
 
-    cell = jrnn.lstm(128)
-    params = cell.init(jax.random.key(0), in_features)
-    state, ys = jrnn.unroll(cell, params, xs)          # xs (T, *B, F), ys (T, *B, H)
+A model is a value without arrays. Its parameters and states are pytrees, which functions take and return::
 
-T time, B batch (any number of leading axes, or none), F input features, H hidden features, G gates.
+    model = jrnn.stack(jrnn.lstm(128), jrnn.dropout(0.1), jrnn.dense(10))
+    params = model.init(jax.random.key(0), 8)                        # for inputs of 8 features
+    state, ys = jrnn.unroll(model, params, xs)                       # xs (T, *B, 8), ys (T, *B, 10)
+    state, ys = jrnn.unroll(model, params, xs, state, lengths=lengths, key=key)    # a key switches dropout on
+
+T time, B batch (any number of batch axes, or none), F input features, H hidden features, G gates. Time is the first
+axis of sequences, and features are the last.
+
+Running a model or a step
+  `unroll`                a model over whole sequences
+  `stepper`               a compiled step, for inputs that arrive one at a time
+  `scan`                  ``jax.lax.scan`` for anybody's step, faster where the step is recurrent
+  `linear_scan`           ``h = a * h + b``, element by element
+  `choose_backend`, `choose_scan_backend`    which schedule runs, and why
+  `summary`, `draw`       the layers of a model; the masks of dropout for single steps
+
+Cells
+  gated                   `lstm`, `gru`, `mgu`, `ugrnn`, `block_gru`, `slstm`, `peephole_lstm`, `coupled_lstm`,
+                          `projection_lstm`, `layer_norm_lstm`, `layer_norm_gru`
+  simple                  `elman`, `jordan`, `indrnn`
+  linear in their state   `min_gru`, `min_lstm`, `sru`, `qrnn`, `lru`, `s5`, `rg_lru`; they run in parallel over time
+  with a matrix as state  `mlstm`, `ssd`, `gated_delta_net`
+  convolutional           `conv_lstm`, `conv_gru`
+  others                  `cornn`, `lem`, `antisymmetric`, `orthogonal_rnn`, `clockwork`, `narx`, `tdnn`, `echo_state`
+                          (whose readout `ridge` solves for)
+
+Layers
+  made of layers          `stack`, `bidirectional`, `residual`, `skip`, `highway`, `tied`, `emit_state`
+  around a cell           `attention` (with `remember` and `attend`), `variational`, `zoneout`, `dropconnect`,
+                          `learned_state`
+  without recurrence      `dense`, `embed`, `dropout`, `layer_norm`, `activation`
+  of your own             subclasses of `Cell`, `AffineCell`, `LSTM`, `LinearCell`, `Wrapper` or `Layer`; their matrix
+                          products by `product`
+
+Modules
+  `sequence`              padding, masks, resets, windows, buckets, reductions over valid steps
+  `losses`, `training`    losses; `optimizer`, ``fit``, truncated backpropagation, checkpoints
+  `decoding`              sampling, beam search, CTC, error rates
+  `diagnose`, `testing`   gradients and gates of a network; the laws that every cell keeps, for a cell of your own
+  `rl`                    acting with resets, burn-in, stored states
+  `interop`, `flax`       weights from and to other libraries; modules for Flax
+  `native`                the compiled loop: its cache, and programs in files
+  `initializers`, `activations`
+
+Files
+  `save`, `load`          a model with its parameters
+  `export`                a program that runs where jrnn is not installed
 """
 
 from __future__ import annotations

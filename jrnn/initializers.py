@@ -1,4 +1,4 @@
-"""How parameters start: frozen, hashable initialisers, by name or as values.
+"""Initialisers of parameters: frozen, hashable values, which may also be given by name.
 
 An initialiser is called as ``init(key, shape, dtype)``. Cells take them by name (``"orthogonal"``), as one of the
 values below where a setting matters (``orthogonal(scale=0.5)``), or as a module-level function with that signature.

@@ -14,6 +14,8 @@ time-major, `(T, *B, ...)`. These conventions hold throughout:
 - Arithmetic and the result are float32 for inputs of float32 and below, float64 for float64.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -188,7 +190,7 @@ def cross_entropy(
 def binary_cross_entropy(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
     """Sigmoid cross-entropy in nats, `mean(-q log p - (1 - q) log(1 - p))` with `p = sigmoid(logits)`.
 
-    Each feature is a yes or no of its own.
+    Each feature is a binary decision of its own.
 
     Args:
       logits: `(T, *B, ...)` floats.
@@ -218,15 +220,16 @@ def ctc(
     *,
     blank: int = 0,
 ) -> jax.Array:
-    """Connectionist temporal classification: labels for a sequence, without saying at which step each stands.
+    """Connectionist temporal classification (Graves et al. 2006): labels without the steps at which they occur.
 
-    The negative log-probability of all ways to spell `labels` with T symbols, where repetitions merge unless a
-    blank stands between them (Graves et al. 2006); the mean over sequences.
+    The loss of a sequence is the negative log-probability of all ways to write its labels as T symbols, in which
+    blanks are removed and equal neighbours are merged, unless a blank separates them. The result is the mean over
+    sequences.
 
     Args:
       logits: `(T, *B, C)` floats, the blank among the C classes.
       lengths: `(*B,)` integers, valid steps of `logits`.
-      labels: `(N, *B)` integers, none of them `blank`; time-major as everything, so `jrnn.sequence.pad` makes them.
+      labels: `(N, *B)` integers, none of them `blank`, with time first, as `jrnn.sequence.pad` returns them.
       label_lengths: `(*B,)` integers, valid steps of `labels`.
       mask: `(*B,)` booleans, which sequences count; None: all.
       blank: the class id of the blank.
@@ -321,7 +324,7 @@ def l2(params: Any, select: str | Sequence[str] | Callable[[Path], bool] | None 
 
 
 def accuracy(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
-    """The share of valid elements whose most likely class is the label (of equal logits, the first).
+    """The fraction of valid elements whose most likely class is the label (of equal logits, the first).
 
     Args:
       logits: `(T, *B, C)` floats.

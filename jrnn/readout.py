@@ -34,10 +34,10 @@ def ridge(
     T time, B batch axes (any number, or none), H features of the states.
 
     Args:
-      states: ``(T, *B, H)``, what `jrnn.unroll` returned of a reservoir or of any other layer.
+      states: ``(T, *B, H)``, the outputs of a reservoir or of any other layer, from `jrnn.unroll`.
       targets: ``(T, *B, out)``, in the dtype of the states.
       alpha: the weight of the penalty, positive. The bias is not penalised.
-      washout: how many of the first steps do not count, since the initial state is still felt there.
+      washout: the number of steps at the beginning that do not count, since they still depend on the initial state.
       lengths: ``(*B,)`` integers, as for `jrnn.unroll`.
       mask: ``(T, *B)`` booleans, true at steps that count.
 
@@ -45,7 +45,8 @@ def ridge(
       ``{"w": (H, out), "b": (out,)}``: the parameters of ``jrnn.dense(out)``.
 
     Raises:
-      ValueError, TypeError: where shapes or dtypes differ, or ``alpha`` or ``washout`` cannot be.
+      ValueError, TypeError: if shapes or dtypes differ, ``alpha`` is not positive, or ``washout`` leaves no
+        steps.
 
     >>> states = jax.random.normal(jax.random.key(0), (100, 2, 3))
     >>> targets = states @ jnp.array([[1.0], [2.0], [3.0]]) + 4.0

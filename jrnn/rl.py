@@ -55,7 +55,7 @@ def _alike(a: Any, b: Any) -> bool:
 def step(
     model: Layer, params: Any, state: Any, x: Any, resets: Any = None, key: jax.Array | None = None
 ) -> tuple[Any, Any]:
-    """One step with resets, for the loop that acts: what `jrnn.unroll` does at one step.
+    """One step with resets, for the loop that acts in an environment: the same as one step of `jrnn.unroll`.
 
     Args:
       model: a layer that has a step.
@@ -259,7 +259,7 @@ def burn_in(
     key: jax.Array | None = None,
     start: Any = 0,
 ) -> Any:
-    """The state after a run that has no gradient: where to train from (Kapturowski et al. 2019).
+    """Runs a model without gradients, and returns the state to train from (Kapturowski et al. 2019).
 
     A state that was stored while another set of parameters acted is out of date. A run from it over the first steps of
     a window, with the parameters of now, gives a state that is less so.
@@ -297,7 +297,7 @@ def replay(
     remat: int | str | None = None,
     start: Any = 0,
 ) -> tuple[Any, Any]:
-    """A run over replayed windows whose first steps are a burn-in: state and outputs are of the steps after it.
+    """Runs a model over replayed windows whose first steps are a burn-in, and returns the results of the other steps.
 
     Values equal those of `jrnn.unroll` over all T steps. Gradients come from the steps after the burn-in alone.
 
@@ -396,7 +396,7 @@ def check_resets(resets: Any, done: Any, previous: Any = None) -> None:
 def check_rollout(
     model: Layer, params: Any, xs: Any, ys: Any, state: Any = None, *, resets: Any = None, tolerance: float = 1e-4
 ) -> None:
-    """Raises unless what a policy put out while it acted is what training computes from the stored rollout.
+    """Raises unless training computes, from a stored rollout, the outputs that the policy had while it acted.
 
     It finds what no shape shows: resets a step early or late, a stored state of the wrong step, parameters that changed
     in between, or observations that were normalised in another way. For tests of a rollout: it needs known values.

@@ -11,6 +11,8 @@ Shapes and dtypes are always checked. Values, such as lengths longer than T, are
 once: in NumPy arrays, lists, and arrays on a CPU. In traced arrays and arrays on an accelerator they are not checked.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -723,7 +723,7 @@ BODIES = (
     Body("convolutional", convolutional, 1, "'conv_general_dilated' of its state"),
     # What is not read: these run as jax.lax.scan, and say why.
     Body("no_product", no_product, None, "it has no product of its state with weights"),
-    Body("control_flow", control_flow, None, "has 'cond' of its state"),
+    Body("control_flow", control_flow, None, "'cond' of its state"),
     Body("effect", effect, None, "it has effects"),
 )
 

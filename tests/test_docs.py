@@ -39,6 +39,11 @@ def test_what_a_module_makes_public_is_what_its_page_shows(module):
         assert getattr(found, name).__doc__, f"{module}.{name}"
 
 
+def test_the_overview_names_everything_but_states():
+    named = set(re.findall(r"`(\w+)`", jrnn.__doc__))
+    assert {name for name in jrnn.__all__ if name[0].islower()} <= named
+
+
 def test_every_page_is_in_a_table_of_contents():
     for folder in (ROOT / "docs", API):
         listed = set(re.findall(r"^(\w+(?:/\w+)?)$", (folder / "index.md").read_text(), re.M))

@@ -333,7 +333,7 @@ def test_what_has_no_end_is_refused(gate):
     body = lambda h, x: (gate(x @ weights["x"] + h @ weights["h"]), None)
     name, reason = jrnn.choose_scan_backend(body, carry, xs)
     assert name == "reference"
-    assert "not read as a recurrent cell" in reason
+    assert "not recognised as a recurrent cell" in reason
 
 
 @interpreted

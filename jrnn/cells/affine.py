@@ -74,22 +74,25 @@ class WeightedCell(Cell):
 
 @dataclass(frozen=True, repr=False)
 class AffineCell(WeightedCell):
-    """A cell whose step is two matrix products and a function of gates; the library owns the products.
+    """A cell whose step is two matrix products and a function of gates. The library computes the products.
 
-    A subclass names its gates in ``gate_names`` and gives ``gates(theta, u, v, state) -> state``. ``u`` and ``v`` are
-    named tuples with one ``(*B, H)`` array per gate, such as ``u.z``, in the order of the names::
+    A subclass names its gates in ``gate_names`` and defines ``gates(theta, u, v, state) -> state``. The library calls
+    it at each step with the gate inputs ``u`` and ``v``, named tuples with one ``(*B, H)`` array for each gate, such as
+    ``u.z``, in the order of the names::
 
-        u = x W_ih + b    for all T in one product        v = h W_hh    once a step        y = the new h
+        u = x W_ih + b    for all T steps in one product        v = h W_hh    in one product at each step
 
-    ``y`` is another field of the new state, or several side by side, where ``emits`` names them: for example
-    ``emits = "c"`` or ``emits = ("h", "c")`` in a subclass of an LSTM.
+    The output ``y`` is the new ``h``. With the class attribute ``emits`` it is another field of the new state, or
+    several side by side: for example ``emits = "c"`` or ``emits = ("h", "c")`` in a subclass of an LSTM.
 
-    ``theta`` holds the other parameters (vectors), which ``init_theta`` makes. States are ``state_type``, by default
-    ``HiddenState(h)``, every field ``(*B, H)`` and zero at first.
+    ``theta`` holds the other parameters, which are vectors and which ``init_theta`` makes. The class attribute
+    ``state_type`` is the type of the state, by default ``HiddenState(h)``. All its fields are ``(*B, H)``, and are zero
+    before the first step.
 
-    Promises: ``elementwise`` says that unit j of each new field depends on unit j of u, v and state alone, whatever the
-    shapes of these are; ``additive`` says that ``gates`` uses only ``u + v``: of all gates (True), or of those named in
-    a tuple.
+    A subclass may promise more, by class attributes that are None where nothing is promised. If ``elementwise`` is
+    True, unit j of each new field depends only on unit j of u, v and the state, whatever the shapes of these are. If
+    ``additive`` is True, ``gates`` uses u and v only in the sum ``u + v``; a tuple of names promises so of these gates.
+    Without these promises, the library finds out by tracing ``gates``.
 
     Args:
       hidden: H, the number of units.
@@ -227,7 +230,7 @@ def theta_shapes(cell: Any) -> dict[str, tuple[int, ...]]:
 
 
 def check_affine(cell: Any, params: Any, recurrent_shape: tuple[int, ...]) -> None:
-    """Raises where parameters are not those of a cell with ``w_ih``, ``w_hh`` of the given shape, and ``b``."""
+    """Raises if parameters are not those of a cell with ``w_ih``, ``w_hh`` of the given shape, and ``b``."""
     remedy = f"make them with {cell!r}.init(key, in_features)"
     if not isinstance(params, Mapping):
         raise ValueError(f"params: expected a dict with w_ih, w_hh and b, got {describe(params)}; {remedy}")

@@ -46,7 +46,7 @@ class HiddenState(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Parameters together with what was drawn once for a sequence (see `Layer.draw`).
+    """Parameters together with the arrays that were drawn once for a sequence (see `Layer.draw`).
 
     >>> Drawn(params={"w": 1.0}, noise={}).params
     {'w': 1.0}
@@ -57,7 +57,7 @@ class Drawn(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """What a layer of `jrnn.emit_state` puts out: its outputs, and its states.
+    """The outputs of a layer of `jrnn.emit_state`: those of the layer inside it, ``y``, and its states, ``state``.
 
     >>> Emitted(y=1.0, state=2.0).y
     1.0
@@ -134,7 +134,7 @@ def compute_params(params: Any, dtype: Any) -> Any:
 
 
 def check_features(x: jax.Array, w: jax.Array, argument: str, owner: Any, axis: int = 0) -> None:
-    """Raises where inputs do not fit the weight that consumes them, by feature count or by dtype."""
+    """Raises if inputs do not fit the weight that consumes them, by feature count or by dtype."""
     if x.shape[-1:] != (w.shape[axis],):
         remedy = f"initialise with in_features={x.shape[-1] if x.ndim else 1} or reshape the input"
         if w.shape[axis] == 1:
@@ -227,7 +227,7 @@ class Layer:
         and gives step t the key ``jax.random.fold_in(key, t)``.
 
         Raises:
-          ValueError: where the state does not have the batch axes of ``x``, as for a whole sequence given as one step.
+          ValueError: if the state does not have the batch axes of ``x``, as for a whole sequence given as one step.
 
         >>> cell = jrnn.variational(jrnn.gru(4), inputs=0.2, recurrent=0.3)
         >>> params, xs, key = cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)), jax.random.key(1)
@@ -244,7 +244,7 @@ class Layer:
         return None
 
     def out_features(self, in_features: Any) -> Any:
-        """Features of ``y`` for inputs of ``in_features`` features; found by abstract evaluation unless given."""
+        """Features of ``y`` for inputs of ``in_features`` features. By default they are found by `jax.eval_shape`."""
         params = jax.eval_shape(lambda key: self.init(key, in_features), jax.random.key(0))
         if self.event_ndim == 0:
             x = jax.ShapeDtypeStruct((), jnp.int32)
@@ -286,11 +286,11 @@ class Layer:
 
     @property
     def draws_once(self) -> bool:
-        """Whether `draw` may draw something: where a layer defines it, unless the layer is known to use no key."""
+        """Whether `draw` may draw something: True if a layer defines it and is not known to use no key."""
         return self.uses_key is not False and type(self).draw is not Layer.draw
 
     def draw(self, params: Any, key: jax.Array, batch_shape: tuple[int, ...], in_features: Any) -> Any:
-        """Parameters with what is random once per sequence (masks) drawn into them.
+        """Parameters that include the masks, or other random arrays, that are drawn once per sequence.
 
         Most layers draw nothing. A layer of your own that holds one that does (`jrnn.variational`, `jrnn.dropconnect`,
         or a stack with one of them) defines this method: it returns its parameters, with those of each part replaced
@@ -324,13 +324,13 @@ class Layer:
         return params
 
     def check(self, params: Any, x: Any) -> None:
-        """Raises where an input of one or more steps does not fit the parameters."""
+        """Raises if an input of one or more steps does not fit the parameters."""
         w = params.get("w_ih") if isinstance(params, Mapping) else None
         if w is not None and jnp.ndim(w) == 2:
             check_features(x, w, "xs", self)
 
     def check_values(self, xs: Any, lengths: Any, mask: Any) -> None:
-        """Raises where values that are known already can give no right answer (ids outside a vocabulary)."""
+        """Raises if values that can be read before the run are invalid, such as ids outside a vocabulary."""
 
     def walk(self, run: Any, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
         """Runs the layer over all steps: ``(state, xs (T, *B, F)) -> (state, ys (T, *B, H))``.
@@ -364,7 +364,7 @@ class Layer:
 
 
 def check_layer(layer: Any, argument: str, params: Any = None) -> None:
-    """Raises where an argument is no layer; ``params`` is the argument that follows it."""
+    """Raises if an argument is no layer; ``params`` is the argument that follows it."""
     if isinstance(layer, Layer):
         return
     remedy = ""
@@ -391,7 +391,7 @@ def draw_in_step(layer: Layer, params: Any, key: jax.Array, batch_shape: tuple[i
 
 
 def check_state(layer: Layer, params: Any, state: Any, x: jax.Array) -> None:
-    """Raises where a state is not one for the batch axes of ``x``, one step's input: the two would broadcast."""
+    """Raises if a state is not one for the batch axes of ``x``, one step's input: the two would broadcast."""
     batch_shape = x.shape[: x.ndim - layer.event_ndim]
     x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
     expected, form = _initial_form(layer, batch_shape, *_form(params), x64)
@@ -424,26 +424,27 @@ def _initial_form(layer: Layer, batch_shape: tuple[int, ...], treedef: Any, leav
 
 
 class Cell(Layer):
-    """A recurrent layer, known by its step.
+    """A recurrent layer, which is defined by its step.
 
     A cell of your own is a frozen dataclass with ``init``, ``initial_state`` and one of
 
     - ``step(params, state, x, key=None) -> (state, y)``, or
     - ``project(params, xs)``, the part of the step that does not need the state, and
-      ``update(params, state, p, key=None) -> (state, y)``, the rest, where ``p`` is what ``project`` made of one step.
-      The library then calls ``project`` once for all T.
+      ``update(params, state, p, key=None) -> (state, y)``, the rest of it, where ``p`` is one step of the result of
+      ``project``. The library then calls ``project`` once for all T steps.
 
-    Matrix products belong in ``jrnn.product`` and weights in leaves named ``w_...``, which makes bfloat16 inputs work.
+    Take matrix products with `jrnn.product`, and name the leaves of weights ``w_...``, so that bfloat16 inputs work.
 
-    At steps that are not valid the cell is still called, with zeros for ``x`` and whatever state is held, and what it
-    returns is thrown away: its step must have finite values and derivatives there, or gradients turn NaN. (For the
-    same reason inputs that are NaN at *valid* steps make the gradients of parameters NaN, resets or not.)
+    At steps that are not valid the cell is still called, with zeros for ``x`` and with the state that is held, and its
+    results are discarded. Its step must have finite values and derivatives there, or gradients become NaN. (For the
+    same reason an input that is NaN at a *valid* step makes the gradients of parameters NaN, with or without a reset.)
 
-    States may be any pytree. To serialise a program that takes or returns one of your own (`jax.export`), make its type
-    known to JAX, by ``jax.export.register_namedtuple_serialization``; those of jrnn's cells are.
+    States may be any pytree. To serialise a program that takes or returns a state of your own type (`jax.export`),
+    register the type with ``jax.export.register_namedtuple_serialization``. The states of jrnn's cells are registered.
 
-    Promises: ``emits = "h"`` says that ``y`` is the field ``h`` of the new state, which zoneout needs. Another field
-    can be named, or several, ``emits = ("h", "c")``: then ``y`` is these fields side by side along the features.
+    The class attribute ``emits = "h"`` declares that ``y`` is the field ``h`` of the new state, which zoneout needs to
+    know. It may name another field, or several: with ``emits = ("h", "c")``, ``y`` is these fields side by side along
+    the features.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Leaky(jrnn.Cell):
@@ -522,7 +523,7 @@ def emitted(y: Any, x: jax.Array) -> Any:
 
 
 def check_emits(cell: Any, fields: tuple[str, ...]) -> None:
-    """Raises where what a cell emits is not one or several different fields of its state."""
+    """Raises if what a cell emits is not one or several different fields of its state."""
     names = emitted_fields(cell) if isinstance(cell.emits, str | tuple) else ()
     if not names or len(set(names)) < len(names) or not set(names) <= set(fields):
         raise ValueError(
@@ -531,7 +532,7 @@ def check_emits(cell: Any, fields: tuple[str, ...]) -> None:
 
 
 def check_projection(cell: Any, params: Any, width: int, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises where parameters are not ``w_ih (F, width)``, and the others of the given names and shapes."""
+    """Raises if parameters are not ``w_ih (F, width)``, and the others of the given names and shapes."""
     check_named(cell, params, shapes)
     got = jnp.shape(params["w_ih"]) if "w_ih" in params else None
     if got is None or len(got) != 2 or got[1] != width:
@@ -542,7 +543,7 @@ def check_projection(cell: Any, params: Any, width: int, shapes: dict[str, tuple
 
 
 def check_named(cell: Any, params: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises where parameters are no mapping, lack one of the given names, or have it in another shape."""
+    """Raises if parameters are no mapping, lack one of the given names, or have it in another shape."""
     got = (
         {name: jnp.shape(params[name]) for name in shapes if name in params}
         if isinstance(params, Mapping)

@@ -131,7 +131,7 @@ def block_gru(
     published one, whose layers before the gates are `jrnn.dense` layers of their own.
 
     Args:
-      hidden: H.
+      hidden: H, the number of units.
       blocks: a number that divides ``hidden``: units are fed back to those of their own block.
       norm: "rms" or "layer".
       update_bias: added to the update gate z; below zero the state changes slowly at first.
@@ -142,7 +142,7 @@ def block_gru(
     ``(3H,)``, gates in the order r, n, z.
 
     Raises:
-      ValueError: where ``blocks`` does not divide ``hidden``.
+      ValueError: if ``blocks`` does not divide ``hidden``.
 
     >>> cell = jrnn.block_gru(8, blocks=4)
     >>> params = cell.init(jax.random.key(0), 3)

@@ -124,7 +124,7 @@ def clockwork(
     Parameters: ``w_ih (F, H)``, ``w_hh (H, H)``, ``b (H,)``.
 
     Raises:
-      ValueError: where a period is not positive, or their number does not divide ``hidden``.
+      ValueError: if a period is not positive, or their number does not divide ``hidden``.
 
     >>> cell = jrnn.clockwork(4, periods=(1, 4))
     >>> ys = jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 3)))[1]

@@ -201,11 +201,12 @@ def conv_lstm(
       input_init, recurrent_init, bias_init: initialisers of ``w_ih``, ``w_hh`` and ``b``, drawn gate by gate.
 
     ``init`` takes ``in_features = (H, W, C)``. Parameters: ``w_ih (*kernel, C, 4 features)``, ``w_hh (*kernel,
-    features, 4 features)``, ``b (4 features,)``, gates in the order i, f, g, o; and ``space (H, W)``, zeros that say
-    how large a state is. The weights do not depend on that size: replace ``space`` to run them on maps of another.
+    features, 4 features)``, ``b (4 features,)``, gates in the order i, f, g, o; and ``space (H, W)``, zeros whose shape
+    is the size of a state. The weights do not depend on this size: replace ``space`` by zeros of another shape to run
+    them on maps of that size.
 
     Raises:
-      ValueError: where ``kernel`` or ``in_features`` does not have as many axes as the other says.
+      ValueError: if ``kernel`` and ``in_features`` differ in the number of axes of space.
 
     >>> cell = jrnn.conv_lstm(4, (3, 3))
     >>> params = cell.init(jax.random.key(0), (6, 5, 2))
@@ -291,7 +292,7 @@ def conv_gru(
     Args:
       features: features of ``h``.
       kernel: as for `conv_lstm`.
-      reset: "after" or "before": whether the reset gate acts on the convolution or on what goes into it.
+      reset: "after" or "before": whether the reset gate multiplies the result of the convolution or its input ``h``.
       activation, gate_activation: the functions written tanh and sigmoid above.
       input_init, recurrent_init, bias_init: as for `conv_lstm`.
 

@@ -1,4 +1,4 @@
-"""The gated delta rule: a state that forgets, and that corrects what it says of a key."""
+"""The gated delta rule: a state that decays, and whose value for a key is corrected at each step."""
 
 from __future__ import annotations
 
@@ -148,8 +148,9 @@ def gated_delta_net(
         a = exp(-exp(a_log) softplus(dt + b_dt))
         S = a (I - beta k k^T) S + beta k v^T    y = S^T q
 
-    A step forgets by a, and replaces a share beta of what the state says of the key k by v. It is the recurrence alone:
-    the block of the paper has convolutions before it, and a norm, a gate and a projection after it.
+    A step multiplies the state by a, and replaces the share beta of the value that the state holds for the key k by v.
+    This is the recurrence alone: the block of the paper has convolutions before it, and a norm, a gate and a projection
+    after it.
 
     ``backend="chunkwise"`` runs a chunk of steps at once, as products of matrices and a triangular system.
 
@@ -163,7 +164,7 @@ def gated_delta_net(
     ``(heads,)``.
 
     Raises:
-      ValueError: where ``heads`` does not divide ``hidden``.
+      ValueError: if ``heads`` does not divide ``hidden``.
 
     >>> cell = jrnn.gated_delta_net(8, heads=2)
     >>> jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))[1].shape

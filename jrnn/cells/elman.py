@@ -48,7 +48,7 @@ def elman(
     With ``activation="relu", recurrent_init="identity"`` it is the IRNN of Le, Jaitly and Hinton (2015).
 
     Args:
-      hidden: H.
+      hidden: H, the number of units.
       activation: "tanh", "relu", "sigmoid", another name of `jrnn.activations` or a module-level function.
       input_init, recurrent_init, bias_init: initialisers of ``w_ih``, ``w_hh`` and ``b`` (see `jrnn.initializers`).
 
@@ -194,15 +194,17 @@ def indrnn(
     recurrent_init: initializers.Initializer = _UNIFORM,
     bias_init: initializers.Initializer = "zeros",
 ) -> IndRNN:
-    """Independently recurrent network (Li et al. 2018): ``h = f(x W_ih + w_hh * h + b)``, units independent.
+    """Independently recurrent network (Li et al. 2018): ``h = f(x W_ih + w_hh * h + b)``.
 
-    ``w_hh (H,)`` is a vector. It starts uniform in [-1, 1); the paper bounds ``|w_hh|`` by ``gamma ** (1/T)``, which
-    `jrnn.initializers.uniform` gives as ``recurrent_init=uniform(bound)``.
+    ``w_hh (H,)`` is a vector, so that no unit depends on another. It starts uniform in [-1, 1). The paper bounds
+    ``|w_hh|`` by ``gamma ** (1/T)``: for this use ``recurrent_init=jrnn.initializers.uniform(bound)``.
 
     Args:
-      hidden: H.
+      hidden: H, the number of units.
       activation: f.
       input_init, recurrent_init, bias_init: initialisers of ``w_ih``, ``w_hh`` and ``b`` (see `jrnn.initializers`).
+
+    Parameters: ``w_ih (F, H)``, ``w_hh (H,)``, ``b (H,)``. The state is `HiddenState`, and the output is ``h (*B, H)``.
 
     >>> cell = jrnn.indrnn(4)
     >>> params = cell.init(jax.random.key(0), 3)

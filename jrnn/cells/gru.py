@@ -115,15 +115,24 @@ def gru(
         n = tanh(x W_n + b_n + (r * h) U_n)           reset="before", as the paper's second version (two products)
         h = (1 - z) * n + z * h
 
+    B batch axes (any number, or none), F input features, H hidden features.
+
     Args:
-      hidden: H.
-      reset: "after" or "before": whether the reset gate multiplies the product ``h U_n`` or its factor ``h``.
-      activation: the function of the candidate, a name of `jrnn.activations` or a module-level function.
-      gate_activation: the function of the gates.
+      hidden: H, the number of units.
+      reset: "after" or "before": whether the reset gate multiplies the product ``h U_n`` or its factor ``h``. Only
+        "after" runs in the compiled loop of a CPU.
+      activation: the function written tanh above, of the candidate: a name of `jrnn.activations` or a module-level
+        function.
+      gate_activation: the function of the gates, written sigmoid above.
       input_init, recurrent_init, bias_init: initialisers of ``w_ih``, ``w_hh`` and ``b``, drawn gate by gate (see
         `jrnn.initializers`).
 
-    Parameters: ``w_ih (F, 3H)``, ``w_hh (H, 3H)``, ``b (3H,)``, gates in the order r, z, n; after also ``b_hn (H,)``.
+    Parameters: ``w_ih (F, 3H)``, ``w_hh (H, 3H)``, ``b (3H,)``, float32, with the gates in the order r, z, n; with
+    reset="after" also ``b_hn (H,)``. The state is `HiddenState` with ``h (*B, H)``. The output is ``h``.
+
+    Raises:
+      ValueError, TypeError: ``hidden`` is no positive int, ``reset`` is neither of the two, or an activation or an
+        initialiser is unknown.
 
     >>> cell = jrnn.gru(4)
     >>> sorted(cell.init(jax.random.key(0), 3))

@@ -135,7 +135,7 @@ def parameter_dtype(params: Any) -> Any:
 
 
 def check_windows(x: Any, w: Any, cell: Any) -> None:
-    """Raises where inputs do not fit a weight that takes those of a whole window side by side."""
+    """Raises if inputs do not fit a weight that takes those of a whole window side by side."""
     check_features(x, form((w.shape[0] // cell.window, *w.shape[1:]), w.dtype), "xs", cell)
 
 
@@ -144,7 +144,7 @@ class GatedLinearCell(LinearCell):
     """A linear cell whose coefficients are made of gates, ``x W_ih + b``; a subclass names these in ``gate_names``.
 
     Args:
-      hidden: H.
+      hidden: H, the number of units.
       input_init, bias_init: initialisers of ``w_ih (F, G*H)`` and ``b (G*H,)``, drawn gate by gate.
     """
 

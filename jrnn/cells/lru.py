@@ -205,7 +205,7 @@ def lru(hidden: int, state: int, *, r_min: float = 0.0, r_max: float = 1.0, max_
       hidden: H, features of the output.
       state: N, complex numbers of the state.
       r_min, r_max: the ring in which the eigenvalues λ start, uniform by area.
-      max_phase: their angles start uniform between zero and this.
+      max_phase: the angles of the eigenvalues start uniform between zero and this number.
 
     Parameters: ``nu_log``, ``theta_log`` and ``gamma_log (N,)``; ``w_b (F, 2N)``, the real part of B and then the
     imaginary one; ``w_c (2N, H)``, likewise; ``w_d (F, H)``. The state is ``HiddenState(h)``, ``h (*B, N)`` complex.
@@ -219,11 +219,12 @@ def lru(hidden: int, state: int, *, r_min: float = 0.0, r_max: float = 1.0, max_
 
 
 def s5(hidden: int, state: int, *, spectrum: Spectrum = "legs", step_min: float = 0.001, step_max: float = 0.1) -> S5:
-    """S5 (Smith, Warrington and Linderman 2023): a diagonal linear state space model, held constant between steps.
+    """S5 (Smith, Warrington and Linderman 2023): a diagonal linear state space model in continuous time.
 
-    ``dh/dt = Λ h + x B`` over a step of length Δ is ``h = exp(ΛΔ) * h + (exp(ΛΔ) - 1) / Λ * (x B)``, and the output is
-    ``y = 2 Re(h C) + x D``: N states of a model of 2N, which come in conjugate pairs. ``Λ = -exp(decay_log) + i
-    frequency`` is stable by construction, and ``Δ = exp(step_log)`` is learned, one for each state.
+    ``dh/dt = Λ h + x B``, with x held constant over a step of length Δ, is ``h = exp(ΛΔ) * h + (exp(ΛΔ) - 1) / Λ * (x
+    B)``. The output is ``y = 2 Re(h C) + x D``: of 2N states, which come in conjugate pairs, N are computed.
+    ``Λ = -exp(decay_log) + i frequency`` is stable by construction, and ``Δ = exp(step_log)`` is learned, one for each
+    state.
 
     Args:
       hidden: H, features of the output.

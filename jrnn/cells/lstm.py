@@ -87,19 +87,26 @@ def lstm(
 ) -> LSTM:
     """Long short-term memory (Hochreiter and Schmidhuber 1997; forget gate by Gers et al. 2000)::
 
-        i, f, o = sigmoid(x W + h U + b)    g = tanh(x W + h U + b)
+        i, f, o = sigmoid(x W + h U + b)    g = tanh(x W + h U + b)    W, U and b are others for each gate
         c = f * c + i * g                   h = o * tanh(c)
 
+    B batch axes (any number, or none), F input features, H hidden features.
+
     Args:
-      hidden: H.
-      forget_bias: added to the forget gate's part of ``b`` at initialisation (Jozefowicz et al. 2015), never after.
-      activation: the function of the candidate and of the memory, a name of `jrnn.activations` or a module-level
-        function.
-      gate_activation: the function of the gates.
+      hidden: H, the number of units.
+      forget_bias: a number that is added to the forget gate's part of ``b`` at initialisation (Jozefowicz et al. 2015).
+        It is not part of the equations.
+      activation: the function written tanh above, of the candidate and of the memory: a name of `jrnn.activations` or
+        a module-level function.
+      gate_activation: the function of the gates, written sigmoid above.
       input_init, recurrent_init, bias_init: initialisers of ``w_ih``, ``w_hh`` and ``b``, drawn gate by gate (see
         `jrnn.initializers`).
 
-    Parameters: ``w_ih (F, 4H)``, ``w_hh (H, 4H)``, ``b (4H,)``, gates in the order i, f, g, o.
+    Parameters: ``w_ih (F, 4H)``, ``w_hh (H, 4H)``, ``b (4H,)``, float32, with the gates in the order i, f, g, o. The
+    state is `LSTMState` with ``h`` and ``c``, each ``(*B, H)``. The output is ``h``.
+
+    Raises:
+      ValueError, TypeError: ``hidden`` is no positive int, or an activation or an initialiser is unknown.
 
     >>> cell = jrnn.lstm(4)
     >>> (h, c), ys = jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))
@@ -154,7 +161,8 @@ def peephole_lstm(
         c' = f * c + i * tanh(x W_g + h U_g + b_g)    o = sigmoid(x W_o + h U_o + p_o * c' + b_o)
         h' = o * tanh(c')
 
-    Arguments and parameters are those of `lstm`, and the vectors ``p_i``, ``p_f``, ``p_o``, each ``(H,)``.
+    The arguments are those of `lstm`. The parameters are those of `lstm` and the vectors ``p_i``, ``p_f`` and ``p_o``,
+    each ``(H,)``.
 
     >>> cell = jrnn.peephole_lstm(4)
     >>> cell.init(jax.random.key(0), 3)["p_o"].shape

@@ -134,13 +134,13 @@ def narx(
         z[t] = f(b + sum_k x[t - k] w_ih[k] + [y[t - d] for d in delays] w_hh)    k = 0 … window - 1
         y[t] = g(z[t] w_ho + b_o)
 
-    Steps before the first count as zero. Delays shorten the way that gradients take through time.
+    Inputs and outputs before the first step count as zero. Delays shorten the path of gradients through time.
 
     Args:
       hidden: H, units of the hidden layer.
       out: features of the output that is fed back.
       delays: the delays at which outputs are fed back; an int D means ``1 … D``.
-      window: how many inputs a step sees, its own included.
+      window: the number of inputs that a step depends on, its own included.
       activation: f.
       out_activation: g.
       input_init, recurrent_init, bias_init: initialisers of ``w_ih`` and ``w_ho``, of ``w_hh``, and of the biases.
@@ -148,7 +148,7 @@ def narx(
     Parameters: ``w_ih (window, F, H)``, ``w_hh (len(delays) * out, H)``, ``b (H,)``, ``w_ho (H, out)``, ``b_o (out,)``.
 
     Raises:
-      ValueError: where a delay is not positive, or given twice.
+      ValueError: if a delay is not positive, or is given twice.
 
     >>> cell = jrnn.narx(8, 2, delays=3)
     >>> jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 3)))[1].shape

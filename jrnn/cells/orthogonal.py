@@ -89,10 +89,10 @@ def antisymmetric(
         h = h + step_size sigmoid(x W_z + h A + b_z) tanh(x W_n + h A + b_n)    gated=True; both gates share A
 
     Args:
-      hidden: H.
+      hidden: H, the number of units.
       gated: whether the step is scaled by a gate.
-      step_size: of Euler's method, positive (epsilon in the paper).
-      diffusion: what is subtracted from the diagonal for stability, not negative (gamma in the paper).
+      step_size: the step size of Euler's method, positive (epsilon in the paper).
+      diffusion: a number that is subtracted from the diagonal for stability, not negative (gamma in the paper).
       activation: the function written tanh above.
       input_init, recurrent_init, bias_init: initialisers of ``w_ih``, ``w_hh`` and ``b``.
 
@@ -100,7 +100,7 @@ def antisymmetric(
     order z, n.
 
     Raises:
-      ValueError: where ``step_size`` or ``diffusion`` cannot be.
+      ValueError: if ``step_size`` is not positive, or ``diffusion`` is negative.
 
     >>> cell = jrnn.antisymmetric(4)
     >>> jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))[1].shape
@@ -174,13 +174,14 @@ def orthogonal_rnn(
         Q = (I + A)^-1 (I - A)     map="cayley" (Helfrich, Willmott and Ye 2018)
         h = f(x W_ih + h Q + b)
 
-    Q is made once for a sequence, not at each step. With f the identity the state keeps its length, and so does the
-    gradient. The default f is modReLU, ``f(z) = sign(z) relu(|z| + b_mod)``, with a bias that is learned.
+    Q is computed once for a sequence, not at each step. If f is the identity, the state keeps its length, and so does
+    the gradient. The default f is modReLU, ``f(z) = sign(z) relu(|z| + b_mod)``, with a bias that is learned.
 
     Args:
-      hidden: H.
+      hidden: H, the number of units.
       activation: f: "modrelu", or an activation as for `elman`.
-      map: "exponential", which reaches all rotations, or "cayley", a linear system in the place of an exponential.
+      map: "exponential", which reaches all rotations, or "cayley", which solves a linear system instead of taking a
+        matrix exponential.
       input_init, bias_init: initialisers of ``w_ih`` and ``b``.
       recurrent_init: initialiser of ``w_hh``; `jrnn.initializers.rotations` makes a rotation by a random angle in each
         of H/2 planes of it.
@@ -188,7 +189,7 @@ def orthogonal_rnn(
     Parameters: ``w_ih (F, H)``, ``w_hh (H, H)``, ``b (H,)``, and with modReLU ``b_mod (H,)``.
 
     Raises:
-      ValueError: where ``map`` is no map.
+      ValueError: if ``map`` is neither of the two.
 
     >>> cell = jrnn.orthogonal_rnn(4)
     >>> params = cell.init(jax.random.key(0), 3)

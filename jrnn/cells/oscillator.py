@@ -114,7 +114,7 @@ def cornn(
     Parameters: ``w_ih (F, H)``, ``w_hh (2H, H)`` (rows of h, then of z), ``b (H,)``.
 
     Raises:
-      ValueError: where ``dt`` is not positive.
+      ValueError: if ``dt`` is not positive.
 
     >>> cell = jrnn.cornn(4)
     >>> state, ys = jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))
@@ -201,7 +201,7 @@ def lem(
         h = (1 - r) h + r tanh(x W_h + z W_zh + b_h)
 
     Args:
-      hidden: H.
+      hidden: H, the number of units.
       dt: the largest time step, positive.
       activation: the function written tanh above.
       input_init, recurrent_init, bias_init: initialisers, drawn gate by gate; uniform as in the authors' code.
@@ -210,7 +210,7 @@ def lem(
     ``w_zh (H, H)``.
 
     Raises:
-      ValueError: where ``dt`` is not positive.
+      ValueError: if ``dt`` is not positive.
 
     >>> cell = jrnn.lem(4)
     >>> jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))[1].shape

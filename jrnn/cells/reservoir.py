@@ -80,24 +80,24 @@ def echo_state(
 
         h = (1 - leak) h + leak tanh(x W_ih + h W_hh + b)
 
-    The reservoir is drawn and not trained: gradients with respect to its parameters are zero, while those with
-    respect to inputs and states are whole. (An optimiser with weight decay changes parameters without a gradient; leave
-    the reservoir out of what it is given.) The readout is linear and has a closed form: `jrnn.ridge` gives the
-    parameters of the `jrnn.dense` layer on top.
+    The reservoir is drawn and not trained: gradients with respect to its parameters are zero, and those with respect to
+    inputs and states are not. (Weight decay would still change its parameters. Exclude them from such an optimiser.)
+    The readout is linear and is solved for in closed form: `jrnn.ridge` gives the parameters of the `jrnn.dense` layer
+    on top.
 
     Args:
-      hidden: H, units of the reservoir.
+      hidden: H, the number of units of the reservoir.
       spectral_radius: the largest absolute eigenvalue of ``w_hh``, positive.
       leak: in (0, 1]; 1 for units that do not leak.
       density: the share of ``w_hh`` that is not zero, in (0, 1].
-      input_scale, bias_scale: ``w_ih`` and ``b`` are uniform in plus or minus so much.
+      input_scale, bias_scale: ``w_ih`` and ``b`` are drawn uniformly between minus and plus this number.
       activation: the function written tanh above.
-      trainable: whether the reservoir has gradients after all.
+      trainable: whether the parameters of the reservoir get gradients.
 
     Parameters: ``w_ih (F, H)``, ``w_hh (H, H)``, ``b (H,)``.
 
     Raises:
-      ValueError: where ``spectral_radius``, ``leak``, ``density`` or a scale cannot be.
+      ValueError: if ``spectral_radius``, ``leak``, ``density`` or a scale is out of range.
 
     >>> cell = jrnn.echo_state(50, spectral_radius=1.1, leak=0.5)
     >>> params, xs = cell.init(jax.random.key(0), 1), jnp.sin(jnp.arange(300) / 5)[:, None]

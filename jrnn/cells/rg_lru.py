@@ -60,7 +60,7 @@ def rg_lru(
     Its inputs have H features: in Griffin a linear layer and a short convolution (`jrnn.tdnn`) come before it.
 
     Args:
-      hidden: H.
+      hidden: H, the number of units.
       input_init, bias_init: initialisers of ``w_ih`` and ``b``, drawn gate by gate.
 
     Parameters: ``w_ih (H, 2H)`` and ``b (2H,)`` in the order r, i; ``decay (H,)``, which starts where ``σ(decay) ** 8``

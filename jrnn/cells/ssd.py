@@ -110,8 +110,8 @@ def ssd(
         dt = softplus(dt + b_dt)         a = exp(-exp(a_log) dt)
         S = a S + dt k x^T               y = S^T q + d x
 
-    k and q are B and C in the paper. It is the recurrence alone: the block of the paper has a convolution over x, k and
-    q before it, and a gate, a norm and a projection after it. The output has H features.
+    k and q are B and C in the paper. This is the recurrence alone: the block of the paper has a convolution over x, k
+    and q before it, and a gate, a norm and a projection after it. The output has H features.
 
     ``backend="chunkwise"`` runs a chunk of steps at once, as products of matrices.
 
@@ -125,7 +125,7 @@ def ssd(
     drawn as in the paper: decay rates uniform in [1, 16), dt between 0.001 and 0.1.
 
     Raises:
-      ValueError: where ``heads`` does not divide ``hidden``.
+      ValueError: if ``heads`` does not divide ``hidden``.
 
     >>> cell = jrnn.ssd(8, heads=2, state=4)
     >>> jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))[1].shape

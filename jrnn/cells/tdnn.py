@@ -105,12 +105,12 @@ def tdnn(
     """Time-delay network (Waibel et al. 1989): a layer over a window of the last steps.
 
     ``y[t] = f(b + sum_k x[t - k * dilation] w[k])`` for k = 0 … window - 1; steps before the first count as zero.
-    It is causal, and its window moves over valid steps alone.
+    It is causal, and its window moves over the valid steps only.
 
     Args:
       features: H, features of the output.
-      window: how many steps an output sees, its own included.
-      dilation: steps from one tap to the next.
+      window: the number of steps that an output depends on, its own included.
+      dilation: the number of steps from one of these steps to the next.
       activation: f.
       input_init, bias_init: initialisers of ``w``, taken as one matrix ``(window * F, H)``, and of ``b``.
 

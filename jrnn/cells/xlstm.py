@@ -99,7 +99,7 @@ def slstm(
     At the first step ``m' = i``, as in the authors' code.
 
     Args:
-      hidden: H.
+      hidden: H, the number of units.
       heads: a number that divides ``hidden``: units are fed back to those of their own head.
       input_init, recurrent_init, bias_init: initialisers; ``w_hh`` is drawn head by head and gate by gate. To the
         forget gate's part of ``b`` numbers from 3 to 6 are added, evenly spaced over the units of a head.
@@ -108,7 +108,7 @@ def slstm(
     z, o.
 
     Raises:
-      ValueError: where ``heads`` does not divide ``hidden``.
+      ValueError: if ``heads`` does not divide ``hidden``.
 
     >>> cell = jrnn.slstm(8, heads=2)
     >>> params = cell.init(jax.random.key(0), 3)
@@ -243,7 +243,7 @@ def mlstm(
     Parameters: ``w_ih (F, 4H + 2 heads)``, ``b (4H + 2 heads,)`` in the order q, k, v, o, i, f.
 
     Raises:
-      ValueError: where ``heads`` does not divide ``hidden``.
+      ValueError: if ``heads`` does not divide ``hidden``.
 
     >>> cell = jrnn.mlstm(8, heads=2)
     >>> jrnn.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 2, 3)))[1].shape

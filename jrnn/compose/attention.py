@@ -46,7 +46,7 @@ class AttentionState(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What `remember` makes of an encoder's outputs, once for all steps of a decoder; S steps of the memory.
+    """A memory for `attention`, which `remember` makes of the outputs of an encoder. It has S steps.
 
     Attributes:
       keys: ``(S, *B, K)``, what queries are compared with.
@@ -165,7 +165,10 @@ class Attention(Cell):
         """Parameters with a memory in them; see `jrnn.remember`."""
         memory = jnp.asarray(memory)
         if memory.ndim < 2 or memory.shape[-1] != self.memory_features:
-            raise ValueError(f"memory: expected (S, *B, {self.memory_features}) for {self!r}, got shape {memory.shape}")
+            raise ValueError(
+                f"memory: expected (S, *B, {self.memory_features}) for {self!r}, got shape {memory.shape}; give "
+                "memory_features as many features as the encoder's outputs have"
+            )
         valid = valid_steps(lengths, mask, memory.shape[0], memory.shape[1:-1])
         valid = jnp.ones(memory.shape[:-1], bool) if valid is None else valid
         values = jnp.where(valid[..., None], memory, jnp.zeros((), memory.dtype))  # NaN in padding stays there
@@ -196,7 +199,8 @@ class Attention(Cell):
     def check(self, params: Any, x: Any) -> None:
         if not isinstance(params, Mapping) or "cell" not in params:
             raise ValueError(
-                f"params: expected those of {self!r}, a dict with the entry 'cell', got {type(params).__name__}"
+                f"params: expected those of {self!r}, a dict with the entry 'cell', got {type(params).__name__}; make "
+                "them with init, and give them a memory with jrnn.remember"
             )
         if not isinstance(params.get("memory"), Memory):
             raise ValueError(
@@ -206,7 +210,8 @@ class Attention(Cell):
         memory, batch = params["memory"].values.shape[1:-1], x.shape[:-1]
         if memory and batch[len(batch) - len(memory) :] != memory:
             raise ValueError(
-                f"memory: expected the batch axes of the inputs, which end a shape of {batch}, or none, got {memory}"
+                f"memory: expected the batch axes of the inputs, {batch} or the last of these, or no batch axes, got "
+                f"the batch shape {memory}"
             )
 
     def update(
@@ -266,10 +271,14 @@ def _for_batch(a: jax.Array, batch: tuple[int, ...], own: int) -> jax.Array:
 def attention(
     cell: Layer, memory_features: int, *, score: str = "additive", features: int | None = None, heads: int = 1
 ) -> Attention:
-    r"""A cell that attends to a memory, and takes the context with its next input (Bahdanau 2015, Luong 2015).
+    r"""A cell that attends to a memory at each step (Bahdanau et al. 2015, Luong et al. 2015)::
 
-    ``h_t = cell([x_t, c_{t-1}])``, ``a_t = softmax over s of score(h_t, m_s)``, ``c_t = sum over s of a_{t,s} m_s``,
-    ``y_t = [h_t, c_t]``. The scores are
+        h_t = cell([x_t, c_{t-1}])                      the context of the step before is part of the input
+        a_t = softmax over s of score(h_t, m_s)         the weights of the S steps of the memory
+        c_t = sum over s of a_{t,s} m_s                 the context
+        y_t = [h_t, c_t]
+
+    The scores are
 
     - "dot": ``h . m``
     - "general": ``(h W_q) . m``
@@ -292,7 +301,7 @@ def attention(
     ``v (K,)`` and ``b (K,)`` for "additive"; ``w_values (M, M)`` for "multihead". The state is an `AttentionState`.
 
     Raises:
-      ValueError, TypeError: where an option does not fit; from `unroll`, where the parameters have no memory.
+      ValueError, TypeError: if an option does not fit; from `unroll`, if the parameters have no memory.
 
     >>> encoder = jrnn.bidirectional(jrnn.gru(4))
     >>> decoder = jrnn.stack(jrnn.attention(jrnn.gru(6), 8, features=5), jrnn.dense(3))
@@ -324,7 +333,7 @@ def remember(model: Layer, params: Any, memory: Any, *, lengths: Any = None, mas
       differentiate with respect to ``params``, and call this inside the loss.
 
     Raises:
-      ValueError: where shapes do not fit, or the model has no attention layer.
+      ValueError: if shapes do not fit, or the model has no attention layer.
 
     >>> cell = jrnn.attention(jrnn.gru(4), 3, score="general")
     >>> params = jrnn.remember(cell, cell.init(jax.random.key(0), 2), jnp.ones((6, 3)))

@@ -113,7 +113,8 @@ class Stack(Combinator):
         if not isinstance(params, tuple) or len(params) != len(self.layers):
             got = f"{type(params).__name__} of {len(params)}" if hasattr(params, "__len__") else repr(params)
             raise ValueError(
-                f"params: expected a tuple with one entry for each of {len(self.layers)} layers, got {got}"
+                f"params: expected a tuple with one entry for each of {len(self.layers)} layers, got {got}; make them "
+                f"with {self!r}.init(key, in_features)"
             )
 
     def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
@@ -135,7 +136,7 @@ class Stack(Combinator):
 
 
 def stack(*layers: Layer) -> Stack:
-    """Layers one above the other, of any kind and width; each gets the outputs of the one before as its inputs.
+    """Layers one above the other, of any kind and width: the inputs of each are the outputs of the one before.
 
     Parameters and states are tuples with one entry for each layer. Over a sequence, each layer runs over all T steps
     before the next begins.
@@ -239,12 +240,12 @@ class Skip(Combinator):
 
 
 def skip(*layers: Layer) -> Skip:
-    """Layers one above the other, the input connected to all of them and all of them to the output (Graves 2013).
+    """Layers one above the other, with connections from the input to all of them, and from all to the output.
 
-    The first layer is fed with the input, each other one with the input and the outputs of the one before, side by
-    side; the output is those of all layers, side by side.
+    The first layer gets the input. Each other layer gets the input and the outputs of the layer before, side by side.
+    The output is the outputs of all layers, side by side (Graves 2013).
 
-    Parameters and states are tuples with one entry a layer.
+    Parameters and states are tuples with one entry for each layer.
 
     Args:
       *layers: at least one layer; each has a step.
@@ -294,7 +295,10 @@ class Bidirectional(Combinator):
         check_part(self.forward, "cell")
         check_part(self.backward, "backward")
         if self.forward.event_ndim != self.backward.event_ndim:
-            raise ValueError("backward: expected a layer that takes the same kind of input as the forward one")
+            raise ValueError(
+                f"backward: expected a layer that takes the same kind of input as the forward one, {self.forward!r}, "
+                f"got {self.backward!r}; put what the two share, such as jrnn.embed, before them in a jrnn.stack"
+            )
         if isinstance(self.merge, str):
             if self.merge not in _MERGES:
                 raise ValueError(f"merge: expected one of {sorted(_MERGES)} or a function, got {self.merge!r}")
@@ -357,7 +361,10 @@ class Bidirectional(Combinator):
     def _check_params(self, params: Any) -> None:
         if not isinstance(params, Mapping) or set(params) != {"forward", "backward"}:
             got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
-            raise ValueError(f'params: expected a dict with "forward" and "backward", got {got}')
+            raise ValueError(
+                f'params: expected a dict with "forward" and "backward", got {got}; make them with '
+                f"{self!r}.init(key, in_features)"
+            )
 
     def step(self, params: Any, state: Any, x: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
         raise TypeError(
@@ -407,7 +414,10 @@ class Residual(Combinator):
     def __post_init__(self) -> None:
         check_part(self.layer, "layer")
         if not self.layer.event_ndim:
-            raise ValueError("layer: expected a layer whose input has features, which can be added to its output")
+            raise ValueError(
+                "layer: expected a layer whose input has features, which can be added to its output, got "
+                f"{self.layer!r}; put jrnn.embed before it, in a jrnn.stack"
+            )
 
     @property
     def uses_key(self) -> Any:
@@ -457,7 +467,7 @@ def same_features(layer: Layer, in_features: Any) -> Any:
 
 
 def residual(layer: Layer) -> Residual:
-    """A layer and a connection around it (He et al. 2016; for recurrent stacks Wu et al. 2016): ``y = x + layer(x)``.
+    """A layer with a connection around it: ``y = x + layer(x)`` (He et al. 2016; in recurrent stacks Wu et al. 2016).
 
     Parameters and states are the layer's.
 
@@ -483,7 +493,10 @@ class Highway(Combinator):
     def __post_init__(self) -> None:
         Residual(self.layer)
         if self.layer.event_ndim != 1:
-            raise ValueError("layer: expected a layer whose input is features alone, of which the gate is made")
+            raise ValueError(
+                "layer: expected a layer whose input has features and no axes of space, since the gate is computed "
+                f"from the features, got {self.layer!r}; use jrnn.residual"
+            )
 
     @property
     def uses_key(self) -> Any:
@@ -512,7 +525,8 @@ class Highway(Combinator):
     def check(self, params: Any, x: Any) -> None:
         if not isinstance(params, Mapping) or set(params) != {"layer", "w", "b"}:
             raise ValueError(
-                f'params: expected a dict with "layer", "w" and "b" for a highway layer, got {describe(params)}'
+                f'params: expected a dict with "layer", "w" and "b" for a highway layer, got {describe(params)}; make '
+                f"them with {self!r}.init(key, in_features)"
             )
         self.layer.check(params["layer"], x)
 
@@ -533,9 +547,9 @@ class Highway(Combinator):
 
 
 def highway(layer: Layer, *, gate_bias: float = -1.0) -> Highway:
-    """A layer and a gated connection around it (Srivastava, Greff and Schmidhuber 2015).
+    """A layer with a gated connection around it (Srivastava, Greff and Schmidhuber 2015)::
 
-    ``t = sigmoid(x w + b)``, ``y = t * layer(x) + (1 - t) * x``.
+        t = sigmoid(x w + b)    y = t * layer(x) + (1 - t) * x
 
     Args:
       layer: a layer with as many output as input features.

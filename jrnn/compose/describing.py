@@ -15,7 +15,7 @@ __all__ = ["summary"]
 
 
 def summary(model: Layer, in_features: Any) -> str:
-    """A table of a model's layers: what they are, the features that they put out, and their parameters.
+    """A table of the layers of a model, with their output features, their parameters and the shapes of these.
 
     Nothing is computed: shapes are found by abstract evaluation.
 

@@ -158,14 +158,14 @@ class _WithState(Cell):
 
 
 def emit_state(layer: Layer) -> EmitState:
-    """A layer that puts out its state after every step, beside its outputs.
+    """A layer whose outputs include its state after every step.
 
     `jrnn.unroll` then returns ``(state, Emitted(y, state))``: the state after the last step as always, and for all T
     steps the outputs ``y (T, *B, H)`` and the states, a tree like the layer's state whose leaves are ``(T, *B, ...)``.
     At steps that are not valid both are zero.
 
-    It goes around a whole model, cells, stacks and bidirectional layers alike, and has nothing around it: its outputs
-    are not the features that another layer takes.
+    Put it around a whole model, be it a cell, a stack or a bidirectional layer. It cannot be a part of another layer,
+    since its outputs are not features.
 
     Args:
       layer: the layer. Its parameters and states are those of the result.

@@ -40,7 +40,7 @@ def undrawn(params: Any) -> Any:
 
 
 def require_drawn(cell: Any, params: Any, key: Any) -> None:
-    """Raises where a part of a step is run with a key, on parameters into which nothing was drawn."""
+    """Raises if a part of a step is run with a key, on parameters into which nothing was drawn."""
     if key is not None and not isinstance(params, Drawn):
         raise TypeError(
             f"params: expected what the draw of {cell!r} returns, since update was given a key, got parameters into "
@@ -51,9 +51,9 @@ def require_drawn(cell: Any, params: Any, key: Any) -> None:
 class Wrapper(Cell):
     """A cell around a cell, which shares its parameters and state unless a subclass says otherwise.
 
-    A wrapper of your own is a frozen dataclass with a field ``cell``, and overrides what differs from the cell. One
-    that declares ``emits`` puts out other fields of the state than the cell does. One that overrides ``project`` or
-    ``update`` may also override `map_form`, so that the fast schedules run it; without that, nothing is assumed of its
+    A wrapper of your own is a frozen dataclass with a field ``cell``. It overrides the methods in which it differs from
+    the cell. If it declares ``emits``, its outputs are these fields of the state. If it overrides ``project`` or
+    ``update``, it may also override `map_form`, so that the fast schedules run it; otherwise nothing is assumed of its
     step.
 
     >>> @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,10 @@ class Zoneout(Wrapper):
         state = super().initial_state(params, batch_shape)
         unknown = [name for name, value in self.rates if value and name not in state._fields]
         if unknown:
-            raise ValueError(f"{unknown[0]}: expected rates for the fields {state._fields} of {self.cell!r}'s state")
+            raise ValueError(
+                f"{unknown[0]}: expected 0, since the state of {self.cell!r} has the fields {state._fields}, got "
+                f"{dict(self.rates)[unknown[0]]}"
+            )
         return state
 
     def update(self, params: Any, state: Any, p: Any, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
@@ -248,15 +251,15 @@ def zone(rates: tuple[tuple[str, float], ...], new: Any, old: Any, key: jax.Arra
 
 
 def zoneout(cell: Cell, *, h: float = 0.0, c: float = 0.0) -> Zoneout:
-    """Zoneout (Krueger et al. 2017): with a key, units keep their previous value at random; without, on average.
+    """Zoneout (Krueger et al. 2017): units of the state keep their previous value at random.
 
-    With a key each unit of the field keeps its old value with probability ``rate``, anew at every step; without a
-    key the new state is ``rate * old + (1 - rate) * new``.
+    With a key, each unit of a field keeps its old value with the probability ``rate``, drawn anew at every step.
+    Without a key, the new state is the mean of this, ``rate * old + (1 - rate) * new``.
 
     Args:
-      cell: a cell whose output is its state's ``h``, or the fields that it names (see `Cell`).
-      h: rate for the hidden state.
-      c: rate for the memory of an LSTM; an error for cells without one.
+      cell: a cell whose output is one or several fields of its state, which it declares as ``emits`` (see `Cell`).
+      h: the rate for the hidden state.
+      c: the rate for the memory of an LSTM; for cells without a memory it must be 0.
 
     Parameters and states are the cell's.
 
@@ -452,7 +455,10 @@ class LearnedState(Wrapper):
         params = self.cell.init(key, in_features)
         state = self.cell.initial_state(params, ())
         if not hasattr(state, "_asdict"):
-            raise TypeError(f"cell: expected a cell whose state is a NamedTuple of arrays, got {self.cell!r}")
+            raise TypeError(
+                f"cell: expected a cell whose state is a NamedTuple of arrays, got {self.cell!r} with a state of type "
+                f"{type(state).__name__}; let its initial_state return a NamedTuple"
+            )
         return {"cell": params, "initial": state._asdict()}
 
     def initial_state(self, params: Any, batch_shape: tuple[int, ...]) -> Any:
@@ -469,7 +475,7 @@ class LearnedState(Wrapper):
         if not isinstance(own, Mapping) or set(own) != {"cell", "initial"}:
             raise ValueError(
                 'params: expected a dict with "cell" and "initial" for a cell with a learned state, got '
-                f"{describe(own)}"
+                f"{describe(own)}; make them with {self!r}.init(key, in_features)"
             )
         super().check(params, x)
 
@@ -481,9 +487,10 @@ class LearnedState(Wrapper):
 
 
 def learned_state(cell: Cell) -> LearnedState:
-    """A cell whose initial state is a parameter, the same for every sequence of a batch; it starts at the cell's own.
+    """A cell whose initial state is a parameter, the same for every sequence of a batch.
 
-    It is the initial state of a run and what a reset restores, and has gradients from both.
+    `init` sets it to the initial state of the wrapped cell. A run without ``state`` starts from it, and a reset
+    restores it. It gets gradients from both.
 
     Args:
       cell: a cell whose state is a NamedTuple of arrays.

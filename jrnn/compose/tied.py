@@ -102,7 +102,7 @@ class Tied(Combinator):
 
 
 def tied(embed: Embed, layer: Layer) -> Tied:
-    """A model of ids in and logits out whose output layer is the table of its embeddings, transposed.
+    """A model from ids to logits whose output layer is the transposed table of its embeddings.
 
     ``e_t = w[x_t]``, ``h_t = layer(e_t)``, ``y_t = h_t w^T + b`` (Press and Wolf 2017, Inan et al. 2017). One table
     where there would be two of the vocabulary's size; gradients from both of its uses add up. The state is the layer's.
@@ -119,7 +119,8 @@ def tied(embed: Embed, layer: Layer) -> Tied:
     features.
 
     Raises:
-      TypeError, ValueError: where ``embed`` is none, or, from ``init``, the layer has other than F output features.
+      TypeError, ValueError: if ``embed`` is no `jrnn.embed`; from ``init``, if the layer does not have F output
+        features.
 
     >>> model = jrnn.tied(jrnn.embed(10, 3, table_init="uniform"), jrnn.stack(jrnn.lstm(8), jrnn.dense(3)))
     >>> params = model.init(jax.random.key(0), None)

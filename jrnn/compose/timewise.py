@@ -98,7 +98,8 @@ class Dense(Timewise):
     def check(self, params: Any, x: Any) -> None:
         if (shape_of(params, "w")[1:], shape_of(params, "b")) != ((self.features,), (self.features,)):
             raise ValueError(
-                f"params: expected w (F, {self.features}) and b ({self.features},) for {self!r}, got {describe(params)}"
+                f"params: expected w (F, {self.features}) and b ({self.features},) for {self!r}, got "
+                f"{describe(params)}; make them with {self!r}.init(key, in_features)"
             )
         check_features(x, params["w"], "xs", self)
 
@@ -154,9 +155,15 @@ class Embed(Timewise):
 
     def check(self, params: Any, x: Any) -> None:
         if shape_of(params, "w") != (self.vocab, self.features):
-            raise ValueError(f"params: expected w ({self.vocab}, {self.features}) for {self!r}, got {describe(params)}")
+            raise ValueError(
+                f"params: expected w ({self.vocab}, {self.features}) for {self!r}, got {describe(params)}; make them "
+                f"with {self!r}.init(key)"
+            )
         if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise TypeError(f"xs: expected integer ids for {self!r}, got {x.dtype}")
+            raise TypeError(
+                f"xs: expected integer ids for {self!r}, got {x.dtype}; convert them with .astype(int), or use "
+                "jrnn.dense for inputs that are features"
+            )
 
     def apply(self, params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         # Compiled code cannot raise for an id outside the vocabulary. A row of NaN is noticed, another id's is not.

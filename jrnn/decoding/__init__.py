@@ -1,5 +1,9 @@
-"""Sequences from the logits of a model: greedy, sampled and beam search over any step, scheduled sampling for training,
-CTC decoding, and error rates.
+"""Sequences from the logits of a model, and how far they are from the right ones.
+
+- `greedy`, `sample` and `beam` decode token by token, with any function ``step(state, token) -> (state, logits)``.
+- `scheduled_sampling` trains a decoder on some of its own tokens.
+- `ctc_greedy` and `ctc_beam` decode the outputs of a model that was trained with `jrnn.losses.ctc`.
+- `edit_distance`, `word_error_rate`, `character_error_rate` and `chrf` compare sequences with references.
 
 T time, B batch axes (any number, or none), V classes of the vocabulary, W width of a beam.
 """

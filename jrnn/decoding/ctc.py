@@ -26,7 +26,7 @@ def ctc_greedy(logits: Any, lengths: Any = None, *, blank: int = 0) -> tuple[jax
       ``(labels (T, *B) int32, counts (*B,) int32)``: the labels of each sequence first, ``blank`` after them.
 
     Raises:
-      ValueError: where shapes do not fit, or ``blank`` is no class.
+      ValueError: if shapes do not fit, or ``blank`` is no class.
 
     >>> logits = jax.nn.one_hot(jnp.array([1, 1, 0, 1, 2]), 3)
     >>> labels, count = ctc_greedy(logits)
@@ -62,7 +62,7 @@ def ctc_beam(
       such list.
 
     Raises:
-      ValueError: where shapes do not fit, ``blank`` is no class, or the width is not positive.
+      ValueError: if shapes do not fit, ``blank`` is no class, or the width is not positive.
 
     >>> logits = jnp.log(jnp.array([[0.4, 0.35, 0.25], [0.4, 0.35, 0.25]]))
     >>> labels, log_prob = ctc_beam(logits)[0]     # greedy decoding gives none, 0.16; label 1 has three alignments

@@ -40,7 +40,7 @@ def word_error_rate(predictions: Sequence[str], references: Sequence[str]) -> fl
       predictions, references: as many sentences of each; words are what spaces separate.
 
     Raises:
-      ValueError: where their numbers differ, or no reference has a word.
+      ValueError: if their numbers differ, or no reference has a word.
 
     >>> word_error_rate(["the cat sat", "a dog"], ["the cat sat", "the dog"])
     0.2
@@ -55,7 +55,7 @@ def character_error_rate(predictions: Sequence[Sequence[Any]], references: Seque
       predictions, references: as many strings, or sequences of tokens, of each.
 
     Raises:
-      ValueError: where their numbers differ, or all references are empty.
+      ValueError: if their numbers differ, or all references are empty.
 
     >>> character_error_rate(["abc", "de"], ["abd", "de"])
     0.2
@@ -76,7 +76,7 @@ def chrf(predictions: Sequence[str], references: Sequence[str], *, order: int = 
       beta: how many times as much recall counts as precision.
 
     Raises:
-      ValueError: where their numbers differ, there are none, or ``beta`` is not positive.
+      ValueError: if their numbers differ, there are none, or ``beta`` is not positive.
 
     >>> chrf(["the cat"], ["the cat"]), chrf(["dog"], ["cat"])
     (1.0, 0.0)

@@ -35,7 +35,7 @@ def scheduled_sampling(
       ``(state, logits (T, *B, V))``. For a loss, leave out what stands in padding by its ``mask``.
 
     Raises:
-      ValueError, TypeError: where tokens are no integers, the logits do not have their batch axes, or the rate is no
+      ValueError, TypeError: if tokens are no integers, the logits do not have their batch axes, or the rate is no
         probability.
 
     >>> model = jrnn.stack(jrnn.embed(5, 3), jrnn.gru(4), jrnn.dense(5))

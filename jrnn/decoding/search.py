@@ -20,13 +20,13 @@ Step = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
 
 
 class Decoded(NamedTuple):
-    """What `greedy` and `sample` return.
+    """The result of `greedy` and `sample`.
 
     Attributes:
       tokens: ``(T, *B)`` int32; after the end token, the end token again.
       lengths: ``(*B,)`` int32, how many tokens stand before the end token; T where there is none.
       log_probs: ``(*B,)`` float32, the sum of the log probabilities of the tokens, the end token included.
-      state: the state after the last step, of all T of them.
+      state: the state after the last of the T steps, including those after the end token.
 
     >>> Decoded(tokens=1, lengths=2, log_probs=3, state=4).lengths
     2
@@ -39,7 +39,7 @@ class Decoded(NamedTuple):
 
 
 class Beams(NamedTuple):
-    """What `beam` returns, the best hypothesis first.
+    """The result of `beam`: W hypotheses for each sequence, the best first.
 
     Attributes:
       tokens: ``(T, *B, W)`` int32; after the end token, the end token again.
@@ -72,7 +72,7 @@ def greedy(step: Step, state: Any, token: Any, length: int, *, end: int | None =
       A `Decoded`. The loop is one ``lax.scan``; call this under ``jax.jit``.
 
     Raises:
-      ValueError, TypeError: where a token is no integer, or the logits do not have its batch axes.
+      ValueError, TypeError: if a token is no integer, or the logits do not have its batch axes.
 
     >>> counting = lambda state, token: (state, jax.nn.one_hot((token + 1) % 5, 5))
     >>> greedy(counting, (), jnp.array(0), 6, end=4).tokens
@@ -120,7 +120,7 @@ def draw_token(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> jax.Array:
-    """Draws a token from logits, from all of them or from the most probable.
+    """Draws a token from the distribution of the logits, or from its most probable part.
 
     Args:
       key: a PRNG key.
@@ -186,7 +186,7 @@ def beam(
       A `Beams`.
 
     Raises:
-      ValueError, TypeError: where a token is no integer, or ``width`` is larger than the vocabulary.
+      ValueError, TypeError: if a token is no integer, or ``width`` is larger than the vocabulary.
 
     >>> table = jnp.log(jnp.array([[0.0, 0.6, 0.4], [0.0, 0.4, 0.6], [0.0, 0.05, 0.95]]) + 1e-9)
     >>> step = lambda state, token: (state, table[token])
@@ -288,16 +288,20 @@ def _check_start(token: Any, length: int) -> jax.Array:
     non_negative_int(length, "length")
     token = jnp.asarray(token)
     if not jnp.issubdtype(token.dtype, jnp.integer):
-        raise TypeError(f"token: expected integers (*B,), got {token.dtype}; the first input of the step is a token")
+        raise TypeError(
+            f"token: expected integers (*B,), got {token.dtype}; it is the first input of the step, such as the id "
+            "that begins a sequence"
+        )
     return token.astype(jnp.int32)
 
 
 def check_logits(step: Step, state: Any, token: jax.Array) -> int:
-    """V, the classes of a step's logits; raises where the step returns no logits for the tokens."""
+    """V, the number of classes of a step's logits. Raises if the step returns no logits for the tokens."""
     result = jax.eval_shape(step, state, token)
     if not (isinstance(result, tuple) and len(result) == 2 and hasattr(result[1], "shape")):
         raise TypeError(
-            "step: expected a function (state, token) -> (state, logits), got one that returns no such pair"
+            "step: expected a function (state, token) -> (state, logits), got one that returns "
+            f"{type(result).__name__}; for a jrnn model, pass lambda state, token: model.step(params, state, token)"
         )
     logits = result[1]
     if logits.shape[:-1] != token.shape or logits.ndim != token.ndim + 1:

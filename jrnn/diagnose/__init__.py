@@ -12,10 +12,10 @@ Shared arguments:
   model, params, xs, state, lengths, mask, resets, reverse, key: as for `jrnn.unroll`. All measurements are NaN at steps
     that are not valid.
   layer: the recurrent layer to measure: an index into a stack, "forward" or "backward" for a direction of a
-    bidirectional layer, or a tuple of them from the outside in, such as ``(1, "forward")``. A combinator
-    of one layer, such as `jrnn.residual`, `jrnn.highway` or one of your own, is looked through and takes no place in
-    it; one of your own with several layers is indexed by its ``children()``. None where there is only one recurrent
-    layer. The layers below the chosen one feed it, those above carry its gradient.
+    bidirectional layer, or a tuple of these from the outside in, such as ``(1, "forward")``. A combinator of one layer,
+    such as `jrnn.residual`, `jrnn.highway` or one of your own, takes no place in the tuple. A combinator of your own
+    with several layers is indexed by its ``children()``. None if there is only one recurrent layer. The layers below
+    the chosen one compute its inputs, and the gradient reaches it through the layers above.
 
 None of these functions can be called inside jit, since their results leave the device.
 

@@ -55,7 +55,7 @@ def newton(
     key: jax.Array | None = None,
     layer: Any = None,
 ) -> Newton:
-    """What ``backend="newton"`` does on these sequences: whether it converges, with what residual, how fast.
+    """Whether ``backend="newton"`` converges on these sequences, with what residual, and in how many iterations.
 
     The states ``s_t = F_t(s_{t-1})`` of all steps are the root of one system of equations. Newton's method solves it
     for all steps at once (Lim et al. 2024, "Parallelizing non-linear sequential models over the sequence length";

@@ -1,13 +1,16 @@
-"""Schedules that were never run on the device that they are for. Importing this module adds them to the table.
+"""Schedules that were never run on the device that they are for.
+
+Importing this module adds them to the table of schedules::
 
     import jrnn.experimental
+
     state, ys = jrnn.unroll(cell, params, xs, backend="kernel")
 
 - ``backend="kernel"``: the whole loop as one persistent Pallas kernel, for Hopper GPUs and TPUs (`kernels`). Kernels
-  that span a GPU must not run at the same time as each other: they may wait for each other for ever.
+  that take a whole GPU must not run at the same time: they may wait for each other for ever.
 - ``backend="cudnn"``: NVIDIA's LSTM, through `jax.experimental.rnn` (`cudnn`).
 
-Both were tested in interpreters and against a stand-in for the device only. Neither is ever chosen unasked.
+Both were tested only in interpreters and against a stand-in for the device. They run only where they are named.
 """
 
 from __future__ import annotations

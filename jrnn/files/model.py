@@ -293,7 +293,7 @@ def _digest(arrays: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> str:
 def _check_params(
     model: Layer, structure: Any, shapes: dict[str, tuple[int, ...]], in_features: Any, given: bool = False
 ) -> tuple[Any, bool]:
-    """Raises where parameters are not those of the model. Returns ``in_features``, and whether it is known.
+    """Raises if parameters are not those of the model. Returns ``in_features``, and whether it is known.
 
     Where it is not given it is one of the numbers that the parameters' shapes have, or None, as for ids.
     """

@@ -66,7 +66,7 @@ def check_lengths(lengths: Any, time: int, batch_shape: tuple[int, ...], name: s
 
 
 def check_carry(carry: Any, batch_shape: tuple[int, ...]) -> None:
-    """Raises where a part of a carry can't be held for each sequence by itself."""
+    """Raises if a part of a carry can't be held for each sequence by itself."""
     if not all(_has(batch_shape, leaf) for leaf in jax.tree.leaves(carry)):
         raise ValueError(
             f"initial_carry: expected arrays whose first axes are the batch axes {batch_shape}, where seq_lengths and "

@@ -1,10 +1,12 @@
 """Modules for Flax's linen: `RNN`, `Bidirectional`, `ScannedRNN` and `Recurrent`.
 
-import jrnn.flax.linen as rnn
+Where ``flax.linen.RNN`` is used, only the import changes::
 
-lstm = rnn.RNN(nn.OptimizedLSTMCell(128))          # in the place of nn.RNN: one import changes
-variables = lstm.init(jax.random.key(0), inputs)   # the same tree and values as Flax's
-outputs = lstm.apply(variables, inputs)            # the same numbers, faster
+    import jrnn.flax.linen as rnn
+
+    lstm = rnn.RNN(nn.OptimizedLSTMCell(128))          # in the place of nn.RNN
+    variables = lstm.init(jax.random.key(0), inputs)   # the same tree and values as Flax's
+    outputs = lstm.apply(variables, inputs)            # the same numbers, faster
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ class RNN(nn.RNN):
     PRNG keys (``split_rngs``), as for dropout.
 
     With ``seq_lengths`` some results differ from Flax's, since those are wrong or depend on the padding: outputs are
-    zero at padded steps, a sequence of length 0 keeps its initial carry, any number of batch axes is right, and what
-    stands in the padding, NaN included, changes nothing, not the gradients either.
+    zero at padded steps, a sequence of length 0 keeps its initial carry, any number of batch axes is right, and the
+    values in the padding, NaN included, change no result and no gradient.
 
     Args:
       cell: a ``flax.linen.RNNCellBase``, or any module called ``(carry, x) -> (carry, y)`` with
@@ -96,7 +98,7 @@ class RNN(nn.RNN):
           ``keep_order``.
 
         Raises:
-          ValueError, TypeError: where ``seq_lengths`` are no integers, or have another shape or values outside of
+          ValueError, TypeError: if ``seq_lengths`` are no integers, or have another shape or values outside of
             [0, T].
         """
         return_carry = self.return_carry if return_carry is None else return_carry
@@ -290,7 +292,7 @@ class ScannedRNN(nn.Module):
           ``(carry, ys)``: the carry after the last step, and the outputs ``(T, *B, ...)``.
 
         Raises:
-          ValueError, TypeError: where ``carry`` is not one of the cell's for this batch, or ``x`` is no such pair.
+          ValueError, TypeError: if ``carry`` is not one of the cell's for this batch, or ``x`` is no such pair.
         """
         inputs, resets = _pair(x)
         cell = self.cell.clone(parent=self, name=f"{type(self.cell).__name__}_0", _deep_clone=True, _reset_names=True)
@@ -343,9 +345,9 @@ class Recurrent(nn.Module):
       model: a jrnn layer, such as ``jrnn.lstm(128)``.
       time_major: whether sequences are ``(T, *B, F)``, and not ``(*B, T, F)``.
       reverse: run from the last valid step to the first; outputs stay in the order of the inputs.
-      deterministic: whether to run without dropout and its like. It may be given in the call instead, and must be given
-        in one of the two where the model is known to use a key.
-      rng_collection: the stream of PRNG keys that dropout and its like draw from.
+      deterministic: whether to run without dropout and other randomness. It may be given in the call instead. If the
+        model is known to use a key, it must be given in one of the two.
+      rng_collection: the stream of PRNG keys for dropout and other randomness.
       stateful: keep the state after the last step of a call in the collection "carry", and start the next call from
         there. It is updated where "carry" is mutable; with ``init`` it is the initial state.
       backend, remat: as for `jrnn.unroll`.
@@ -403,17 +405,18 @@ class Recurrent(nn.Module):
 
         Args:
           xs: ``(*B, T, F)``, or ``(*B, T)`` ids for a model that begins with `jrnn.embed`.
-          state: where to start; None for the state that a stateful module holds, or else the model's initial one.
-          lengths: ``(*B,)`` integers: how many of each sequence's first steps are valid.
+          state: the state before the first step; None for the state that a stateful module holds, or else for the
+            initial state of the model.
+          lengths: ``(*B,)`` integers: the first ``lengths`` steps of each sequence are valid.
           mask: ``(*B, T)`` booleans, true at valid steps.
-          resets: ``(*B, T)`` booleans: where the state is the initial one before the step.
-          deterministic: None for what the constructor was given.
+          resets: ``(*B, T)`` booleans, true where the state is replaced by the initial state before the step.
+          deterministic: as for the constructor, whose value is used if this is None.
 
         Returns:
           ``(state, ys)``, ``ys (*B, T, H)``, with zeros at steps that are not valid (see `jrnn.unroll`).
 
         Raises:
-          ValueError, TypeError: where an argument does not fit, by name.
+          ValueError, TypeError: if an argument does not fit; the message names it.
         """
         model = self.model
         _model.check_layer(model)

@@ -1,9 +1,11 @@
 """Modules for Flax's nnx: `RNN`, `Bidirectional` and `Recurrent`.
 
-import jrnn.flax.nnx as rnn
+Where ``flax.nnx.RNN`` is used, only the import changes::
 
-lstm = rnn.RNN(nnx.OptimizedLSTMCell(32, 128, rngs=rngs))     # in the place of nnx.RNN: one import changes
-outputs = lstm(inputs)                                        # the same numbers, faster
+    import jrnn.flax.nnx as rnn
+
+    lstm = rnn.RNN(nnx.OptimizedLSTMCell(32, 128, rngs=rngs))     # in the place of nnx.RNN
+    outputs = lstm(inputs)                                        # the same numbers, faster
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ class RNN(nnx.RNN):
     users of rng streams do, where ``state_axes`` scans over some of them, and where ``broadcast_rngs`` is given.
 
     With ``seq_lengths`` some results differ from Flax's, since those are wrong or depend on the padding: outputs are
-    zero at padded steps, a sequence of length 0 keeps its initial carry, any number of batch axes is right, and what
-    stands in the padding, NaN included, changes nothing, not the gradients either.
+    zero at padded steps, a sequence of length 0 keeps its initial carry, any number of batch axes is right, and the
+    values in the padding, NaN included, change no result and no gradient.
 
     Args:
       cell: a ``flax.nnx.RNNCellBase``, or any module called ``(carry, x) -> (carry, y)`` with
@@ -88,7 +90,7 @@ class RNN(nnx.RNN):
           ``keep_order``.
 
         Raises:
-          ValueError, TypeError: where ``seq_lengths`` are no integers, or have another shape or values outside of
+          ValueError, TypeError: if ``seq_lengths`` are no integers, or have another shape or values outside of
             [0, T].
         """
         return_carry = self.return_carry if return_carry is None else return_carry
@@ -266,7 +268,7 @@ class Recurrent(nnx.Module):
         return _model.from_dicts(_values(self.weights), like, "weights")
 
     def init_state(self, batch_size: int | tuple[int, ...] | None) -> None:
-        """Begins to carry the state from call to call, anew, for so many sequences; None ends that."""
+        """Carries the state from call to call, from the initial state of ``batch_size`` sequences on. None ends it."""
         if batch_size is None:
             self.state = nnx.data(None)
             return
@@ -305,18 +307,19 @@ class Recurrent(nnx.Module):
 
         Args:
           xs: ``(*B, T, F)``, or ``(*B, T)`` ids for a model that begins with `jrnn.embed`.
-          state: where to start; None for the state that is carried, where there is one, or else the initial one.
-          lengths: ``(*B,)`` integers: how many of each sequence's first steps are valid.
+          state: the state before the first step; None for the state that is carried, if there is one, or else for the
+            initial state.
+          lengths: ``(*B,)`` integers: the first ``lengths`` steps of each sequence are valid.
           mask: ``(*B, T)`` booleans, true at valid steps.
-          resets: ``(*B, T)`` booleans: where the state is the initial one before the step.
-          deterministic: None for the attribute of that name.
-          rngs: where the key for dropout and its like comes from; None for what the constructor was given.
+          resets: ``(*B, T)`` booleans, true where the state is replaced by the initial state before the step.
+          deterministic: whether to run without randomness; None for the attribute of that name.
+          rngs: the source of the key for dropout and other randomness; None for that of the constructor.
 
         Returns:
           ``(state, ys)``, ``ys (*B, T, H)``, with zeros at steps that are not valid (see `jrnn.unroll`).
 
         Raises:
-          ValueError, TypeError: where an argument does not fit, by name.
+          ValueError, TypeError: if an argument does not fit; the message names it.
         """
         model, params, xs = self.model, self.params(), jnp.asarray(xs)
         if state is None and self.state is not None:

@@ -1,4 +1,11 @@
-"""Weights from and to other frameworks, as `(model, params)` pairs. A framework is imported only when it is used."""
+"""Weights from and to other frameworks.
+
+Each ``from_...`` makes a jrnn model and its parameters, ``(model, params)``, of a model of another library. Each
+``to_...`` does the reverse. The results agree with those of the other library to rounding. What has no equal in the
+other library is refused, with an error that names it. `load_torch` reads the weights for a jrnn model from a file.
+
+A framework is imported only when a function for it is called.
+"""
 
 from jrnn.interop.equinox import from_equinox, to_equinox
 from jrnn.interop.flax import from_flax, to_flax

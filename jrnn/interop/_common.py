@@ -44,7 +44,7 @@ def to_param(array: np.ndarray, argument: str) -> jax.Array:
 
 
 def check_dtype(name: str, argument: str) -> None:
-    """Raises where parameters of a dtype cannot become arrays of the same dtype."""
+    """Raises if parameters of a dtype cannot become arrays of the same dtype."""
     if name not in FLOATS:
         raise ValueError(f"{argument}: expected parameters in {', '.join(FLOATS)}, got {name}")
     if name == "float64" and jnp.asarray(np.zeros(())).dtype != jnp.float64:
@@ -87,7 +87,9 @@ def checked(model: Any, params: Any) -> Any:
 def _checked(model: Any, params: Any, features: Any, where: str) -> tuple[Any, Any]:
     if isinstance(model, Stack):
         if not isinstance(params, tuple) or len(params) != len(model.layers):
-            raise ValueError(f"{where}: expected a tuple with one entry for each of {len(model.layers)} layers")
+            raise ValueError(
+                f"{where}: expected a tuple with one entry for each of {len(model.layers)} layers, got {_kind(params)}"
+            )
         entries = []
         for i, (layer, own) in enumerate(zip(model.layers, params, strict=True)):
             entry, features = _checked(layer, own, features, f"{where}[{i}]")
@@ -95,7 +97,9 @@ def _checked(model: Any, params: Any, features: Any, where: str) -> tuple[Any, A
         return tuple(entries), features
     if isinstance(model, Bidirectional):
         if not isinstance(params, Mapping) or set(params) != {"forward", "backward"}:
-            raise ValueError(f'{where}: expected "forward" and "backward" for a bidirectional layer')
+            raise ValueError(
+                f'{where}: expected "forward" and "backward" for a bidirectional layer, got {_kind(params)}'
+            )
         both = {
             name: _checked(layer, params[name], features, f'{where}["{name}"]')[0] for _, name, layer in model._each()
         }

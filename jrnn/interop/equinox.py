@@ -44,9 +44,9 @@ __all__ = ["from_equinox", "to_equinox"]
 def from_equinox(module: Any) -> tuple[Layer, Any]:
     """A jrnn model and its parameters from an Equinox module.
 
-    What it converts is listed above. Equinox has no layer over time: its cells are one step, which `jrnn.unroll` runs
-    over a sequence; in an `eqx.nn.Sequential`, a cell stands for its outputs over time. ``use_bias=False`` becomes
-    biases of zero.
+    The docstring of `jrnn.interop.equinox` lists the modules that are converted. Equinox has no layer over time: its
+    cells compute one step, which `jrnn.unroll` runs over a sequence. A cell in an `eqx.nn.Sequential` becomes a layer
+    of the stack, which is run over time. ``use_bias=False`` becomes biases of zero.
 
     Args:
       module: the module.
@@ -70,17 +70,18 @@ def from_equinox(module: Any) -> tuple[Layer, Any]:
 
 
 def to_equinox(model: Layer, params: Any) -> Any:
-    """An Equinox module from a jrnn model: the other way round from `from_equinox`.
+    """An Equinox module from a jrnn model: the inverse of `from_equinox`.
 
-    `jrnn.lstm`, `gru` (reset after), `dense`, `embed`, `dropout`, `layer_norm`, `activation`, and stacks of these.
+    These layers are converted: `jrnn.lstm`, `gru` (reset after), `dense`, `embed`, `dropout`, `layer_norm`,
+    `activation`, and stacks of these.
 
     Args:
       model: the layer.
       params: its parameters, all in one dtype.
 
     Returns:
-      A module. One that holds a cell in an `eqx.nn.Sequential` keeps the parts of the model in their order, but cannot
-      be called: Equinox' cells take a state.
+      A module. If it is an `eqx.nn.Sequential` with a cell in it, it has the parts of the model in their order, but
+      cannot be called, since Equinox' cells take a state.
 
     Raises:
       ImportError: Equinox is not installed.

@@ -52,13 +52,14 @@ __all__ = ["from_flax", "to_flax"]
 def from_flax(rnn: Any, variables: Any = None) -> tuple[Layer, Any]:
     """A jrnn model and its parameters from a Flax module, of Linen or NNX.
 
-    What it converts is listed above; a bare cell is converted too. jrnn's data are time-major, ``(T, B, F)``, whatever
-    the module's ``time_major`` says, and `jrnn.unroll` always returns the state, whatever ``return_carry`` says.
+    The docstring of `jrnn.interop.flax` lists the modules that are converted. A cell without `RNN` is converted too.
+    jrnn's data are time-major, ``(T, B, F)``, whatever ``time_major`` of the module is, and `jrnn.unroll` always
+    returns the state, whatever ``return_carry`` is.
 
     Args:
-      rnn: a module; of Linen as it is constructed, without a parent. Modules of `jrnn.flax` are taken as Flax's.
-      variables: of Linen, what ``rnn.init`` returned, or its ``"params"``. Of NNX, an `nnx.State` to take in the place
-        of the module's own parameters, or None.
+      rnn: a module; for Linen, as it is constructed, without a parent. Modules of `jrnn.flax` are treated as Flax's.
+      variables: for Linen, the variables that ``rnn.init`` returned, or their ``"params"``. For NNX, an `nnx.State` to
+        use instead of the module's own parameters, or None.
 
     Returns:
       ``(model, params)``, for ``jrnn.unroll(model, params, xs)``. Parameters are copies in the module's dtype.
@@ -93,11 +94,11 @@ def from_flax(rnn: Any, variables: Any = None) -> tuple[Layer, Any]:
 
 
 def to_flax(model: Layer, params: Any, *, api: Literal["linen", "nnx"] = "linen") -> tuple[Any, Any]:
-    """A Flax module and its variables from a jrnn model: the other way round from `from_flax`.
+    """A Flax module and its variables from a jrnn model: the inverse of `from_flax`.
 
     `jrnn.elman`, `lstm`, `gru` (reset after) and, for Linen, `ugrnn` become an `RNN` of Flax's cell;
-    `jrnn.bidirectional`, `dense`, `embed`, `dropout`, `layer_norm`, `activation` and stacks of all these become what is
-    listed above.
+    `jrnn.bidirectional`, `dense`, `embed`, `dropout`, `layer_norm`, `activation` and stacks of all these become the
+    modules that the docstring of `jrnn.interop.flax` lists.
 
     Args:
       model: the layer.
@@ -105,8 +106,8 @@ def to_flax(model: Layer, params: Any, *, api: Literal["linen", "nnx"] = "linen"
       api: "linen" or "nnx".
 
     Returns:
-      ``(rnn, variables)``: of Linen a module and ``{"params": …}``, for ``rnn.apply(variables, xs)``; of NNX a module
-      with its parameters in it, and these as an `nnx.State`. Both are batch-major, Flax's default.
+      ``(rnn, variables)``: for Linen, a module and ``{"params": …}``, to call as ``rnn.apply(variables, xs)``; for NNX,
+      a module that holds its parameters, and these as an `nnx.State`. Both are batch-major, Flax's default.
 
     Raises:
       ImportError: Flax is not installed.

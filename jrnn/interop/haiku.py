@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from jrnn import activations
+from jrnn._core.checks import describe
 from jrnn.cells.base import Layer
 from jrnn.cells.elman import Elman, elman
 from jrnn.cells.gru import GRU, ResetBeforeGRU, gru
@@ -46,9 +47,10 @@ _GRU_ORDER = (1, 0, 2)
 def from_haiku(class_name: str | Sequence[str], params: Mapping[str, Mapping[str, Any]]) -> tuple[Layer, Any]:
     """A jrnn model and its parameters from Haiku's parameters, without Haiku.
 
-    Haiku's modules exist only while a function is transformed, so what is converted is what ``transformed.init``
-    returned. Of several modules of one class, Haiku numbers the names in the order of their creation (``lstm``,
-    ``lstm_1``), which is taken as the order in the stack. `LayerNorm` is taken to have Haiku's default ``eps`` of 1e-5.
+    Haiku's modules exist only while a function is transformed, so the parameters that ``transformed.init`` returned are
+    converted. Haiku numbers the names of several modules of one class in the order of their creation (``lstm``,
+    ``lstm_1``), which becomes the order in the stack. `LayerNorm` is assumed to have Haiku's default ``eps`` of 1e-5.
+    The docstring of `jrnn.interop.haiku` says how the parameters of each class are mapped.
 
     Args:
       class_name: "VanillaRNN", "LSTM", "GRU", "Linear", "Embed" or "LayerNorm"; or several of these, for a `jrnn.stack`
@@ -71,7 +73,10 @@ def from_haiku(class_name: str | Sequence[str], params: Mapping[str, Mapping[str
     """
     names = [class_name] if isinstance(class_name, str) else list(class_name)
     if not isinstance(params, Mapping) or not all(isinstance(entry, Mapping) for entry in params.values()):
-        raise ValueError("params: expected Haiku's parameters, a dict of dicts of arrays by the modules' names")
+        raise ValueError(
+            "params: expected Haiku's parameters, a dict of dicts of arrays by the modules' names, got "
+            f"{describe(params)}; pass what the init of the transformed function returned"
+        )
     left = {path: {n: np.asarray(a) for n, a in entry.items()} for path, entry in params.items() if entry}
     layers: list[tuple[Layer, Any]] = [None] * len(names)  # type: ignore[list-item]
     # Cells first: the "linear" of an LSTM is no Linear.
@@ -89,18 +94,18 @@ def from_haiku(class_name: str | Sequence[str], params: Mapping[str, Mapping[str
 
 
 def to_haiku(model: Layer, params: Any) -> tuple[Any, dict[str, dict[str, np.ndarray]]]:
-    """Haiku's parameters from a jrnn model: the other way round from `from_haiku`, and without Haiku.
+    """Haiku's parameters from a jrnn model, without Haiku: the inverse of `from_haiku`.
 
-    `jrnn.elman` with relu, `lstm`, `gru` with reset "before", `dense`, `embed`, `layer_norm` (with Haiku's epsilon of
-    1e-5), and stacks of these.
+    These layers are converted: `jrnn.elman` with relu, `lstm`, `gru` with reset "before", `dense`, `embed`,
+    `layer_norm` (with Haiku's epsilon of 1e-5), and stacks of these.
 
     Args:
       model: the layer.
       params: its parameters, all in one dtype.
 
     Returns:
-      ``(class_name, params)``: the class, or a tuple of classes for a stack, and what ``transformed.apply`` takes where
-      the modules are created in this order, at the top of the function.
+      ``(class_name, params)``: the class, or a tuple of classes for a stack, and the parameters for
+      ``transformed.apply`` of a function that creates the modules in this order, at its top level.
 
     Raises:
       TypeError: a layer that Haiku has not; the error says which, and what Haiku lacks.

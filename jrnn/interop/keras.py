@@ -82,19 +82,20 @@ _GRU_ORDER = (1, 0, 2)
 def from_keras(layer: Any) -> tuple[Layer, Any]:
     """A jrnn model and its parameters from a built Keras layer or `keras.Sequential`, with any backend.
 
-    What it converts is listed above; besides, a layer's ``activation`` of its own becomes a `jrnn.activation` after
-    it, and `TimeDistributed` the layer in it. Keras' data are batch-major, jrnn's time-major: ``(T, B, F)``.
+    The docstring of `jrnn.interop.keras` lists the layers that are converted. In addition, the ``activation`` of a
+    layer becomes a `jrnn.activation` after it, and `TimeDistributed` becomes the layer inside it. Keras' data are
+    batch-major, and jrnn's are time-major: ``(T, B, F)``.
 
-    What is said at the call in jrnn, and not in the model:
+    Some options of Keras' layers are arguments of the call in jrnn, or a function of its results:
 
     - Masks. Where Keras has ``Embedding(mask_zero=True)``, call
-      ``jrnn.unroll(model, params, ids, mask=ids != 0)``; for padding at the end, ``lengths=(ids != 0).sum(0)`` is the
-      same. Outputs at padding are zero.
-    - ``return_sequences=False`` of the last recurrent layer, also before `Dense` and the like. Keras' output is then
-      ``jrnn.sequence.last_valid(ys, lengths)``; of a `Bidirectional` at the end of the model, it is the two last states
-      merged, ``state["forward"].h`` and ``state["backward"].h``.
+      ``jrnn.unroll(model, params, ids, mask=ids != 0)``. For padding at the end, ``lengths=(ids != 0).sum(0)`` has the
+      same effect. Outputs at padding are zero.
+    - ``return_sequences=False`` of the last recurrent layer, whether or not `Dense` layers follow. Keras' output is
+      ``jrnn.sequence.last_valid(ys, lengths)``. For a `Bidirectional` at the end of the model, it is the two last
+      states merged, ``state["forward"].h`` and ``state["backward"].h``.
     - ``return_state``: `jrnn.unroll` always returns the state.
-    - Dropout: a key switches it on. ``recurrent_dropout`` draws one mask for all gates, where Keras draws one a gate.
+    - Dropout: a key switches it on. ``recurrent_dropout`` draws one mask for all gates, where Keras draws one for each.
 
     Args:
       layer: a layer that has been built, or a `keras.Sequential` of such layers.
@@ -138,17 +139,18 @@ def from_keras(layer: Any) -> tuple[Layer, Any]:
 
 
 def to_keras(model: Layer, params: Any) -> Any:
-    """A built Keras layer, or a `keras.Sequential`, from a jrnn model: the other way round from `from_keras`.
+    """A built Keras layer, or a `keras.Sequential`, from a jrnn model: the inverse of `from_keras`.
 
-    `jrnn.elman`, `lstm`, `gru` (both resets), alone or in `jrnn.variational`; `jrnn.bidirectional` of two of these,
-    merged by a name; `dense`, `embed`, `dropout`, `layer_norm`, `activation`, and stacks of all these.
+    These layers are converted: `jrnn.elman`, `lstm` and `gru` (both resets), alone or in `jrnn.variational`;
+    `jrnn.bidirectional` of two of these, if ``merge`` is a name; `dense`, `embed`, `dropout`, `layer_norm`,
+    `activation`; and stacks of all these.
 
     Args:
       model: the layer.
       params: its parameters, all in one dtype.
 
     Returns:
-      A layer with ``return_sequences=True``, batch-major as all of Keras, in the parameters' dtype.
+      A layer with ``return_sequences=True``, batch-major like all of Keras, in the parameters' dtype.
 
     Raises:
       ImportError: Keras is not installed.

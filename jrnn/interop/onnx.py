@@ -1,4 +1,4 @@
-"""Weights from and to ONNX: graphs of RNN, GRU and LSTM nodes and of what stands between them.
+"""Weights from and to ONNX: graphs of RNN, GRU and LSTM nodes, and of the nodes between them.
 
 ==================================  ==================================================================================
 ONNX                                jrnn
@@ -103,14 +103,14 @@ _REDUCE = {"ReduceSum": "sum", "ReduceMean": "mean", "ReduceProd": "product"}
 def from_onnx(source: Any) -> tuple[Layer, Any]:
     """A jrnn model and its parameters from an ONNX graph.
 
-    The graph is followed from its first output back to an input; what it must consist of is listed above. Between
-    these nodes it may move axes (`Transpose`, `Squeeze`, `Reshape`), which concerns the layout of its data alone:
-    jrnn's is time-major, ``(T, B, F)``, whatever the graph's inputs and the nodes' ``layout`` say. A bidirectional node
-    whose two directions nothing merges gives them side by side, ``(T, B, 2H)``.
+    The graph is followed from its first output back to an input. It must consist of the nodes that the docstring of
+    `jrnn.interop.onnx` lists, and may move axes between them (`Transpose`, `Squeeze`, `Reshape`). The data of the jrnn
+    model are time-major, ``(T, B, F)``, whatever the graph's inputs and the ``layout`` of its nodes are. If no node
+    merges the two directions of a bidirectional node, the model puts them side by side, ``(T, B, 2H)``.
 
-    - ``sequence_lens`` that is an input of the graph is what `jrnn.unroll` takes as ``lengths=``.
-    - ``initial_h`` and ``initial_c`` that are inputs of the graph are what it takes as ``state=``.
-    - What the nodes give besides ``Y``, their last states, `jrnn.unroll` always returns.
+    - If ``sequence_lens`` is an input of the graph, pass it to `jrnn.unroll` as ``lengths=``.
+    - If ``initial_h`` and ``initial_c`` are inputs of the graph, pass them as ``state=``.
+    - The last states, which are outputs of the nodes besides ``Y``, are returned by `jrnn.unroll`.
 
     Args:
       source: an `onnx.ModelProto`, its serialised bytes, or the path of a file.
@@ -140,15 +140,15 @@ def from_onnx(source: Any) -> tuple[Layer, Any]:
 
 
 def to_onnx(model: Layer, params: Any, *, lengths: bool = False) -> Any:
-    """An ONNX model from a jrnn model and its parameters: the other way round from `from_onnx`.
+    """An ONNX model from a jrnn model and its parameters: the inverse of `from_onnx`.
 
     The graph takes ``xs (T, B, F)``, or integer ids ``(T, B)`` where the model begins with `jrnn.embed`, for any T
     and B, and gives ``ys (T, B, H)``. With ``lengths`` it also takes ``lengths (B,)``, int32, and its outputs at
     padding are zero; onnxruntime honours them, while the onnx package's reference evaluator ignores ``sequence_lens``.
 
-    Layers: `jrnn.elman`, `lstm`, `peephole_lstm`, `coupled_lstm`, `gru` (both resets), each alone, in a
-    `jrnn.learned_state` or in a `jrnn.bidirectional` of two cells of one kind (merged by a name); `dense`, `embed`,
-    `layer_norm`, `activation`, `dropout` (which does nothing in the graph), and stacks of all these.
+    These layers are converted: `jrnn.elman`, `lstm`, `peephole_lstm`, `coupled_lstm` and `gru` (both resets), each
+    alone, in a `jrnn.learned_state`, or in a `jrnn.bidirectional` of two cells of one kind, if ``merge`` is a name;
+    `dense`, `embed`, `layer_norm`, `activation`, `dropout` (which does nothing in the graph); and stacks of all these.
 
     Args:
       model: the layer.
@@ -436,10 +436,14 @@ class _Reader:
 
     def _gather(self, node: Any) -> None:
         if self._attributes(node, axis=0)["axis"] != 0 or "F" in self.axes:
-            raise TypeError(f"{_place(node)}: expected rows of a table by integer ids (axis=0)")
+            raise TypeError(
+                f"{_place(node)}: expected rows of a table by integer ids (axis=0, before any axis of features), got "
+                f"axes {self.axes}"
+            )
         table = self._weights(node, 0, "data")
         if table is None or table.ndim != 2:
-            raise TypeError(f"{_place(node)}: expected a constant table (vocab, features)")
+            got = "none" if table is None else f"the shape {table.shape}"
+            raise TypeError(f"{_place(node)}: expected a constant table (vocab, features), got {got}")
         self.axes = [*self.axes, "F"]
         self._add(embed(*map(int, table.shape)), to_params({"w": table}, _place(node)))
 
@@ -463,7 +467,8 @@ class _Reader:
             w = w.T if options["transB"] and w is not None else w
             b = self._weights(node, 2, "C")
         if w is None or w.ndim != 2 or (b is not None and b.shape != w.shape[1:]):
-            raise TypeError(f"{where}: expected weights (F, out) and a bias (out,)")
+            got = ", ".join("none" if array is None else str(array.shape) for array in (w, b))
+            raise TypeError(f"{where}: expected constant weights (F, out) and a bias (out,), got {got}")
         bias = np.zeros_like(w[0]) if b is None else b
         self._add(dense(int(w.shape[1])), to_params({"w": w, "b": bias}, where))
         self.open = b is None
@@ -521,7 +526,8 @@ class _Reader:
         w, r = self._weights(node, 1, "W"), self._weights(node, 2, "R")
         gates = {"RNN": 1, "GRU": 3, "LSTM": 4}[op]
         if w is None or r is None or w.ndim != 3:
-            raise TypeError(f"{where}: expected constants W and R of three axes")
+            got = ", ".join("none" if array is None else str(array.shape) for array in (w, r))
+            raise TypeError(f"{where}: expected constants W and R of three axes, got {got}")
         hidden = int(r.shape[-1])
         b = self._weights(node, 3, "B")
         b = np.zeros((directions, 2 * gates * hidden), w.dtype) if b is None else b

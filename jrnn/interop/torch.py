@@ -1,6 +1,6 @@
-"""Weights from and to PyTorch: recurrent modules, cells, and the modules that are put between them.
+"""Weights from and to PyTorch: recurrent modules, cells, and the modules between them.
 
-Equations and gate orders are the same on both sides; what differs is the layout:
+Equations and gate orders are the same in both libraries. The layouts of the parameters differ:
 
 ==================  =====================================  ==========================================================
 jrnn                PyTorch, layer l                       note
@@ -8,7 +8,7 @@ jrnn                PyTorch, layer l                       note
 `w_ih (F, G*H)`     `weight_ih_l{l} (G*H, F)`              transposed
 `w_hh (H, G*H)`     `weight_hh_l{l} (G*H, H)`              transposed
 `w_hr (H, P)`       `weight_hr_l{l} (P, H)`                transposed; LSTM with `proj_size=P`
-`b (G*H,)`          `bias_ih_l{l} + bias_hh_l{l}`          their sum is all that the equations see, except that
+`b (G*H,)`          `bias_ih_l{l} + bias_hh_l{l}`          the equations depend only on their sum, except that
 `b_hn (H,)`         the last H of `bias_hh_l{l}`           a GRU's reset gate acts on it (`b` has only `bias_ih` there)
 `w (F, out)`, `b`   `weight (out, F)`, `bias`              `jrnn.dense` and `nn.Linear`
 `w (vocab, F)`      `weight (vocab, F)`                    `jrnn.embed` and `nn.Embedding`
@@ -84,16 +84,16 @@ def from_torch(module: Any) -> tuple[Layer, Any]:
 
     - `nn.RNN` ("tanh" or "relu"), `nn.LSTM`, `nn.GRU`: a cell for one layer in one direction, a
       `jrnn.bidirectional` for both, a `jrnn.stack` of these for several layers, with `jrnn.dropout` between them where
-      the module has `dropout > 0`. As everywhere, a key switches dropout on; the module's train or eval mode is not
-      read.
+      the module has `dropout > 0`. As everywhere, a key switches dropout on, whether the module is in train or in
+      eval mode.
     - `nn.RNNCell`, `nn.LSTMCell`, `nn.GRUCell`: a cell.
     - `nn.Linear`, `nn.Embedding`, `nn.Dropout`, `nn.LayerNorm`: `jrnn.dense`, `embed`, `dropout`, `layer_norm`.
     - `nn.Tanh`, `nn.ReLU` and other activations: `jrnn.activation`.
     - `nn.Sequential` of all these, nested too: a `jrnn.stack`, in which the outputs of a recurrent module go on to
       the next one. (PyTorch's own `nn.Sequential` would pass the pair of outputs and state on; see `to_torch`.)
     - `bias=False` becomes biases of zero.
-    - `batch_first` concerns the layout of data alone: jrnn's is time-major, `(T, B, F)`, whatever it says.
-    - An embedding's `padding_idx` keeps gradients from that row; in jrnn, `lengths` or `mask` do.
+    - `batch_first` has no effect on the parameters. The data of the jrnn model are time-major, `(T, B, F)`.
+    - An embedding's `padding_idx` stops gradients to that row. In jrnn, `lengths` or `mask` do so.
 
     Args:
       module: the PyTorch module, on any device.
@@ -128,7 +128,7 @@ def from_torch(module: Any) -> tuple[Layer, Any]:
 
 
 def to_torch(model: Layer, params: Any) -> Any:
-    """A PyTorch module from a jrnn model and its parameters: the other way round from `from_torch`.
+    """A PyTorch module from a jrnn model and its parameters: the inverse of `from_torch`.
 
     - `jrnn.elman` with tanh or relu, `jrnn.lstm`, `jrnn.projection_lstm`, `jrnn.gru` (reset after) become an
       `nn.RNN`, `nn.LSTM` or `nn.GRU`. So does `jrnn.bidirectional` of two such cells that are alike, merged by
@@ -139,8 +139,8 @@ def to_torch(model: Layer, params: Any) -> Any:
       on (`jrnn.interop.torch.Chain`), and so can be called; its entries and `state_dict` are those of an
       `nn.Sequential`.
 
-    The whole bias goes into `bias_ih` and zero into `bias_hh` (but a GRU's `b_hn`), so that converting back gives
-    exactly the parameters that went in. PyTorch trains both, to the same effect as twice the learning rate on b.
+    The whole bias goes into `bias_ih`, and `bias_hh` is zero (except for the `b_hn` of a GRU), so that converting back
+    gives exactly the same parameters. PyTorch trains both, with the effect of twice the learning rate for b.
 
     Args:
       model: the layer.
@@ -173,11 +173,11 @@ def to_torch(model: Layer, params: Any) -> Any:
 def load_torch(model: Layer, source: Any, *, names: Sequence[str] | None = None, strict: bool = True) -> Any:
     """Parameters for a jrnn model from a PyTorch ``state_dict`` or a file of one; PyTorch's module is not needed.
 
-    The layers of the model are looked up among the entries by their kind and their shapes: a cell needs
-    ``….weight_ih_l0`` and so on (or ``….weight_ih``, of an `nn.LSTMCell`), `jrnn.dense`, `jrnn.embed` and
-    `jrnn.layer_norm` need ``….weight`` and ``….bias``. An `nn.LSTM` of several layers serves as many cells that follow
-    one another. Modules that could be swapped for one another are told apart by numbers in their names alone
-    (``layers.0`` comes before ``layers.1``); if the names differ otherwise, say which is which by ``names``.
+    The entries for each layer of the model are found by the kind of the layer and by shapes. A cell needs
+    ``….weight_ih_l0`` and so on (or ``….weight_ih``, of an `nn.LSTMCell`). `jrnn.dense`, `jrnn.embed` and
+    `jrnn.layer_norm` need ``….weight`` and ``….bias``. An `nn.LSTM` of several layers provides the weights of as many
+    cells that follow one another. If several modules have the same kind and shapes, they are ordered by the numbers in
+    their names (``layers.0`` comes before ``layers.1``). If their names differ otherwise, pass them as ``names``.
 
     Args:
       model: a cell, a layer, or `jrnn.stack` and `jrnn.bidirectional` of those that `from_torch` makes.
@@ -186,7 +186,7 @@ def load_torch(model: Layer, source: Any, *, names: Sequence[str] | None = None,
         (read with ``weights_only=True``).
       names: the modules' names in the ``state_dict``, one for each in the order of the model's layers: for example
         ``("encoder.embedding", "encoder.lstm", "head")``. None finds them.
-      strict: whether every entry must be used, and every bias be there. Without it, entries of other modules are
+      strict: whether every entry must be used, and every bias must exist. If False, entries of other modules are
         ignored, and biases of modules that have none (``bias=False``) are zero.
 
     Returns:
@@ -194,8 +194,9 @@ def load_torch(model: Layer, source: Any, *, names: Sequence[str] | None = None,
 
     Raises:
       ImportError: the file's format needs PyTorch or safetensors, and that is not installed.
-      TypeError: the model has a layer that no PyTorch module is like.
-      ValueError: entries that are missing, of another shape, left over, or that fit in more than one way, by name.
+      TypeError: the model has a layer for which PyTorch has no module.
+      ValueError: entries are missing, have another shape, are left over, or fit in more than one way; the message names
+        them.
 
     >>> model = jrnn.stack(jrnn.embed(10, 3), jrnn.lstm(4))
     >>> found = {"emb.weight": (10, 3), "rnn.weight_ih_l0": (16, 3), "rnn.weight_hh_l0": (16, 4)}

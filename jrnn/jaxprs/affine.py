@@ -329,7 +329,7 @@ class _Reader(Dependence):
         elif row.elementwise or op.derivative is not None:
             self._elementwise(op)
         else:
-            raise Refusal(f"what its next state needs has {op.name!r} of its state")
+            raise Refusal(f"its next state depends on {op.name!r} of its state")
 
     def _value(self, atom: int | Const) -> Value:
         if isinstance(atom, int) and atom in self.values:

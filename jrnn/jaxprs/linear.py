@@ -166,7 +166,7 @@ class _Reader(Dependence):
             return self._sum(op)
         if row.elementwise and len(followed) == 1 and followed[0] in row.linear and same:
             return self._scaled(op, followed[0], values[0])
-        raise Refusal(f"what its next state needs has {op.name!r} of its state, which is not linear")
+        raise Refusal(f"its next state depends on {op.name!r} of its state, which is not linear")
 
     def _scaled(self, op: Op, place: int, value: Recurrence) -> Recurrence:
         """An operation that is linear in one operand, applied to ``a * leaf + b``: it applies to ``a`` and to ``b``."""

@@ -133,7 +133,7 @@ def choose_scan_backend(
     >>> name
     'reference'
     >>> reason.split(": ")[-1]
-    "what its next state needs has 'sin' of its state, which is not linear"
+    "its next state depends on 'sin' of its state, which is not linear"
     """
     chosen = _choose(f, _arrays(init), xs, length, reverse, backend, remat)
     return chosen.name, chosen.reason
@@ -171,7 +171,7 @@ def _choose(
         try:
             body = read(program, len(consts), len(carry))
         except Refusal as refusal:
-            reason = f"the body is not read as a recurrent cell: {refusal}"
+            reason = f"the body is not recognised as a recurrent cell: {refusal}"
             # Running in parts is faster for some bodies and slower for others, so it is never the default.
             if backend != "hoisted":
                 raise
@@ -181,7 +181,7 @@ def _choose(
             reason = f"{reason}; {stays} in the loop, and the gradients of the weights leave it"
             return _Choice("hoisted", reason, parts, consts, ys)
     except Refusal as refusal:
-        reason = f"the body is not read as a recurrent cell: {refusal}"
+        reason = f"the body is not recognised as a recurrent cell: {refusal}"
         if backend is not None:
             raise ValueError(_cannot(backend, reason)) from None
         return _Choice("reference", reason)

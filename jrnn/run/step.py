@@ -75,7 +75,7 @@ def read_step(task: Task) -> ReadStep | Refusal:
     """The form of the step of a cell that declares none, or the reason why it cannot be read."""
     steps, state = task.steps, task.state
     if steps.key is not None:
-        return Refusal("it may draw at its steps")
+        return Refusal("it may draw random numbers at its steps")
     contract = steps.valid is not None or steps.resets is not None
     try:
         step = lambda state, x: task.cell.step(task.params, state, x)

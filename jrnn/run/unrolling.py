@@ -298,7 +298,7 @@ class Run:
         if self._reads(task):
             step = read_step(task)
             if isinstance(step, Refusal):
-                note = f"; its step is not read as that of an affine cell: {step.reason}"
+                note = f"; its step is not recognised as that of an affine cell: {step.reason}"
             else:
                 found = step.plan(replace(task, form=step), self.backend)
                 if not isinstance(found, Refusal):

@@ -29,7 +29,7 @@ CHUNK = 2**17  # elements of one coefficient in a chunk: half a megabyte in floa
 
 def plan(task: Task) -> Plan | Refusal:
     if not isinstance(task.form, LinearForm):
-        return Refusal("it runs linear cells (jrnn.LinearCell), whose step is h = a * h + b, with a and b of the input")
+        return Refusal("it runs linear cells (jrnn.LinearCell): h = a * h + b, where a and b depend only on the input")
     h = task.state[0]
     name, reason = choose_linear((task.xs.shape[0], *h.shape), h.dtype, None, task.xs)
     reason = f"the cell is linear in its state, and runs as jrnn.linear_scan ({name}: {reason})"

@@ -19,7 +19,7 @@ LENGTH = 64
 
 def plan(task: Task) -> Plan | Refusal:
     if not _has_form(task.cell):
-        return Refusal("the cell does not say how to run many steps at once")
+        return Refusal("the cell does not define how to run many steps at once (jrnn.Cell.chunk)")
     if not isinstance(task.xs.shape[0], int) or not task.xs.shape[0]:
         return Refusal("the number of steps is not known, or zero")
     return Plan(run, f"{LENGTH} steps at once, as products of matrices", recomputes=True)

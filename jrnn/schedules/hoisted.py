@@ -16,7 +16,7 @@ def plan(task: Task) -> Plan | Refusal:
         return Plan(affine.run, reason, of_form=True)
     if getattr(task.cell, "hoistable", False):
         return Plan(run, reason)
-    return Refusal("the cell defines only its step, so nothing is known to be free of the state")
+    return Refusal("the cell defines only its step, and declares no part of it that does not need the state")
 
 
 def run(options: Any, task: Task) -> tuple[Any, Any]:

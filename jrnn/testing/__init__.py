@@ -1,9 +1,9 @@
-"""The laws of the sequence contract as functions that check any cell or layer, including your own.
+"""The laws of the sequence contract as functions that check any cell or layer, including your own::
 
     jrnn.testing.check_cell(MyCell(8), in_features=3)
 
-checks all laws that apply. It raises AssertionError with the law, the leaf that differs, and by how much. Each law is
-also a separate function, and `LAWS` lists them.
+This call checks all laws that apply. It raises an AssertionError that names the law, the leaf that differs, and by how
+much. Each law is also a separate function, and `LAWS` lists them.
 
 The results of `jrnn.unroll` are compared with those of `fold`, a literal implementation of the contract: a Python loop
 over ``cell.step`` with NumPy, and backpropagation through time written out by hand. So every law covers the values and

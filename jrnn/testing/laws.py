@@ -43,7 +43,15 @@ def _law(function: Callable[[Bench], None]) -> Callable[..., None]:
             function(Bench(function.__name__, cell, in_features, dtype, seed, jit, params))
 
     del check.__wrapped__
-    check.__annotations__ = {"cell": Layer, "in_features": Any, "return": None}
+    check.__annotations__ = {
+        "cell": "Layer",
+        "in_features": "Any",
+        "dtype": "Any",
+        "seed": "int",
+        "jit": "bool",
+        "params": "Any",
+        "return": "None",
+    }
     return check
 
 

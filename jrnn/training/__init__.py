@@ -1,4 +1,14 @@
-"""Training: optimisers, a pure step, a loop, truncated backpropagation, checkpoints."""
+"""Training: from a loss function to trained parameters.
+
+- `optimizer` and `schedule` make an Optax transformation and its learning rate by name.
+- `make_step` makes a training step from a loss function and an optimiser: a pure, compiled function of a state and a
+  batch. `tbptt_step` makes one for `chunks` of long sequences (truncated backpropagation through time).
+- `fit` runs a step over batches, with validation, early stopping, checkpoints, a progress bar and a record of all
+  numbers. `load_params` reads the parameters from its checkpoints.
+- `batches`, `prefetch`, `evaluate` and `predict` make batches of a data set, and run over all of one.
+
+T time, B batch axes (any number, or none), F input features.
+"""
 
 from jrnn.training.checkpoint import Checkpoint, Checkpointer
 from jrnn.training.data import batches, evaluate, predict, prefetch

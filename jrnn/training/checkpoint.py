@@ -138,7 +138,7 @@ class Checkpointer:
         return None if best is None else steps[best]
 
     def close(self) -> None:
-        """Lets go of the directory."""
+        """Releases the directory."""
         self._manager.close()
 
     def __enter__(self) -> Checkpointer:

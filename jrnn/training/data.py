@@ -1,4 +1,4 @@
-"""Data sets as batches, and what a model says of all of them."""
+"""Data sets as batches, and the loss and the predictions of a model over a whole data set."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def batches(
       A function of the epoch's number that returns an iterator over batches, pytrees like ``data`` of NumPy arrays.
 
     Raises:
-      ValueError: where arrays do not agree on N, or ``drop_last`` leaves nothing.
+      ValueError: if arrays do not agree on N, or ``drop_last`` leaves nothing.
 
     >>> xs, labels = np.arange(12.0).reshape(2, 6, 1), np.arange(6)
     >>> data = batches((xs, labels), 4, seed=0)
@@ -110,14 +110,14 @@ def _prefetched(data: Iterator[Any], size: int, device: Any) -> Iterator[Any]:
 def evaluate(
     step: Step, params: Any, data: Iterable[Any], *, weight: Callable[[Any], Any] | None = None
 ) -> dict[str, float]:
-    """Loss and scalar metrics over a data set, without dropout.
+    """The mean loss and the mean scalar metrics over a data set, without dropout.
 
     Args:
       step: from `make_step` or `tbptt_step`, for its loss function.
       params: the parameters.
-      data: batches, in order; of `tbptt_step`, chunks.
-      weight: ``batch -> number``, how much a batch counts in the mean, such as its number of sequences or of valid
-        steps; None for batches that all count the same.
+      data: batches, in order; chunks for a step of `tbptt_step`.
+      weight: a function ``batch -> number`` that gives the weight of a batch in the mean, such as its number of
+        sequences or of valid steps. None gives all batches the same weight.
 
     Returns:
       ``{"loss": ..., ...}``, means over the batches.
@@ -151,13 +151,14 @@ def weighted_means(step: Step, params: Any, data: Iterable[Any], weight: Any, ar
 
 
 def predict(function: Callable[[Any, Any], Any], params: Any, data: Iterable[Any], *, axis: int = 0) -> Any:
-    """What a function says of each batch of a data set, on the host and joined.
+    """Applies a function to each batch of a data set, and joins the results on the host.
 
     Args:
       function: ``(params, batch) -> pytree of arrays``; compiled once for each shape of a batch.
       params: the parameters.
       data: batches, in order.
-      axis: along which axis the results are joined: 0 for one result a sequence, 1 for ``(T, B, ...)`` of one length.
+      axis: the axis along which the results are joined: 0 if they have one row for each sequence, 1 for outputs
+        ``(T, B, ...)``, all of one length.
 
     Returns:
       A pytree of NumPy arrays.

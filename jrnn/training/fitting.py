@@ -34,7 +34,7 @@ class FitResult(NamedTuple):
       state: the `TrainState` at the end.
       history: plain lists and floats, see `fit`.
       best: ``{"step": ..., "value": ...}`` of the best validation, or None.
-      stopped: why it ended: "epochs", "steps", "patience", "callback" or "interrupt".
+      stopped: why the run ended: "epochs", "steps", "patience", "callback" or "interrupt".
 
     >>> FitResult._fields
     ('params', 'state', 'history', 'best', 'stopped')
@@ -48,10 +48,10 @@ class FitResult(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `fit` gives to a callback, after each record.
+    """The argument of a callback of `fit`, which is called after each record.
 
     Attributes:
-      step: how many steps were run.
+      step: the number of steps that were run.
       epoch: the epoch of the last of them, counted from 0.
       params: the parameters after it. The next step overwrites them: copy what is to be kept.
       history: see `fit`; the newest numbers are the last of each column.
@@ -69,12 +69,12 @@ class Report(NamedTuple):
 
 
 class NonFiniteError(ArithmeticError):
-    """Too many steps in a row were not finite, see the laws of `Step`; none of them changed anything.
+    """Raised by `fit` after too many steps in a row that were not finite (see `Step`). None of them changed anything.
 
     Attributes:
       step: the number of the step that was one too many, counted from 1.
-      in_row: how many in a row.
-      loss, grad_norm: of that step.
+      in_row: the number of such steps in a row.
+      loss, grad_norm: the loss and the gradient norm of that step.
       leaves: the paths of the parameters whose gradients were not finite; where all gradients were finite, of those
         whose updates or new values were not.
 
@@ -123,7 +123,7 @@ def fit(
     callbacks: Sequence[Callable[[Report], bool | None]] = (),
     logger: Logger | None = None,
 ) -> FitResult:
-    """Trains for a number of epochs or steps.
+    """Trains for a number of epochs or of steps, and returns the parameters with the best validation.
 
     The first ^C ends the run after the current step: its result is returned, with ``stopped="interrupt"``, and a
     checkpoint is saved where there are checkpoints. A second ^C raises KeyboardInterrupt at once.
@@ -179,7 +179,7 @@ def fit(
       ValueError, TypeError: arguments that do not fit together, an empty data set, a one-shot iterator that ran out,
         a checkpoint of another model.
       NonFiniteError: see `max_nonfinite`.
-      ImportError: a bar or checkpoints asked for without their extra.
+      ImportError: a progress bar or checkpoints were asked for, and their extra is not installed.
 
     >>> import optax
     >>> from jrnn.training import make_step

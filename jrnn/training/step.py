@@ -206,7 +206,7 @@ def make_step(loss_fn: Callable[..., Any], optimizer: optax.GradientTransformati
 
 
 def check_function(function: Any, name: str, arguments: tuple[str, ...], remedy: str) -> None:
-    """Raises where a function cannot be called with so many positional arguments."""
+    """Raises if a function cannot be called with so many positional arguments."""
     expected = f"{name}: expected a function of ({', '.join(arguments)})"
     if not callable(function):
         raise TypeError(f"{expected}, got {type(function).__name__}")

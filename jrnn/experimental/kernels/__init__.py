@@ -1,17 +1,17 @@
-"""Persistent kernels: the weights stay on the chip, and the loop over time is inside.
+"""Persistent kernels: one kernel contains the whole loop over time, and the weights stay on the chip.
 
-They serve any affine cell whose gates are elementwise, a user's included: the cell's own ``gates`` is traced into the
-kernel, and its derivative into the backward one. On a GPU the weights lie in one block, or are shared by the blocks of
-a cluster, or by as many as it takes. They run only where ``backend="kernel"`` asks for them: they were never timed, and
-never run on a GPU or a TPU, only in Pallas' interpreters.
+They serve any affine cell whose gates are elementwise, including a user's: the ``gates`` of the cell are traced into
+the forward kernel, and their derivative into the backward kernel. On a GPU, the weights are held by one thread block,
+by the blocks of a cluster, or by as many blocks as are needed. The kernels run only for ``backend="kernel"``. They were
+never timed, and never run on a GPU or a TPU, only in Pallas' interpreters.
 
-States are float32. ``jax.grad`` runs the backward kernel, its derivatives run scans, and ``jax.jvp`` is refused by JAX.
-Products are taken in the inputs' dtype if that has 16 bits (what flows back is rounded to it too: scale the loss if
-that is float16). If it is float32, a GPU takes three bfloat16 products, which keep about 16 bits of each factor, and a
-TPU takes one; where ``jax_default_matmul_precision`` asks for more they are refused.
+States are float32. ``jax.grad`` runs the backward kernel, derivatives of gradients run scans, and JAX refuses
+``jax.jvp``. With 16-bit inputs, matmuls are computed in their dtype, and cotangents are rounded to it too (scale the
+loss if it is float16). With float32 inputs, a GPU computes three bfloat16 matmuls, which keep about 16 bits of each
+factor, and a TPU computes one. If ``jax_default_matmul_precision`` asks for more, the kernels are refused.
 
-Where as many blocks as it takes share the weights, they wait for each other at every step and need the GPU to
-themselves: two such runs at the same time, on streams or in processes of their own, may wait for each other for ever.
+If more blocks than a cluster has share the weights, they wait for each other at every step and need the whole GPU: two
+such runs at the same time, on different streams or in different processes, may wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ from jrnn.schedules import Plan, Refusal, Task, promises
 
 
 class Target(NamedTuple):
-    """The device that kernels are for, by the name of its module, whether Pallas' interpreter runs them instead, and
-    what the GPU has, if it is one."""
+    """The device of the kernels.
+
+    ``device`` is the name of the module of its kernels. ``interpret`` says whether Pallas' interpreter runs them
+    instead. ``chip`` describes the GPU, if it is one.
+    """
 
     device: str
     interpret: bool = False
@@ -81,7 +84,7 @@ def plan(task: Task, target: Target | None = None) -> Plan | Refusal:
 
 
 def run(settings: Settings, task: Task) -> Any:
-    """An affine form over all steps, by kernels."""
+    """Runs an affine form over all steps by kernels."""
     form, steps = task.form, task.steps
     operands = rule.Operands(
         jnp.concatenate(form.project(task.xs), -1), form.w_hh, form.theta, task.state, task.restart
@@ -90,7 +93,7 @@ def run(settings: Settings, task: Task) -> Any:
 
 
 def present() -> Target | None:
-    """The device of this process that there are kernels for."""
+    """The default device, if there are kernels for it; else None."""
     device = default_device()
     if device.platform == "tpu":
         return Target("tpu")

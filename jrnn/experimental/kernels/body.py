@@ -1,7 +1,7 @@
 """One step of an affine cell as every kernel runs it, forward and backward, on arrays of any layout.
 
-The gates act on each element by itself, so a step does not ask how its arrays lie: units may come first or last, and
-an array may be the part of the batch that one block of a GPU holds in registers. A kernel brings the product.
+The gates are elementwise, so a step does not depend on the layout of its arrays: units may come first or last, and an
+array may be the part of the batch that one block of a GPU holds in registers. The kernel provides the matmul.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from jrnn.schedules.read import unpack
 
 
 def forward(plan: Settings, theta: Any, state: Any, restart: Any, step: Steps, multiply: Any) -> tuple[Any, Any]:
-    """One step: ``(met, new)``, the state that it met once resets are done and the state after it.
+    """One step: ``(met, new)``, the state before the step, after resets, and the state after the step.
 
-    ``step.read`` is u, one array a gate; ``multiply(h)`` gives v, one array a gate.
+    ``step.read`` is u, one array for each gate. ``multiply(h)`` returns v, one array for each gate.
     """
     if step.resets is not None:
         state = choose(step.resets, restart, state)
@@ -34,8 +34,8 @@ def forward(plan: Settings, theta: Any, state: Any, restart: Any, step: Steps, m
 def backward(plan: Settings, theta: Any, met: Any, dnew: Any, dh: Any, step: Steps, multiply: Any) -> tuple[Any, ...]:
     """The transpose of `forward` at one step: ``(dtheta, dread, dstate, drestart)``.
 
-    ``step.read`` is what the gates read (see `jrnn.schedules.read`), ``dnew`` what flows back into the state
-    after the step and ``dh`` what its output adds; ``multiply(dv)`` gives ``dv W_hh^T``.
+    ``step.read`` are the gate inputs (see `jrnn.schedules.read`). ``dnew`` is the cotangent of the state after the step
+    and ``dh`` that of its output. ``multiply(dv)`` returns ``dv W_hh^T``.
     """
     dnew = dnew._replace(h=dnew.h + dh)
     held = None
@@ -57,7 +57,7 @@ def backward(plan: Settings, theta: Any, met: Any, dnew: Any, dh: Any, step: Ste
 
 
 def gates(plan: Settings, theta: Any, read: Any, state: Any) -> Any:
-    """The new state from what the gates read: ``u``, with v in it where the sum is enough, then the other v."""
+    """The new state from the gate inputs ``read`` (see `jrnn.schedules.read`) and the state before the step."""
     return plan.combine(theta, *unpack(plan.sums, read), state, None)
 
 
@@ -65,11 +65,11 @@ def choose(flags: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(flags, n, o), new, old)
 
 
-# --- the same in ordinary JAX: what a kernel is differentiated by ------------------------------------------------
+# --- the same in ordinary JAX, for derivatives of the kernels ----------------------------------------------------
 
 
 def scan_forward(plan: Settings, shared: Any, steps: Steps, states: Any) -> tuple[Any, Any]:
-    """What `Device.forward` computes, as a scan over ``(N, H)`` rows."""
+    """The forward kernel as a scan over rows ``(N, H)``."""
     w_hh, theta = shared
     state, restart = states
 
@@ -85,7 +85,7 @@ def scan_forward(plan: Settings, shared: Any, steps: Steps, states: Any) -> tupl
 
 
 def scan_backward(plan: Settings, shared: Any, steps: Any, states: Any) -> tuple[Any, Any]:
-    """What `Device.backward` computes, as a scan over ``(N, H)`` rows."""
+    """The backward kernel as a scan over rows ``(N, H)``."""
     w_hh, theta = shared
     dlast, zero = states
     widen = jax.tree.map(lambda a: jnp.broadcast_to(a, zero.h.shape), theta)
@@ -107,16 +107,16 @@ def scan_backward(plan: Settings, shared: Any, steps: Any, states: Any) -> tuple
 
 
 def rows(plan: Settings, step: Steps) -> Steps:
-    """A step of rows ``(N, …)``: its flags as columns, what is read as one array a part."""
+    """A step of rows ``(N, …)``, with its flags as columns and one array for each part of the gate inputs."""
     flags = (None if f is None else f[:, None] for f in (step.valid, step.resets))
     return Steps(tuple(jnp.split(step.read, step.read.shape[-1] // plan.hidden, axis=-1)), *flags)
 
 
-# --- a traced function with nothing in it but operations that a kernel may hold ----------------------------------
+# --- a traced function with only operations that a kernel may contain --------------------------------------------
 
 
 def inline(function: Any) -> Any:
-    """The function with every call in it opened."""
+    """The function with every call inside it inlined."""
 
     def apply(op: Op, values: list[Any]) -> Any:
         rule = primitive(op.name).pallas

@@ -184,10 +184,11 @@ def backward(plan: Settings, shared: Any, steps: Any, states: Any) -> tuple[Any,
 
 
 class Block(NamedTuple):
-    """What one warpgroup of one block works with, on one tile of sequences.
+    """The references of one warpgroup of one block, for one tile of sequences.
 
-    ``passed`` is where blocks that share the weights leave for each other what ``sent`` then holds, ``met`` the steps
-    that they have met at before, and ``out`` where the warpgroup hands what its tensor cores give to its threads.
+    ``passed`` is the buffer in global memory through which blocks that share the weights exchange vectors, and ``sent``
+    the buffer in shared memory that these are copied to. ``met`` is the number of steps at which the blocks have
+    waited for each other before. Through ``out``, the warpgroup passes the results of its tensor cores to its threads.
     """
 
     plan: Settings
@@ -221,7 +222,7 @@ class Block(NamedTuple):
         return laid_out(self.plan, jnp.zeros((self.cut.share, self.cut.width), jnp.float32))
 
     def step(self, ins: Any, t: Any, parts: int) -> Steps:
-        """What a step reads."""
+        """The inputs of step t."""
 
         def flag(name: str) -> Any:
             return load(self.plan, ins[name], (t, self.tile)) > 0 if name in ins else None
@@ -230,7 +231,7 @@ class Block(NamedTuple):
         return Steps(read, flag("valid"), flag("resets"))
 
     def send(self, values: Any, i: Any) -> Any:
-        """Puts the arrays where all warpgroups find them, waits for all to have done so, and says in which slot."""
+        """Writes arrays where all warpgroups can read them, waits until all have done so, and returns the slot."""
         alone, slot = self.cut.blocks == 1, lax.rem(i, 2)
         place = self.sent.at[slot] if alone else self.passed.at[self.tile, slot]
         for which, value in enumerate(values):
@@ -252,7 +253,7 @@ class Block(NamedTuple):
         return slot
 
     def receive(self, part: int, slot: Any) -> None:
-        """Begins to copy a part of what everybody sent to the block's shared memory."""
+        """Starts to copy a part of what all blocks sent to the block's shared memory."""
 
         @pl.when(self.warpgroup == 0)
         def _() -> None:
@@ -267,7 +268,7 @@ class Block(NamedTuple):
         return pl.ds(start, min(self.cut.part, self.cut.units - start))
 
     def meet(self, i: Any) -> None:
-        """Waits until all warpgroups of all blocks that share the weights have written theirs of step i."""
+        """Waits until all warpgroups of all blocks that share the weights have written their vectors of step i."""
         self.order_memory()
         plgpu.commit_smem()  # whose barrier lets no thread of the warpgroup signal before all others got here
         if self.semaphore is None:
@@ -281,7 +282,7 @@ class Block(NamedTuple):
         self.order_memory()
 
     def order_memory(self) -> None:
-        """What threads wrote to global memory before a barrier is what other blocks' copies read after it."""
+        """A memory fence: after a barrier, other blocks copy what threads wrote to global memory before it."""
         if self.plan.interpret:
             return
 
@@ -293,7 +294,7 @@ class Block(NamedTuple):
         fence()
 
     def products(self, slot: Any) -> list[jax.Array]:
-        """For each gate its weights times what was sent, if that is one array, or else times the gate's own."""
+        """For each gate, its weights times the array that was sent, or times its own array if several were."""
         pairs = [(0, 0)] if self.cut.pieces == 1 else [(0, 1), (1, 0), (0, 0)]
         start = self.warpgroup * self.cut.rows
         columns = self.sent.shape[-1]

@@ -1,4 +1,4 @@
-"""What is static about a run of a kernel, and how many blocks of a GPU share its weights."""
+"""The static options of a run of a kernel, and how its weights are divided among the blocks of a GPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from jrnn.schedules import read
 
 
 class Steps(NamedTuple):
-    """What every step is given: what its gates read, and whether it is valid and is a reset, or None for all or none.
+    """The inputs of a step: the gate inputs, and the flags of valid steps and of resets.
 
-    Over all steps ``read`` is ``(T, N, P*H)`` for P parts and the flags ``(T, N)``.
+    ``valid`` is None if all steps are valid, and ``resets`` is None if there are none. For all steps, ``read`` is
+    ``(T, N, P*H)`` with P parts, and the flags are ``(T, N)``.
     """
 
     read: Any
@@ -21,7 +22,7 @@ class Steps(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """What a GPU has: ``blocks`` that run at once, one a multiprocessor, each with bytes of shared ``memory``."""
+    """A GPU: the ``blocks`` that run at once, one on each multiprocessor, and the bytes of shared ``memory`` of one."""
 
     blocks: int = 132
     memory: int = 227 * 1024
@@ -29,12 +30,12 @@ class Chip(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """What is static about a run: it compiles once for each.
+    """The static options of a run, which compiles once for equal options.
 
-    ``combine`` is the function of the gates (see `jrnn.cells.form.Gates`), of H units and ``states`` fields of a state.
-    ``device`` is the module of the kernels by name and ``interpret`` whether it runs through Pallas' interpreter,
-    ``chip`` what it has if it is a GPU; ``sums`` says of each gate whether ``u + v`` is enough; ``keep`` says whether
-    the states that the steps met are kept for a derivative.
+    ``combine`` is the function of the gates (see `jrnn.cells.form.Gates`), for H units and ``states`` fields of the
+    state. ``device`` is the name of the module of the kernels, ``interpret`` says whether Pallas' interpreter runs
+    them, and ``chip`` describes the GPU. ``sums`` says of each gate whether it needs only ``u + v``. ``keep`` says
+    whether the states before the steps are returned, as residuals.
     """
 
     combine: Any
@@ -60,24 +61,25 @@ class Settings:
         return read.slots(self.sums)
 
 
-# --- how a run is cut up for a GPU -------------------------------------------------------------------------------
+# --- how a run is divided among the blocks of a GPU --------------------------------------------------------------
 
-# Rows of a tensor core instruction, and the units that rows come in.
+# The rows of a tensor core instruction, and the number of units that rows come in multiples of.
 ROWS, UNITS = 64, 16
-# Warpgroups of a block, at most; sizes of a cluster that every GPU has; bytes that the barriers are left.
+# The most warpgroups of a block; the sizes of a cluster that every GPU supports; the bytes reserved for barriers.
 WARPGROUPS, CLUSTERS, BARRIERS = 8, (2, 4, 8), 1024
-# Parts, at most, in which what is sent is received: an LSTM of 768 units in float32 takes as many.
+# The most parts in which a block receives what the others send: an LSTM of 768 units in float32 needs as many.
 PARTS = 16
 
 
 @dataclass(frozen=True)
 class Cut:
-    """``blocks`` of ``warpgroups`` share the weights, by units, and run on a tile of ``width`` sequences at a time.
+    """A division of the weights, by units, among ``blocks`` with ``warpgroups`` each.
 
-    One block shares them with nobody; up to eight can be a cluster; more are a ``grid``: as many groups of blocks as
-    run at once, which then take the tiles in ``rounds``. Each warpgroup has the rows of all gates of its units.
-    ``pieces`` are the 16-bit floats that a factor is split into. Where the shared memory does not hold what all units
-    send, a block of one warpgroup receives it in ``parts``, one while it multiplies by another.
+    The blocks run on a tile of ``width`` sequences at a time. Two to eight blocks form a cluster. More blocks form a
+    ``grid``: as many groups of blocks as can run at once, which work on the tiles in several ``rounds``. Each warpgroup
+    has the rows of all gates of its units. ``pieces`` is the number of 16-bit floats that a factor is split into. If
+    the shared memory is too small for the vectors that all units send, a block of one warpgroup receives them in
+    ``parts``: one part arrives while it multiplies by another.
     """
 
     hidden: int
@@ -93,12 +95,12 @@ class Cut:
 
     @property
     def share(self) -> int:
-        """Units of a warpgroup."""
+        """The number of units of a warpgroup."""
         return UNITS * -(-self.hidden // (UNITS * self.blocks * self.warpgroups))
 
     @property
     def rows(self) -> int:
-        """Rows of the weights of a warpgroup."""
+        """The number of rows of the weights of a warpgroup."""
         return ROWS * -(-self.gates * self.share // ROWS)
 
     @property
@@ -107,7 +109,7 @@ class Cut:
 
     @property
     def groups(self) -> int:
-        """Groups of blocks that run tiles of their own, at once if the blocks of a group have to meet in a grid."""
+        """The number of groups of blocks, each of which works on other tiles. The groups of a grid run at once."""
         tiles = -(-self.sequences // self.width)
         return min(tiles, self.chip.blocks // self.blocks) if self.grid else tiles
 
@@ -121,23 +123,23 @@ class Cut:
 
     @property
     def part(self) -> int:
-        """Units that are received at once."""
+        """The number of units that are received at once."""
         return self.width * -(-self.units // (self.width * self.parts))
 
     @property
     def slots(self) -> int:
-        """Room for what is sent: in one block warpgroups write while others still read, and several meet between."""
+        """The number of buffers for sent vectors. One block needs two: some warpgroups write while others read."""
         return 1 if self.blocks > 1 and self.parts == 1 else 2
 
     def memory(self, sent: int) -> int:
-        """Bytes of shared memory for the weights, so many arrays that are sent at a step, and what comes out."""
+        """The bytes of shared memory for the weights, the ``sent`` arrays of a step, and the result."""
         weights = self.pieces * self.warpgroups * self.rows * self.units
         received = self.pieces * self.slots * self.part * sent * self.width
         return 2 * (weights + received) + 4 * self.warpgroups * self.rows * self.width + BARRIERS
 
     @property
     def need(self) -> int:
-        """Of the backward kernel, which sends the most."""
+        """The bytes of shared memory of the backward kernel, which sends the most arrays."""
         return self.memory(self.gates)
 
     @property
@@ -148,12 +150,12 @@ class Cut:
 
 
 def most(gates: int) -> int:
-    """Units of a warpgroup, at most."""
+    """The most units of a warpgroup."""
     return max(UNITS, ROWS // gates // UNITS * UNITS)
 
 
 def cuts(hidden: int, sequences: int, gates: int, pieces: int, chip: Chip) -> Iterator[Cut]:
-    """The ways to cut up a run, the fewest blocks first, whether or not they fit."""
+    """The ways to divide the weights, beginning with the fewest blocks, whether or not they fit."""
     for blocks in (1, *CLUSTERS, -(-hidden // most(gates))):
         grid = blocks not in (1, *CLUSTERS)
         warpgroups = -(-hidden // (blocks * most(gates)))
@@ -168,7 +170,7 @@ def cuts(hidden: int, sequences: int, gates: int, pieces: int, chip: Chip) -> It
 
 
 def choose(hidden: int, sequences: int, gates: int, pieces: int, chip: Chip) -> tuple[Cut | None, str]:
-    """The cut of the fewest blocks that fits, and what it needs; or None, and what is lacking."""
+    """The first division that fits, and the memory that it needs; or None, and the reason why none fits."""
     need = ""
     for cut in cuts(hidden, sequences, gates, pieces, chip):
         if cut.need <= chip.memory:

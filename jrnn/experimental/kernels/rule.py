@@ -1,10 +1,10 @@
-"""The recurrence of an affine cell by a device's kernels, and what JAX needs of it: derivatives and `vmap`.
+"""The recurrence of an affine cell by the kernels of a device, with its rules for derivatives and `vmap`.
 
-The kernels run what needs the state, and nothing else. Before them stands the projection of all T inputs; after them,
-what the gates read is made again and the gradients of the weights are taken, each as one product over all T.
+The kernels run only what needs the state. The projection of all T inputs is computed before them. After them, the
+gate inputs are recomputed, and the gradient of each weight is one matmul over all T.
 
-`jax.grad` runs the backward kernel. Each kernel is itself differentiated through its twin in `body`, a scan, so that
-derivatives of gradients are right, if slower; `jax.jvp` of the recurrence is refused by JAX, as of any `custom_vjp`.
+`jax.grad` runs the backward kernel. The derivative of each kernel is that of the same computation as a scan, in `body`,
+so that derivatives of gradients are right, if slower. JAX refuses `jax.jvp`, as for any `custom_vjp`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from jrnn.schedules.read import pack
 
 
 class Operands(NamedTuple):
-    """What the recurrence is differentiated by: ``u (T, N, G*H)``, ``w_hh``, theta, and states ``(N, H)``."""
+    """The operands that the recurrence has derivatives with respect to.
+
+    ``u`` is ``(T, N, G*H)``. The fields of ``state`` and ``restart`` are ``(N, H)``.
+    """
 
     u: jax.Array
     w_hh: jax.Array
@@ -70,7 +73,7 @@ recur.defvjp(_recur_fwd, _recur_bwd)
 
 
 def module(device: str) -> Any:
-    """The kernels of a device, imported only where they are wanted: Pallas takes its time."""
+    """The module of a device's kernels. It is imported at its first use, since importing Pallas takes long."""
     return importlib.import_module(f"jrnn.experimental.kernels.{device}")
 
 
@@ -84,8 +87,11 @@ def _backward(plan: Settings, shared: Any, steps: Any, states: Any) -> Any:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _kernel(name: str, plan: Settings, shared: Any, steps: Any, states: Any) -> Any:
-    """A device's kernel of that name: from what all sequences share, of each step ``(T, N, …)`` and of each sequence
-    ``(N, …)``, to what comes out of each step and of each sequence."""
+    """The kernel of that name, as a function of arrays.
+
+    ``shared`` are the operands that all sequences share. ``steps`` have a value for each step, ``(T, N, …)``, and
+    ``states`` one for each sequence, ``(N, …)``. The results are of the latter two kinds.
+    """
 
     @jax.custom_batching.custom_vmap
     def call(shared: Any, steps: Any, states: Any) -> Any:
@@ -98,7 +104,7 @@ def _kernel(name: str, plan: Settings, shared: Any, steps: Any, states: Any) -> 
         spread = [a if b else jnp.broadcast_to(a, (size, *a.shape)) for a, b in zip(leaves, flags, strict=True)]
         args = jax.tree.unflatten(tree, spread)
         if any(jax.tree.leaves(is_batched[0])):
-            # Weights of their own for each: one run after another.
+            # Each has other weights: they run one after another.
             out = jax.lax.map(lambda args: call(*args), args)
         else:
             steps = jax.tree.map(functools.partial(_fold, 1), args[1])
@@ -120,7 +126,7 @@ def _kernel_jvp(name: str, plan: Settings, primals: Any, tangents: Any) -> Any:
 
 
 def _fold(axis: int, a: jax.Array) -> jax.Array:
-    """The runs of a `vmap`, on the first axis, among the sequences, on another."""
+    """The mapped axis of a `vmap`, which is the first, merged into the axis of sequences, which is ``axis``."""
     a = jnp.moveaxis(a, 0, axis)
     return a.reshape(*a.shape[:axis], a.shape[axis] * a.shape[axis + 1], *a.shape[axis + 2 :])
 

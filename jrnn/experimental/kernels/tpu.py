@@ -153,10 +153,10 @@ def launch(
     plan: Settings, cut: Shape, reverse: bool, run: Any, once: Any, first: Any, each: Any, out_each: Any, carried: Any,
     time: int,
 ) -> Any:  # fmt: skip
-    """Runs ``run`` for every tile of sequences and, one after another, every step.
+    """Runs ``run`` for every tile of sequences and, within it, for one step after another.
 
-    ``once`` is the same for all, ``first`` of each tile, ``each`` and ``out_each`` of each step, ``carried`` of each
-    tile from step to step.
+    ``once`` are inputs that are the same for all tiles and steps, ``first`` has a value for each tile, and ``each`` and
+    ``out_each`` have one for each step. ``carried`` is passed from step to step in each tile.
     """
     args = (once, first, each, out_each, carried)
     tree = jax.tree.structure(args)
@@ -202,7 +202,7 @@ def dot(cut: Shape, a: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def step(each: Any, parts: int, like: jax.Array) -> Steps:
-    """What a step reads."""
+    """The inputs of a step."""
 
     def flag(name: str) -> Any:
         return spread(each[name][0, 0], like) > 0 if name in each else None

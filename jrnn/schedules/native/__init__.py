@@ -40,7 +40,7 @@ def pays(task: Task) -> Refusal | None:
     if jax.device_count() > 1:
         return Refusal("XLA can divide a scan among several devices, and not a call of compiled code")
     if not all(isinstance(size, int) for size in task.xs.shape):
-        return Refusal("sizes are symbols")
+        return Refusal("its sizes are symbols")
     rows, features = math.prod(task.xs.shape[:-1]), task.xs.shape[-1]
     hidden, width = task.affine.w_hh.shape
     work = 2 * rows * (features + hidden) * width
@@ -61,7 +61,7 @@ def plan(task: Task) -> Plan | Refusal:
     if not jax.sharding.get_abstract_mesh().empty:
         return Refusal("a mesh is set, and it does not support arrays that lie on one")
     if task.steps.key is not None and form.gates.draws:
-        return Refusal("what is drawn at each step (zoneout) is not known to it")
+        return Refusal("it draws no random numbers, and the cell draws some at each step (zoneout)")
     if form.projection is not None:
         return Refusal("the cell makes its input projection itself")
     exact, rounded = (form.theta, state, form.mask), (form.inputs, form.w_hh, task.xs)
