@@ -440,7 +440,7 @@ def test_what_the_table_does_not_know_stays_in_the_loop():
     weights, carry, step, xs = built(BODIES[0])
     for of, stays in (
         (lambda c, x: (c, unheard_of.bind(x)), "runs first as a scan ('unheard_of')"),
-        (lambda c, x: (unheard_of.bind(c), x), "has 'unheard_of' of its state"),
+        (lambda c, x: (unheard_of.bind(c), x), "depends on 'unheard_of' of its state"),
     ):
         name, reason = jrnn.choose_scan_backend(lambda c, x, of=of: step(weights, *of(c, x)), carry, xs)
         assert name == "reference"
