@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -136,8 +136,8 @@ class Add(Recipe):
 
 
 @dataclass(frozen=True)
-class Negative(Recipe):
-    """The negative of an array."""
+class OfEach(Recipe):
+    """An array that is computed from another one, element by element."""
 
     source: Recipe
 
@@ -148,34 +148,27 @@ class Negative(Recipe):
     @property
     def parts(self) -> tuple[Recipe, ...]:
         return (self.source,)
+
+    def columns(self, start: int, stop: int) -> Recipe:
+        return replace(self, source=self.source.columns(start, stop))
+
+
+@dataclass(frozen=True)
+class Negative(OfEach):
+    """The negative of an array."""
 
     def make(self, env: dict[int, Any]) -> Any:
         return jax.lax.neg(self.source.make(env))
 
-    def columns(self, start: int, stop: int) -> Recipe:
-        return Negative(self.source.columns(start, stop))
-
 
 @dataclass(frozen=True)
-class Number(Recipe):
+class Number(OfEach):
     """Booleans as the numbers 0 and 1."""
 
-    source: Recipe
     dtype: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def parts(self) -> tuple[Recipe, ...]:
-        return (self.source,)
 
     def make(self, env: dict[int, Any]) -> Any:
         return jax.lax.convert_element_type(self.source.make(env), self.dtype)
-
-    def columns(self, start: int, stop: int) -> Recipe:
-        return Number(self.source.columns(start, stop), self.dtype)
 
 
 @dataclass(frozen=True)
