@@ -1,15 +1,15 @@
 """What do cells remember? The adding problem and copying memory, over 100 steps and more, one cell beside another.
 
-    pip install -e ".[examples]" && python examples/memory.py          # five cells, a few minutes
+    pip install -e ".[examples]" && python examples/memory.py          # five cells
     python examples/memory.py --task copying --cells orthogonal_rnn lstm
     python examples/memory.py --length 400 --cells gru lem rg_lru       # any of the names that --help lists
 
 Both tasks are those of Hochreiter and Schmidhuber (1997), drawn anew for every step of the training:
 
-* adding: of ``length`` random numbers two are marked, one in each half, and the last output is to be their sum. To say
-  1 whatever comes, which takes no memory, has a mean squared error of 1/6 = 0.167.
+* adding: of ``length`` random numbers two are marked, one in each half, and the last output is to be their sum. A model
+  that always answers 1, which takes no memory, has a mean squared error of 1/6 = 0.167.
 * copying (as in Arjovsky, Shah and Bengio 2016): ten symbols of eight kinds, ``length`` steps of blanks, and then the
-  ten again. To forget them and guess has a cross-entropy of 10 ln 8 / (length + 20).
+  ten again. A model that forgets them and guesses has a cross-entropy of 10 ln 8 / (length + 20).
 
 All cells have the same number of units, the same batches and the same learning rate. Nothing is tuned for any of them:
 a cell that fails here may do better with other settings, or in a longer training (`--steps`, `--learning-rate`).
@@ -61,7 +61,7 @@ class Task(NamedTuple):
     outputs: int
     sample: Any  # (key, batch) -> inputs (T, batch, features), targets
     loss: Any  # (outputs (T, batch, outputs), targets) -> the loss
-    chance: float  # the loss of who remembers nothing
+    chance: float  # the loss of a model without memory
 
 
 def adding(length):

@@ -38,7 +38,7 @@ OPTIMIZED = {"xla_backend_optimization_level": 3} | (
 
 
 def compile_quickly():
-    """Lets XLA skip the optimization of machine code, which takes half of the suite's time and changes few results.
+    """Lets XLA skip the optimization of machine code, which takes half of the time of many tests; few results change.
 
     ``JRNN_TEST_OPTIMIZED=1`` keeps it, and so does a test that compiles with ``OPTIMIZED``. XLA reads the variable when
     JAX makes its first device, which is later than this.

@@ -86,7 +86,9 @@ def read_step(task: Task) -> ReadStep | Refusal:
     form = cell_of(body).form
     flagged = form.resets or (isinstance(form, affine.Affine) and (form.mask or form.ends))
     if contract and (flagged or not all(is_new for _, is_new in form.after.values())):
-        return Refusal("its step replaces its state, or puts out what it was, which masks and resets change")
+        return Refusal(
+            "its step replaces its state, or outputs the state before the step, which masks and resets change"
+        )
     return ReadStep(body, ys, consts)
 
 
