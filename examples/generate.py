@@ -100,7 +100,7 @@ def continued(model, params, prompt, length, temperature, top_k, top_p, key):
     return decoding.sample(step, state, prompt[-1], length, key, **options).tokens
 
 
-def train(model, params, train_ids, test_ids, steps, learning_rate):
+def train(model, params, train_ids, test_ids, steps, learning_rate, checkpoint=None):
     """The result of `fit`: truncated backpropagation over the streams, tested after each quarter of a pass."""
     xs, ys = streams(train_ids, STREAMS)
     pieces = -(-len(xs) // PIECE)
@@ -112,6 +112,7 @@ def train(model, params, train_ids, test_ids, steps, learning_rate):
         steps=steps,
         validation=list(training.chunks(*streams(test_ids, TEST_STREAMS), PIECE)),
         validate_every=min(steps, max(1, pieces // 4)),
+        checkpoint=checkpoint,
     )
 
 
@@ -152,6 +153,7 @@ def main(arguments=None):
     parser.add_argument("--layers", type=shared.positive, default=1, help="LSTM layers (default: %(default)s)")
     parser.add_argument("--steps", type=shared.positive, help="training steps (default: 800; 8000 with --full)")
     parser.add_argument("--full", action="store_true", help="the larger network, for longer")
+    shared.add_checkpoint(parser)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if not options.prompt:
@@ -172,7 +174,7 @@ def main(arguments=None):
     print(f"{len(train_ids):,} characters to train on, {len(test_ids):,} to test on ({unseen:.2%} of them unknown)")
     print(f"{model} with {count:,} parameters, {steps} steps of {STREAMS} x {PIECE} characters")
 
-    result = train(model, params, train_ids, test_ids, steps, 2e-3)
+    result = train(model, params, train_ids, test_ids, steps, 2e-3, options.checkpoint)
     beside = compressors(texts[1])
     bits = result.history["validation"]["loss"][-1] / np.log(2)
     print(f"bits per character on the test text: {bits:.3f} at the end; {min_bits(result):.3f} at best")

@@ -138,7 +138,7 @@ class Forecaster:
         return to_frames(jax.nn.sigmoid(self.logits(params, to_patches(films[:GIVEN]))[GIVEN - 1 :]))
 
 
-def train(forecaster, images, held_out, digits, steps, seed):
+def train(forecaster, images, held_out, digits, steps, seed, checkpoint=None):
     """Every batch is made of new films: there is nothing to learn by heart but the digits."""
     every = max(1, steps // 5)
 
@@ -153,6 +153,7 @@ def train(forecaster, images, held_out, digits, steps, seed):
         steps=steps,
         validation=[make_films(held_out, 4 * BATCH, digits, [seed, 1])[0]],
         validate_every=every,
+        checkpoint=checkpoint,
     )
 
 
@@ -180,21 +181,22 @@ def main(arguments=None):
     parser = shared.parser(__doc__, "moving_digits.png")
     parser.add_argument("--digits", type=int, help="digits in each film (default: 1; 2 with --full)")
     parser.add_argument("--features", type=int, help="features of each layer (default: 32; 64 with --full)")
-    parser.add_argument("--steps", type=int, help="training steps (default: 1500; 8000 with --full)")
+    parser.add_argument("--steps", type=int, help="training steps (default: 1500; 3000 with --full)")
     parser.add_argument("--full", action="store_true", help="two digits, more features, for longer")
+    shared.add_checkpoint(parser)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if any(number is not None and number < 1 for number in (options.digits, options.features, options.steps)):
         parser.error("--digits, --features and --steps: expected 1 or more of each")
     digits = options.digits or (2 if options.full else 1)
     features = options.features or (64 if options.full else 32)
-    steps = options.steps or (8000 if options.full else 1500)
+    steps = options.steps or (3000 if options.full else 1500)
     with shared.loading("moving_digits.py"):
         images = load()
     images, held_out, test_images = np.split(images, [-HELD_OUT, -HELD_OUT // 2])
     forecaster = Forecaster(features)
     print(f"{steps} steps of {BATCH} new films, {forecaster.cells}")
-    result = train(forecaster, images, held_out, digits, steps, options.seed)
+    result = train(forecaster, images, held_out, digits, steps, options.seed, options.checkpoint)
 
     films, onwards = make_films(test_images, TEST_FILMS, digits, [options.seed, 2])
     parts = np.split(films, range(50, TEST_FILMS, 50), axis=1)

@@ -96,8 +96,9 @@ def draw(path, history, pictures):
 def main(arguments=None):
     parser = shared.parser(__doc__, "phonemes.png")
     parser.add_argument("--word", nargs="+", default=[], help="words to say once trained")
-    seq2seq.add_options(parser, "2000; 40000 with --full", "128; 512 with --full")
+    seq2seq.add_options(parser, "2000; 12000 with --full", "128; 256 with --full")
     parser.add_argument("--full", action="store_true", help="the larger network, for longer")
+    shared.add_checkpoint(parser)
     options = parser.parse_args(arguments)
     if not all(options.word):
         parser.error("--word: expected words of at least one letter")
@@ -107,7 +108,7 @@ def main(arguments=None):
     letters = seq2seq.Symbols(train_words)
     phonemes = seq2seq.Symbols(said for word in train_words for said in words[word])
     pairs = lambda chosen: [(letters.encode(word), phonemes.encode(said)) for word in chosen for said in words[word]]
-    hidden, steps = options.hidden or (512 if options.full else 128), options.steps or (40000 if options.full else 2000)
+    hidden, steps = options.hidden or (256 if options.full else 128), options.steps or (12000 if options.full else 2000)
     model = seq2seq.network(len(letters), len(phonemes), hidden // 2, hidden, 0.2 if options.full else 0.0)
     k_init, k_fit = jax.random.split(jax.random.key(options.seed))
     params = model.init(k_init)
@@ -123,9 +124,10 @@ def main(arguments=None):
         pairs(validation_words),
         steps,
         BATCH,
-        1e-3 if options.full else 2e-3,
+        2e-3,
         k_fit,
         options.scheduled,
+        checkpoint=options.checkpoint,
     )
     sources, references = [letters.encode(word) for word in test_words], [words[word] for word in test_words]
     print(f"errors on the {len(test_words):,} test words, %{'words':>9}{'phonemes':>10}")

@@ -136,7 +136,7 @@ def make_batch(pairs, length=None):
     return *jrnn.sequence.pad([source for source, _ in pairs], length), *jrnn.sequence.pad(targets, length)
 
 
-def train(model, params, pairs, validation, steps, batch, learning_rate, key, own=0.0, smoothing=0.0):
+def train(model, params, pairs, validation, steps, batch, learning_rate, key, own=0.0, smoothing=0.0, checkpoint=None):
     """The result of `fit`. Pairs of like length make a batch, padded to one of three lengths: each is compiled once."""
     k_order, k_fit = jax.random.split(key)
     needed = [max(len(source), len(target) + 1) for source, target in pairs]  # steps, the end included
@@ -165,6 +165,7 @@ def train(model, params, pairs, validation, steps, batch, learning_rate, key, ow
         steps=steps,
         validation=[make_batch(validation)],
         validate_every=max(1, steps // 8),
+        checkpoint=checkpoint,
     )
 
 

@@ -29,6 +29,14 @@ def parser(description, picture):
     return found
 
 
+def add_checkpoint(parser):
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="save the training in this folder as it goes, and go on from there in the next run of the same command",
+    )
+
+
 def picture_path(text):
     """The path of a picture that can be drawn: it is better to know before the training than after it."""
     if pathlib.Path(text).is_dir():

@@ -236,10 +236,10 @@ def plot(path, history, examples):
 
 def main(arguments=None):
     parser = shared.parser(__doc__, "speech.png")
-    parser.add_argument("--utterances", type=int, help="strings to train on (default: 2000; 10000 with --full)")
+    parser.add_argument("--utterances", type=int, help="strings to train on (default: 2000; 5000 with --full)")
     parser.add_argument("--tests", type=int, default=300, help="strings of each test (default: %(default)s)")
     parser.add_argument("--hidden", type=int, help="units of each direction (default: 64; 128 with --full)")
-    parser.add_argument("--epochs", type=int, help="passes over the strings (default: 12; 25 with --full)")
+    parser.add_argument("--epochs", type=int, help="passes over the strings (default: 12; 20 with --full)")
     parser.add_argument("--beam", type=int, default=8, help="prefixes that the beam keeps (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="more speech, a larger network, for longer")
     parser.add_argument("--seed", type=int, default=0)
@@ -247,9 +247,9 @@ def main(arguments=None):
     numbers = options.utterances, options.tests, options.hidden, options.epochs, options.beam
     if any(number is not None and number < 1 for number in numbers):
         parser.error("--utterances, --tests, --hidden, --epochs and --beam: expected 1 or more of each")
-    count = options.utterances or (10_000 if options.full else 2000)
+    count = options.utterances or (5000 if options.full else 2000)
     hidden = options.hidden or (128 if options.full else 64)
-    epochs = options.epochs or (25 if options.full else 12)
+    epochs = options.epochs or (20 if options.full else 12)
     with shared.loading("speech.py", extra="examples,speech"):
         synthesiser = Synthesiser()
         print(f"eSpeak NG says {count} strings of digits in {len(VOICES)} voices", flush=True)

@@ -5,6 +5,7 @@ Everything runs on the CPU; ``pytest -m gpu`` runs the tests that are marked so,
 the markers.
 """
 
+import collections
 import contextlib
 import gc
 import importlib.util
@@ -60,6 +61,7 @@ def _kernels(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    sample(items)
     leave_out_nightly(config, items)
     marked = [item for item in items if item.get_closest_marker("gpu") is not None]
     if not marked:
@@ -90,6 +92,19 @@ def _mappings():
         return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
     except OSError:
         return 0
+
+
+def sample(items):
+    """Marks as nightly all but the first of every n cases of a test that is ``sampled(n)``."""
+    seen = collections.Counter()
+    for item in items:
+        marker = item.get_closest_marker("sampled")
+        if marker is None or item.get_closest_marker("nightly") is not None:
+            continue
+        test = item.nodeid.partition("[")[0]
+        if seen[test] % marker.args[0]:
+            item.add_marker(pytest.mark.nightly)
+        seen[test] += 1
 
 
 def leave_out_nightly(config, items):

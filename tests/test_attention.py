@@ -82,6 +82,7 @@ def test_it_is_its_equations_with_every_gradient(options):
 
 
 @pytest.mark.parametrize("options", SCORES.values(), ids=SCORES)
+@pytest.mark.sampled(3)
 def test_what_stands_in_the_padding_of_a_memory_changes_nothing(options):
     cell, params, xs, memory, lengths = built(options)
     mask = jnp.arange(S)[:, None] < lengths[None]

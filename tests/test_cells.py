@@ -280,6 +280,7 @@ def test_initialisers_by_name():
     ],
     ids=repr,
 )
+@pytest.mark.sampled(3)
 def test_no_input_features(cell):
     """An autonomous network equals one whose only input is zero, in values and gradients."""
     params = jax.tree.map(lambda a: a + 0.3, cell.init(jax.random.key(0), 0))

@@ -170,6 +170,7 @@ def test_causal():
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sampled(3)
 def test_truncated_backpropagation(name):
     model, features = MODELS[name]
     params = model.init(jax.random.key(0), features)

@@ -127,6 +127,7 @@ def flat(state, batch=1):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.sampled(3)
 def test_gradient_norms_equal_a_gradient_for_each_step(name):
     cell = CELLS[name]
     params, xs = setup(cell, time=3)
@@ -307,6 +308,7 @@ def test_vanishing_norms_do_not_underflow():
 
 
 @pytest.mark.parametrize(("time", "batch"), [(0, (2,)), (4, (0,)), (4, ()), (3, (2, 2))])
+@pytest.mark.sampled(3)
 def test_any_batch_and_no_steps(time, batch):
     cell = jrnn.lstm(H)
     params, xs = setup(cell, time=time, batch=batch)
@@ -360,6 +362,7 @@ def singular(steps):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", [*KINDS, "leaky", "separate", "tdnn"])
+@pytest.mark.sampled(3)
 def test_jacobian_products_equal_the_jacobian_of_the_steps_folded(name):
     cell = {**CELLS, "leaky": Leaky(), "separate": Separate(), "tdnn": jrnn.tdnn(2, window=3)}[name]
     params, xs = setup(cell)
@@ -388,6 +391,7 @@ def test_jacobian_products_equal_the_jacobian_of_the_steps_folded(name):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("activation", ["tanh", "relu", "sigmoid", "elu", "gelu", "linear", "silu", "softplus"])
+@pytest.mark.sampled(3)
 def test_elman_obeys_the_bound_of_its_weights(activation):
     cell = jrnn.elman(5, activation, recurrent_init=normal(0.5))
     params, xs = setup(cell, time=20, batch=(8,))
@@ -542,6 +546,7 @@ INNER = {"zoneout": "lstm", "learned_state": "projection_lstm", "variational": "
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", GATED)
+@pytest.mark.sampled(3)
 def test_gates_equal_their_equations(name):
     cell, epsilon = CELLS[name], 0.2
     params, xs = setup(cell, time=20, scale=3.0)
@@ -668,6 +673,7 @@ def test_the_exponent_of_a_rotation_is_zero_and_of_a_known_map_is_its_logarithm(
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["gru_after", "lstm", "separate", "leaky"])
+@pytest.mark.sampled(3)
 def test_the_exponent_equals_that_of_qr_factorisations(name):
     cell = {**CELLS, "separate": Separate(), "leaky": Leaky()}[name]
     params, xs = setup(cell, time=300, scale=0.3)

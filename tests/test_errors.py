@@ -352,6 +352,7 @@ def test_a_batch_shape_is_a_tuple(layer):
     ],
     ids=repr,
 )  # fmt: skip
+@pytest.mark.sampled(3)
 def test_a_step_does_not_broadcast_its_state(layer, how):
     if how == "stepper":
         step = jrnn.stepper(layer)

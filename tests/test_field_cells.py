@@ -313,6 +313,7 @@ def test_every_gradient_equals_that_of_the_equations(case):
 
 
 @every_cell
+@pytest.mark.sampled(3)
 def test_float32_is_the_default_and_near_float64(case):
     _, cell, step, params, state, xs = case
     single = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32 if a.dtype == np.float64 else None), (params, state, xs))
@@ -457,6 +458,7 @@ def test_rotations_are_by_their_angles(x64):
 @pytest.mark.parametrize(
     ("units", "density", "radius"), [(1, 1.0, 0.5), (5, 0.01, 1.2), (60, 0.1, 0.9), (40, 1.0, 2.0)]
 )
+@pytest.mark.sampled(3)
 def test_spectral_radius_of_a_reservoir(units, density, radius):
     for seed in range(3):
         w = np.asarray(reservoir(radius, density)(jax.random.key(seed), (units, units)), np.float64)
@@ -537,6 +539,7 @@ def test_chunks_of_steps_equal_single_steps(name, reverse, x64):
 
 @pytest.mark.parametrize("cell", [jrnn.slstm(2), jrnn.mlstm(2)], ids=repr)
 @pytest.mark.parametrize("size", [-300.0, 300.0])
+@pytest.mark.sampled(3)
 def test_exponential_gates_do_not_overflow(cell, size):
     params = cell.init(jax.random.key(0), 1)
     params = {**params, "b": params["b"] + size}

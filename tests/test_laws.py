@@ -42,11 +42,13 @@ def test_laws_float64(case):
 
 @interpreted
 @pytest.mark.parametrize("case", NARROW_ROWS)
+@pytest.mark.sampled(3)
 def test_laws_float32(case):
     testing.check_cell(case.layer, case.in_features, laws=NARROW_FULL if case.full else NARROW)
 
 
 @pytest.mark.parametrize("case", FULL)
+@pytest.mark.sampled(3)
 def test_laws_that_compile(case):
     testing.check_cell(case.layer, case.in_features, laws=COMPILE)
 

@@ -376,6 +376,7 @@ def run(cell, xs, params=None):
 @pytest.mark.parametrize(
     "cell", [jrnn.min_gru(5), jrnn.qrnn(5, window=3), jrnn.lru(5, 3)], ids=["min_gru", "qrnn", "lru"]
 )
+@pytest.mark.sampled(3)
 def test_chunks_equal_single_steps(cell, reverse, monkeypatch):
     monkeypatch.setattr(associative, "CHUNK", 40)
     monkeypatch.setattr(linear, "NUMBERS", 0)

@@ -60,6 +60,7 @@ WHERE = [(name, shape) for name in BACKENDS for shape in (SHAPES if name == "nat
 
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 @pytest.mark.parametrize(("backend", "shape"), WHERE, ids=str)
+@pytest.mark.sampled(3)
 def test_values_and_gradients_equal_numpy(x64, quick_compilation, backend, shape, dtype):
     for reverse in (False, True):
         for rate in (0.0, 0.4):
@@ -79,6 +80,7 @@ def test_values_and_gradients_equal_numpy(x64, quick_compilation, backend, shape
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.sampled(3)
 def test_derivatives_of_every_kind(x64, quick_compilation, backend, dtype):
     a, b, h0, _, flags = data((5, 2, 3), dtype)
 

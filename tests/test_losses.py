@@ -129,6 +129,7 @@ def test_mean_over_valid_elements(name):
 
 @each
 @pytest.mark.parametrize("poison", [NAN, np.inf, -np.inf, 1e30])
+@pytest.mark.sampled(3)
 def test_masked_out_elements_change_no_value_and_no_gradient(name, poison):
     loss, predictions, targets, _ = CASES[name]
     spread = lambda a: MASK.reshape(MASK.shape + (1,) * (a.ndim - 2))
@@ -160,6 +161,7 @@ def test_nothing_valid_is_zero_with_zero_gradients(name):
 
 
 @each
+@pytest.mark.sampled(3)
 def test_gradient_is_the_slope(name, x64):
     loss, predictions, targets, _ = CASES[name]
     predictions = predictions.astype(np.float64)

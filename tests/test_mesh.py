@@ -51,6 +51,7 @@ ROWS = rows(pytest.mark.nightly)
 
 
 @pytest.mark.parametrize("case", ROWS)
+@pytest.mark.sampled(3)
 def test_every_layer_is_traced_with_every_option(mesh, case):
     layer = case.layer
     params = jax.eval_shape(lambda: layer.init(jax.random.key(0), case.in_features))

@@ -71,6 +71,7 @@ def check_row(case, options, served, **more):
 
 
 @in_turn(CASES)
+@pytest.mark.sampled(3)
 def test_equals_the_plain_scan_float32(case, options):
     """With masks, resets and initial states; a row that is refused is one that should be."""
     check_row(case, options, SERVED)
@@ -141,6 +142,7 @@ SHARED_TOO = [
     [*SHARED, *(pytest.param(*row, marks=pytest.mark.nightly) for row in SHARED_TOO)],
     ids=lambda value: getattr(value, "hidden", value),
 )
+@pytest.mark.sampled(3)
 def test_however_it_is_shared(cell, time, batch, features, marked):
     """Sizes at which threads share the batch, the units or nothing, and blocks that are not whole."""
     params, xs, state, marks = data(cell, time, batch, features)
@@ -175,6 +177,7 @@ CHUNKED = [
     ],
     ids=lambda value: getattr(value, "hidden", value),
 )
+@pytest.mark.sampled(3)
 def test_remat(cell, time, batch, remat, reverse):
     """With masks, resets and a state, however the steps fall into groups of chunks; some gradients are left out."""
     params, xs, state, marks = data(cell, time, batch, 3)

@@ -66,6 +66,7 @@ TRANSFORMS = {
     ("name", "remat"),
     [*((name, None) for name in TRANSFORMS), *((name, 2) for name in ("jvp of grad", "vmap of grad", "grad of vmap"))],
 )
+@pytest.mark.sampled(3)
 def test_transforms(name, remat):
     got, expected = (
         jax.jit(lambda b=backend: TRANSFORMS[name](loss(CELL, b, {**MARKS, "remat": remat})))()

@@ -30,6 +30,7 @@ CELLS = {
 
 
 @pytest.mark.parametrize("name", CELLS)
+@pytest.mark.sampled(3)
 def test_values_and_gradients_equal_the_scan(x64, quick_compilation, name):
     reverse = name != "gru"
     params, xs, flags = setup(CELLS[name])

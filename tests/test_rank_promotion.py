@@ -32,11 +32,13 @@ def test_the_switch_is_on():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ROWS)
+@pytest.mark.sampled(3)
 def test_laws(case):
     testing.check_step_equals_unroll(case.layer, case.in_features)
 
 
 @pytest.mark.parametrize("case", ROWS)
+@pytest.mark.sampled(3)
 def test_every_way_to_run_is_traced(case):
     """Options that the law above leaves out, with gradients; ranks are checked where a program is traced."""
     layer = case.layer
@@ -93,6 +95,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.sampled(3)
 def test_losses_and_sequences(name):
     of = jax.value_and_grad(LOSSES[name])
     got = of(jnp.asarray(XS))

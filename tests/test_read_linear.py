@@ -119,6 +119,7 @@ def loss(function):
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("body", [*BODIES, *TREES])
+@pytest.mark.sampled(3)
 def test_equals_lax_scan_in_values_and_gradients(body, reverse, x64):
     args = built(body)
     ours = run(jrnn.scan, body, reverse=reverse, backend="associative")

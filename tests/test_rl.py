@@ -38,6 +38,7 @@ def near(got, expected, atol=1e-5):
 
 
 @pytest.mark.parametrize("case", STEPPING)
+@pytest.mark.sampled(3)
 def test_steps_with_resets_are_unroll(case):
     params, xs, _, resets = rollout(case)
     model = case.layer
@@ -59,6 +60,7 @@ def test_steps_with_resets_are_unroll(case):
 
 
 @pytest.mark.parametrize("case", ALL)
+@pytest.mark.sampled(3)
 def test_a_layer_that_emits_its_state_runs_as_it_does_without(case):
     params, xs, _, resets = rollout(case)
     model, key = case.layer, None if case.layer.uses_key is False else jax.random.key(5)
@@ -123,6 +125,7 @@ WINDOWED = [
 
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in WINDOWED])
+@pytest.mark.sampled(3)
 def test_replayed_windows_are_the_rollout(case, every):
     model, time = case.layer, 14
     params, xs, _, resets = rollout(case, time)

@@ -99,6 +99,7 @@ def test_other_limits_give_other_programs():
         for layout in CELLS.get(case.name, ())
     ],
 )
+@pytest.mark.sampled(3)
 def test_laws_in_every_layout(case, layout):
     with limits(LAYOUTS[layout]):
         testing.check_cell(case.layer, case.in_features, dtype="float64", laws=LAWS)

@@ -26,6 +26,7 @@ MODELS = (
 # The first is large enough for the compiled loop.
 @pytest.mark.parametrize("batch", [(), (3,)], ids=str)
 @pytest.mark.parametrize("model", [jrnn.lstm(192), *MODELS], ids=repr)
+@pytest.mark.sampled(3)
 def test_steps_are_what_unroll_gives(model, batch):
     params = model.init(jax.random.key(0), 3)
     xs = jax.random.normal(jax.random.key(1), (5, *batch, 3))

@@ -367,6 +367,7 @@ def step_by_step(cell, variables, xs, lengths, carry, reverse, keep_order):
         ("normalised", (False, False)),
     ],
 )
+@pytest.mark.sampled(3)
 def test_ragged_sequences_of_two_batch_axes(name, reverse):
     cell = CELLS[name]
     lengths = np.array([[3, 0, T], [1, 4, 2]])

@@ -138,6 +138,7 @@ def gradients(module, xs, **options):
     ("name", "options"),
     [(name, "plain") for name in CELLS] + [("dropped", "reverse"), ("own", "keep_order")] + [("gru", "time_major")],
 )
+@pytest.mark.sampled(3)
 def test_results_gradients_and_state_are_those_of_flax(name, options):
     options = OPTIONS[options]
     ours, theirs = pair(name, **options)
@@ -252,6 +253,7 @@ def test_a_cell_that_sows_keeps_what_flax_keeps():
 
 @pytest.mark.parametrize("reverse", [(False, False), (True, False), (True, True)], ids=["forward", "reverse", "kept"])
 @pytest.mark.parametrize("name", ["lstm", "own", "convolved"])
+@pytest.mark.sampled(3)
 def test_ragged_sequences_of_two_batch_axes(name, reverse):
     reverse, keep_order = reverse
     module, _ = pair(name, reverse=reverse, keep_order=keep_order)

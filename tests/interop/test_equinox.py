@@ -46,6 +46,7 @@ def run(module, xs):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sampled(3)
 def test_there_and_back_is_exact_with_the_same_outputs(name):
     model = MODELS[name]
     params = random_params(model)

@@ -57,6 +57,7 @@ def run(rnn, variables, xs, **options):
 
 
 @pytest.mark.parametrize(("api", "name"), CASES)
+@pytest.mark.sampled(3)
 def test_there_and_back_is_exact_with_the_same_outputs(api, name):
     model = MODELS[name]
     params = random_params(model)

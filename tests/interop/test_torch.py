@@ -193,6 +193,7 @@ def test_parity_of_full_sequences_in_float64(x64, kind):
 
 @pytest.mark.parametrize(("layers", "bidirectional", "lengths"), [(1, False, None), (2, True, LENGTHS)])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled(3)
 def test_parity_in_float32(kind, layers, bidirectional, lengths):
     check_parity(kind, layers, bidirectional, lengths, torch.float32)
 
@@ -495,6 +496,7 @@ def test_modules_between(name):
 
 
 @pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.sampled(3)
 def test_stacks_there_and_back(name):
     model = CHAINS[name]
     params = random_params(model)

@@ -73,6 +73,7 @@ def test_gradient_norms_by_leaf():
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.sampled(3)
 def test_a_step_that_is_not_finite_changes_nothing(name, bad):
     step = make_step(loss_fn, OPTIMIZERS[name]())
     state = step.init(params(), jax.random.key(0))

@@ -51,6 +51,7 @@ def params_of(name, dtype=jnp.float64):
 
 @pytest.mark.parametrize("length", [4, 50])
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.sampled(3)
 def test_forward_values_do_not_depend_on_the_chunks(name, length, x64):
     model, params, key = MODELS[name], params_of(name), key_of(name)
     xs, ys, flags = sequences(np.float64)
@@ -72,6 +73,7 @@ def test_forward_values_do_not_depend_on_the_chunks(name, length, x64):
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.sampled(3)
 def test_one_chunk_for_the_whole_is_full_backpropagation(name, x64):
     model, params, key = MODELS[name], params_of(name), key_of(name)
     xs, ys, flags = sequences(np.float64)
@@ -181,6 +183,7 @@ def test_a_step_that_is_not_finite_holds_the_recurrent_state():
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (2, 3)])
+@pytest.mark.sampled(3)
 def test_any_batch_axes_and_integer_inputs(shape):
     model = jrnn.stack(jrnn.embed(7, 3), jrnn.gru(4), jrnn.dense(7))
     ids = np.random.default_rng(0).integers(0, 7, (9, *shape))
