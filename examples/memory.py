@@ -13,6 +13,16 @@ Both tasks are those of Hochreiter and Schmidhuber (1997), drawn anew for every 
 
 All cells have the same number of units, the same batches and the same learning rate. Nothing is tuned for any of them:
 a cell that fails here may do better with other settings, or in a longer training (`--steps`, `--learning-rate`).
+
+What it printed by default, after 112 seconds of processor time (logs/memory.txt):
+
+    test: mean squared error    parameters  at the end   at best  solved at  seconds
+      elman                          3,265      0.1573    0.1572          -       24
+      lstm                           9,505      0.0019    0.0019       1100       23
+      gru                            7,457      0.0001    0.0001        400       22
+      min_gru                        3,297      0.0012    0.0012        700       24
+      lru                            6,401      0.1574    0.1571          -       30
+      no memory                                 0.1667    0.1667
 """
 
 import math
