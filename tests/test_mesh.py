@@ -200,3 +200,11 @@ def test_values_and_gradients_over_four_devices():
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, "-c", "from tests import test_mesh; test_mesh.compare_over_devices()"]
     subprocess.run(command, cwd=pathlib.Path(__file__).parents[1], env=environment, check=True)
+
+
+def test_a_mesh_that_is_not_set_is_named():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    xs = jax.device_put(XS, jax.sharding.NamedSharding(mesh, P(None, "data")))
+    layer = jrnn.gru(3)
+    with pytest.raises(ValueError, match=r"xs: expected the mesh .* to be set, got none; .*jax.set_mesh"):
+        jrnn.unroll(layer, layer.init(jax.random.key(0), 3), xs)

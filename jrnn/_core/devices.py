@@ -73,7 +73,14 @@ def _spec(a: Any) -> tuple[Any, ...]:
 
 
 def _moved(a: Any, spec: tuple[Any, ...]) -> Any:
-    return a if spec == _spec(a) else jax.sharding.reshard(a, PartitionSpec(*spec))
+    if spec == _spec(a):
+        return a
+    if jax.sharding.get_abstract_mesh().empty:
+        raise ValueError(
+            f"xs: expected the mesh of arrays that lie over Explicit mesh axes, here {spec}, to be set, got none; call "
+            f"jrnn inside `with jax.set_mesh(mesh):`"
+        )
+    return jax.sharding.reshard(a, PartitionSpec(*spec))
 
 
 def knows_mesh(leaf: Any) -> bool:

@@ -131,8 +131,7 @@ def from_keras(layer: Any) -> tuple[Layer, Any]:
         if isinstance(part, keras.layers.Bidirectional) and part is not flat[-1]:
             raise TypeError(
                 f"{_place(part)}: expected return_sequences=True of a Bidirectional with layers after it, got "
-                "False: its "
-                "two directions end at different steps; convert the parts before and after it one by one"
+                "False: its two directions end at different steps; convert the parts before and after it one by one"
             )
     entries = _convert(keras, layer)
     return entries[0] if len(entries) == 1 else _stack(entries)
@@ -215,8 +214,7 @@ def _convert(keras: Any, layer: Any) -> list[tuple[Layer, Any]]:
     if type(layer).call is not kind.call:
         raise TypeError(
             f"{where}: expected keras.layers.{kind.__name__} as Keras defines it, got {type(layer).__name__}, a "
-            "subclass "
-            "with a call of its own; what that computes cannot be known from its weights"
+            "subclass with a call of its own; what that computes cannot be known from its weights"
         )
     if kind is not layers.Dropout and not layer.built:
         raise ValueError(f"{where}: expected a layer with weights; build it, or call it once, before it is converted")
@@ -297,8 +295,7 @@ def _recurrent(keras: Any, layer: Any, backwards: bool = False) -> tuple[Layer, 
     if layer.go_backwards and not backwards:
         raise TypeError(
             f"{where}: expected go_backwards=False, got True, which gives its outputs in reversed order; convert "
-            "the layer "
-            "without it, and call jrnn.unroll(..., reverse=True), whose outputs stay in input order"
+            "the layer without it, and call jrnn.unroll(..., reverse=True), whose outputs stay in input order"
         )
     kinds = (keras.layers.SimpleRNNCell, keras.layers.LSTMCell, keras.layers.GRUCell)
     kind = next((kind for kind in kinds if isinstance(cell, kind) and type(cell).call is kind.call), None)
@@ -330,8 +327,7 @@ def _recurrent(keras: Any, layer: Any, backwards: bool = False) -> tuple[Layer, 
     if recurrent and isinstance(model, ResetBeforeGRU):
         raise TypeError(
             f"{where}: expected recurrent_dropout=0 with reset_after=False, got {recurrent}; jrnn.variational has "
-            "it for "
-            "cells with one recurrent product"
+            "it for cells with one recurrent product"
         )
     if inputs or recurrent:
         model = variational(model, inputs=inputs, recurrent=recurrent)
@@ -424,8 +420,7 @@ def _cell(
             reason = "Keras' go_backwards gives its outputs in reversed order"
         raise TypeError(
             f"{where}: expected a layer that Keras has too, got {model!r}; {reason} (see jrnn.interop.to_keras for "
-            "what "
-            "can be converted)"
+            "what can be converted)"
         )
     options["activation"] = _name(model, model.activation, where)
     if options.get("dtype") in ("float16", "bfloat16"):
