@@ -36,7 +36,12 @@ python_maximum_signature_line_length = 88
 html_theme = "sphinx_book_theme"
 html_title = "jrnn"
 html_show_sourcelink = False
-html_theme_options = {"show_toc_level": 2, "use_download_button": False, "show_navbar_depth": 1}
+html_theme_options = {
+    "navbar_persistent": [],  # the search box is in the sidebar
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+    "use_download_button": False,
+}
 
 
 def _skip_fields(app, what, name, obj, skip, options):

@@ -14,7 +14,7 @@ Two networks answer. An LSTM reads the story and then the question, and all that
 reads the story with a bidirectional GRU, and the question with a GRU that attends to the words of the story.
 
 What it printed by default, after 443 seconds of processor time (logs/answer.txt). Attention solves task 1 and begins to
-solve task 6. The LSTM has not learned in so short a training whom a place belongs to, and more questions do not help it:
+solve task 6. The LSTM has not learned in so short a training who is where, and more questions do not help it:
 
     right answers, %                task 1     task 2     task 6
     the commonest answer              16.0       15.4       49.5

@@ -260,6 +260,15 @@ def test_default_where_it_pays():
     assert chosen(jrnn.layer_norm_lstm(64), LARGE)[0] == "hoisted"
 
 
+@pytest.mark.parametrize(("amx", "name"), [(True, "hoisted"), (False, "native")])
+def test_default_in_bfloat16_is_the_processors_own_where_it_has_it(monkeypatch, amx, name):
+    monkeypatch.setattr(native.build, "_processor", lambda: "flags : sse2 amx_bf16" if amx else "flags : sse2 avx512f")
+    xs = LARGE.astype(jnp.bfloat16)
+    assert chosen(jrnn.lstm(256), xs)[0] == name
+    assert chosen(jrnn.lstm(128), xs)[0] == "native"
+    assert chosen(jrnn.lstm(256), LARGE)[0] == "native"
+
+
 def test_default_equals_the_plain_scan():
     cell = jrnn.mgu(64)
     params, xs, state, marks = data(cell, 64, 16, 64)

@@ -31,6 +31,9 @@ __all__ = ["pays", "plan"]
 # few steps and few sequences reads the weights in place (`forward.h`): there STEP operations are enough.
 WORK, ROWS, STEP = 2**20, 32, 2**18
 FEW_STEPS, FEW_SEQUENCES, WHOLE_BLOCKS = 4, 3, 32
+# The schedule computes in float32. From so many units on, a processor that has instructions for products in bfloat16 is
+# faster with them: 1.4 to 4 times forward, 1.1 to 1.3 times with gradients, on a Xeon with AMX.
+BFLOAT16_HIDDEN = 256
 
 
 def pays(task: Task) -> Refusal | None:
@@ -43,6 +46,8 @@ def pays(task: Task) -> Refusal | None:
         return Refusal("its sizes are symbols")
     rows, features = math.prod(task.xs.shape[:-1]), task.xs.shape[-1]
     hidden, width = task.affine.w_hh.shape
+    if task.xs.dtype == jnp.bfloat16 and hidden >= BFLOAT16_HIDDEN and build.multiplies_bfloat16():
+        return Refusal("it computes in float32, and XLA multiplies in bfloat16 faster on this processor")
     work = 2 * rows * (features + hidden) * width
     few = task.xs.shape[0] <= FEW_STEPS and math.prod(task.batch) <= FEW_SEQUENCES and hidden % WHOLE_BLOCKS == 0
     if few and work >= STEP:

@@ -297,6 +297,11 @@ def _version(path: str) -> str:
     return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False).stdout
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of matrices in bfloat16, which XLA uses."""
+    return "amx_bf16" in _processor().split()
+
+
 @functools.lru_cache(maxsize=1)
 def _processor() -> str:
     try:
