@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 import jrnn
+from jrnn.cells import delta
 from jrnn.initializers import reservoir, spectral_radius
 from tests.conftest import in_loops
 from tests.test_cells import fold, sigmoid
@@ -723,3 +725,19 @@ def test_bad_input_is_named(name):
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_chunks_of_the_delta_rule_call_no_solver():
+    """A CPU solves triangular systems one at a time, in calls of LAPACK whose threads wait for each other."""
+    cell = jrnn.gated_delta_net(4, heads=2)
+    params, xs = cell.init(jax.random.key(0), 3), jnp.ones((9, 2, 3))
+    program = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(jrnn.unroll(cell, p, xs, backend="chunkwise")[1])))(params)
+    assert "triangular_solve" not in str(program)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_inverse_of_a_triangular_matrix_and_its_derivatives(x64, size):
+    below = jnp.tril(jax.random.normal(jax.random.key(0), (3, size, size)), -1)
+    np.testing.assert_allclose(delta._inverse(below), np.linalg.inv(np.eye(size) + below), rtol=1e-12, atol=1e-12)
+    lower = lambda a: delta._inverse(jnp.tril(a, -1))
+    check_grads(lower, (below,), order=2, rtol=1e-5, atol=1e-5)

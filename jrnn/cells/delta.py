@@ -110,23 +110,33 @@ class GatedDeltaNet(Cell):
         strict = jnp.tril(jnp.ones((k.shape[-2],) * 2, k.dtype), -1)
         earlier = beta * matrix.matmul(k, jnp.swapaxes(k, -1, -2)) * chunk.decays()
         given = beta * (v - chunk.from_start()[..., None] * matrix.matmul(k, state.s))
-        u = _solve(earlier * lax.broadcast_to_rank(strict, earlier.ndim), given)
+        u = matrix.matmul(_inverse(earlier * lax.broadcast_to_rank(strict, earlier.ndim)), given)
         s, y = matrix.run_chunk(chunk, state.s, q, k, u)
         return DeltaNetState(s), matrix.joined(matrix.steps_first(y))
 
 
 @jax.custom_jvp
-def _solve(below: jax.Array, given: jax.Array) -> jax.Array:
-    """The ``u`` for which ``u + below u = given``, where ``below`` is zero on the diagonal and above it."""
-    return lax.linalg.triangular_solve(below, given, left_side=True, lower=True, unit_diagonal=True)
+def _inverse(below: jax.Array) -> jax.Array:
+    """The inverse of ``I + below``, where ``below (..., T, T)`` is zero on the diagonal and above it.
+
+    By forward substitution, a row of all matrices at a time. XLA solves triangular systems on a CPU by a call of LAPACK
+    for each matrix, which is ten to a thousand times slower for many small ones.
+    """
+    size = below.shape[-1]
+    eye = lax.broadcast_to_rank(jnp.eye(size, dtype=below.dtype), below.ndim)
+    row = lambda a, i: lax.dynamic_slice_in_dim(a, i, 1, a.ndim - 2)
+
+    def substitute(i: Any, inverse: jax.Array) -> jax.Array:  # rows before i are right
+        found = row(eye, i) - matrix.matmul(row(below, i), inverse)
+        return lax.dynamic_update_slice_in_dim(inverse, found, i, inverse.ndim - 2)
+
+    return lax.fori_loop(1, size, substitute, eye - below)
 
 
-@_solve.defjvp
-def _solve_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    # du + below du = dgiven - dbelow u. JAX's own rule masks dbelow by a select that Explicit axes of a mesh refuse.
-    (below, given), (dbelow, dgiven) = primals, tangents
-    u = _solve(below, given)
-    return u, _solve(below, dgiven - matrix.matmul(dbelow, u))
+@_inverse.defjvp
+def _inverse_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    inverse = _inverse(*primals)
+    return inverse, -matrix.matmul(inverse, matrix.matmul(*tangents, inverse))
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -152,7 +162,7 @@ def gated_delta_net(
     This is the recurrence alone: the block of the paper has convolutions before it, and a norm, a gate and a projection
     after it.
 
-    ``backend="chunkwise"`` runs a chunk of steps at once, as products of matrices and a triangular system.
+    ``backend="chunkwise"`` runs a chunk of steps at once, as products of matrices and the inverse of a triangular one.
 
     Args:
       hidden: H, features of v and y, V = H / heads for each head.
