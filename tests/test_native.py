@@ -33,6 +33,9 @@ SERVED = {
     "emits_all", "emits_memory", "emits_all_wrapped", "antisymmetric", "antisymmetric_gated", "orthogonal_rnn",
     "echo_state", "slstm", "skip", "step_lstm", "project_and_update", "wrapper_with_an_update",
     "wrapper_with_a_projection", "zoneout_project", "drawing_decoder", "tied", "aging",
+    # Without a product of the state.
+    "indrnn", "indrnn_tanh", "dropconnect_indrnn", "counting", "min_gru", "min_lstm", "sru", "qrnn", "qrnn_wide",
+    "bidirectional_qrnn", "zoneout_min_gru",
 }  # fmt: skip
 WITH_A_KEY = {
     "dropconnect", "variational", "variational_gru", "residual_of_wrapped", "highway_of_random", "dropout",

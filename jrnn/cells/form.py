@@ -26,13 +26,15 @@ class Gates:
     ``combine(theta, u, v, state, key)`` gives the new state; it is hashed and compared by value. ``sums`` says of each
     gate whether it uses only ``u + v``. ``elementwise`` says that unit j of the new state depends on unit j of the
     arguments alone. None, for a gate or for ``elementwise``, promises nothing (see `jrnn.schedules.promises`).
-    ``draws`` says that ``combine`` uses its key.
+    ``draws`` says that ``combine`` uses its key. ``linear`` says that each field of the new state is ``a * field + b``,
+    element by element, with ``a`` and ``b`` functions of theta, u and v.
     """
 
     combine: Callable[[Any, Any, Any, Any, Any], Any]
     sums: tuple[bool | None, ...]
     elementwise: bool | None = None
     draws: bool = False
+    linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class AffineForm:
     ``u`` and ``v`` are one array ``(*B, H)`` a gate. ``inputs`` is ``(w_ih (F, G*H), b (G*H,))``, or whatever
     ``projection`` takes. ``w_hh`` is ``(H, G*H)`` and ``theta`` a pytree of vectors ``(H,)``. The masks ``(*B, F)`` and
     ``(*B, H)`` are None where nothing is masked.
+
+    ``w_hh`` is ``(H, 0)`` where a step has no recurrent product. Then ``v`` is zero, every gate takes ``u + v``, and no
+    unit depends on another.
     """
 
     gates: Gates
@@ -85,6 +90,11 @@ class AffineForm:
     @property
     def hidden(self) -> int:
         return self.w_hh.shape[0]
+
+    @property
+    def coupled(self) -> bool:
+        """Whether there is a recurrent product."""
+        return self.w_hh.shape[1] > 0
 
     @property
     def count(self) -> int:

@@ -100,26 +100,30 @@ class Affine:
         return self.program.results[self.carry :]
 
 
-def read(program: Program, consts: int, carry: int) -> Affine:
+def read(program: Program, consts: int, carry: int, coupled: bool = True) -> Affine:
     """The affine form of a step ``(consts, carry, x) -> (carry, y)``.
 
     Args:
       program: the step.
       consts, carry: the number of its inputs that are constants, and the number of leaves of the carry after these.
+      coupled: whether the step must have a recurrent matmul. Otherwise it may have none, and then its gates include
+        the elementwise operations on products of the input, which a loop without a recurrent matmul computes as fast
+        as any other, without writing their results to memory.
 
     Raises:
       Refusal: the step has no affine form, with the reason.
     """
     try:
         with reading():
-            return _Reader(program, consts, carry).read()
+            return _Reader(program, consts, carry, coupled).read()
     except RecursionError:
         raise Refusal("its gates are a chain of more operations than can be followed") from None
 
 
 class _Reader(Dependence):
-    def __init__(self, program: Program, consts: int, carry: int) -> None:
+    def __init__(self, program: Program, consts: int, carry: int, coupled: bool) -> None:
         super().__init__(program, consts, carry)
+        self.coupled = coupled
         self.values: dict[int, Value] = {}
         self.resets: list[Reset] = []
         self.ended: dict[int, _Ended] = {}
@@ -144,7 +148,7 @@ class _Reader(Dependence):
             last = [self.ended[atom].new for atom in last]  # type: ignore[index]
             new = [self._new_leaf(atom, i) for atom, i in zip(last, self.leaves, strict=True)]
         resets = self._resets(new)
-        gates, parts, hidden = assemble(new, self.leaves, self.units, self.dtype, self.kinds)
+        gates, parts, hidden = assemble(new, self.leaves, self.units, self.dtype, self.kinds, self.coupled)
         self.check_inputs()
         after = self.after(last, *self._shown(mask, last))
         return Affine(
@@ -307,7 +311,7 @@ class _Reader(Dependence):
 
     def _try(self, op: Op) -> None:
         """Follows an operation that does not depend on the state, if possible. Its result is available in any case."""
-        if primitive(op.name).elementwise and op.name not in _LINEAR:
+        if self.coupled and primitive(op.name).elementwise and op.name not in _LINEAR:
             return
         try:
             self._follow(op)
@@ -361,8 +365,10 @@ class _Reader(Dependence):
         for start, stop in shared_ranges(operands):
             args = tuple(self._part(value, start, stop) for value in operands)
             for which, blocks in enumerate(results):
-                total = _linear(op, args, stop - start)
-                if total is None and self.kinds[op.outs[0]] == INPUT:
+                # Without a recurrent matmul a number is added in the gates: a sum of its own would be one more gate.
+                apart = not self.coupled and any(arg.width == EVERY for arg in args)
+                total = None if apart else _linear(op, args, stop - start)
+                if total is None and self.kinds[op.outs[0]] == INPUT and self.coupled:
                     raise Refusal("it computes what needs no state, which is taken as it is")
                 blocks.append(total or Gate(made, args, which, stop - start))
         if any(isinstance(e, Held) for value in operands for e in value.blocks):

@@ -91,20 +91,23 @@ def recipe(e: Sum) -> Recipe:
     return total(terms if e.known is None else [*terms, e.known])
 
 
-def assemble(new: Sequence[Any], leaves: Sequence[int], units: int, dtype: Any, kinds: Any) -> tuple[Gates, Parts, int]:
+def assemble(
+    new: Sequence[Any], leaves: Sequence[int], units: int, dtype: Any, kinds: Any, coupled: bool
+) -> tuple[Gates, Parts, int]:
     """The gates that compute the expressions, their inputs, and the leaf of the carry that the matmul takes.
 
     Each distinct sum of products is a gate. It takes ``u + v`` if the columns of ``h W`` occur in no other sum and if u
-    changes from step to step. Otherwise it takes u and v separately.
+    changes from step to step. Otherwise it takes u and v separately. If the step is not ``coupled``, it has no
+    recurrent matmul, and each gate takes ``u + v`` with no pieces for v; the leaf returned is the first.
 
     Raises:
-      Refusal: the step has no recurrent matmul, or matmuls of several leaves.
+      Refusal: the step has no recurrent matmul, unless it is not ``coupled``, or it has matmuls of several leaves.
     """
     # Columns of the same product stay in their order, so that the weights need not be rearranged.
     sums = sorted(_sums(new), key=lambda e: min((p.start for p in e.pieces if p.recurrent), default=0))
     split = [_split(e) for e in sums]
     multiplied = {piece.vector.leaf for pieces, _ in split for piece in pieces}  # type: ignore[union-attr]
-    if not multiplied:
+    if not multiplied and coupled:
         raise Refusal("it has no product of its state with weights")
     if len(multiplied) > 1:
         raise Refusal("it has products of several leaves of its state")
@@ -119,7 +122,8 @@ def assemble(new: Sequence[Any], leaves: Sequence[int], units: int, dtype: Any, 
     theta: list[Recipe] = []
     roles: list[Any] = []
     for pieces, rest in split:
-        if pieces and rest is not None and _changes(rest, kinds) and used.count(pieces) == 1:
+        alone = used.count(pieces) == 1 if pieces else not multiplied
+        if alone and rest is not None and _changes(rest, kinds):
             together.append((rest, pieces))
             roles.append(("sum", len(together) - 1))
         else:
@@ -159,7 +163,8 @@ def assemble(new: Sequence[Any], leaves: Sequence[int], units: int, dtype: Any, 
         (*(v for _, v in together), *alone_v, *((),) * (count - first - len(alone_v))),
         tuple(theta),
     )
-    return Gates(tuple(ops), gates, (True,) * first + (False,) * (count - first)), parts, multiplied.pop()
+    hidden = multiplied.pop() if multiplied else leaves[0]
+    return Gates(tuple(ops), gates, (True,) * first + (False,) * (count - first)), parts, hidden
 
 
 def _sums(expressions: Sequence[Any]) -> list[Sum]:

@@ -25,13 +25,17 @@ __all__ = ["WORK", "Body", "before", "invariant", "outputs"]
 
 # The least floating-point operations in a step's matmul of the state for which "hoisted" is chosen by default.
 WORK = 2**18
+# The least units for which the native loop is chosen by default for a step that `linear_scan` could run, which takes
+# units and sequences together as the lanes of a vector.
+UNITS = 16
 
 
 @dataclass(frozen=True)
 class Body:
-    """A step that is a recurrent cell."""
+    """A step that is a recurrent cell. ``linear`` is a promise of its gates (see `jrnn.cells.form.Gates`)."""
 
     form: Affine
+    linear: bool = False
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
@@ -64,6 +68,11 @@ class Body:
         return any(contraction(form.program, op) is not None and form.kinds[op.outs[0]] == STATE for op in again)
 
     @property
+    def coupled(self) -> bool:
+        """Whether the step has a matmul of its state."""
+        return any(self.form.parts.v)
+
+    @property
     def work(self) -> int:
         """Floating-point operations in a step's matmul of the state."""
         return 2 * math.prod(self.form.batch) * self.form.units**2 * len(self.form.gates.summed)
@@ -72,7 +81,7 @@ class Body:
         """The form of the step, from its arrays. ``inputs`` is None if the input parts of the gates are given."""
         gates = self.form.gates
         return AffineForm(
-            Gates(ReadGates(gates), gates.summed, elementwise=True),
+            Gates(ReadGates(gates), gates.summed, elementwise=True, linear=self.linear),
             tuple(self.fields[self.form.leaves.index(leaf)] for leaf in self.emitted),
             inputs,
             w_hh,
@@ -89,7 +98,8 @@ class Body:
         if self.product is not None:
             features = sum(vector.shape[-1] for vector in self.product[0])
             weights = (array(features, width), array(width))
-        affine = self.affine(weights, array(units, width), (array(units),) * len(form.parts.theta))
+        w_hh = array(units, width if self.coupled else 0)
+        affine = self.affine(weights, w_hh, (array(units),) * len(form.parts.theta))
         state = _state_type(self.fields)(*(array(*form.batch, units),) * len(form.leaves))
         return Task(None, None, affine, array(time, *form.batch, features), state, None, steps)
 
@@ -139,13 +149,17 @@ class Body:
                 for i, a in enumerate(given)
             ]
             weights = (rows[0] if len(rows) == 1 else jnp.concatenate(rows), joined(biases))
-        w_hh = columns(form.parts.v, env, (units, units), form.dtype)
+        w_hh = jnp.zeros((units, 0), form.dtype)
+        if self.coupled:
+            w_hh = columns(form.parts.v, env, (units, units), form.dtype)
         affine = self.affine(weights, w_hh, tuple(map(vector, form.parts.theta)))
         inputs = given[0] if len(given) == 1 else jnp.concatenate(given, -1)
         return Task(None, None, affine, inputs, state_type(*(carry[i] for i in form.leaves)), restart, steps)
 
     def plan(self, task: Task, backend: str | None) -> tuple[str, Plan] | Refusal:
         """The schedule that runs the loop over the cell, and its plan. A named backend is the only one considered."""
+        if backend is None and self.linear and self.form.units < UNITS:
+            return Refusal(f"{self.form.units} units do not fill the vectors of its loop (from {UNITS} on)")
         if backend is not None:
             found = SCHEDULES[backend].plan(task)
             return found if isinstance(found, Refusal) else (backend, found)
@@ -155,6 +169,8 @@ class Body:
         found = native.pays(task) or native.plan(task)
         if isinstance(found, Plan):
             return "native", found
+        if not self.coupled:  # nothing is gained by a scan of it
+            return found
         reason = f"not native: {found.reason}"
         if self.product is None and not all(self.form.parts.v):
             return Refusal(f"{reason}; not hoisted: its gates take arrays of every step beside the products")

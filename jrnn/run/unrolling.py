@@ -15,7 +15,8 @@ from jrnn import sequence
 from jrnn._core.checks import as_tree, describe, is_traced, prng_key, readable, same_form
 from jrnn._core.devices import batch_spec, one_step, placed, placed_as, varying_as
 from jrnn.cells.base import Layer, check_layer, features_of
-from jrnn.run.step import read_step
+from jrnn.cells.form import LinearForm
+from jrnn.run.step import plan_linear, read_step
 from jrnn.schedules import Plan, Refusal, Steps, Task, check_backend, choose
 from jrnn.schedules.steps import SEQUENCE, check_remat, check_step, restarts, select, zeroed
 
@@ -304,6 +305,11 @@ class Run:
                 if not isinstance(found, Refusal):
                     return step, *found
                 note = f"; {found.reason}"
+        elif self._gates(task):
+            planned = plan_linear(task, self.backend)
+            if not isinstance(planned, Refusal):
+                return planned[0], "native", planned[1]
+            note = f"; not native: {planned.reason}"
         try:
             name, plan = choose(task, self.backend)
         except ValueError as error:
@@ -314,6 +320,11 @@ class Run:
         """Whether to read the cell's step: it declares no form, and the backend could use one."""
         some = isinstance(task.xs.shape[0], int) and task.xs.shape[0] > 0
         return some and self.backend in (None, "associative", "hoisted", "native") and task.form is None
+
+    def _gates(self, task: Task) -> bool:
+        """Whether to read the coefficients of a declared linear form as gates, for the native loop."""
+        some = isinstance(task.xs.shape[0], int) and 0 not in task.xs.shape[:-1]
+        return some and self.backend in (None, "native") and isinstance(task.form, LinearForm)
 
     def child(self, index: int) -> Run:
         """The run of one part of a layer, with its own randomness."""

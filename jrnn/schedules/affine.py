@@ -148,7 +148,8 @@ def loop(options: Options, inputs: Inputs, steps: Steps) -> tuple[Any, Any, Any]
             state = layout.select(resets, restart, state)
         v = layout.product(fed(state.h, mask), w_hh)
         key = steps.key_at(time)
-        new = layout.gates(form.gates, form.theta, u, layout.split(v, form.count), state, key)
+        vs = layout.split(v, form.count) if form.coupled else jax.tree.map(jnp.zeros_like, u)
+        new = layout.gates(form.gates, form.theta, u, vs, state, key)
         if valid is not None:
             new = layout.select(valid, new, state)
         kept = Kept(state, v if options.read else None) if options.keep else None
@@ -208,7 +209,7 @@ def tangent(options: Options, inputs: Inputs, steps: Steps, kept: Kept, d: Input
         def moved(read: Any, state: Any, theta: Any, dread: Any, dv: Any, ds: Any, dtheta: Any) -> Any:
             parts, dparts = layout.split(read, count), list(layout.split(dread, count))
             for slot, part in zip(places, layout.split(dv, form.count), strict=True):
-                dparts[slot] = dparts[slot] + part
+                dparts[slot] = dparts[slot] + part if form.coupled else dparts[slot]
             dnew = jax.jvp(gates, (theta, parts, state), (dtheta, tuple(dparts), ds))[1]
             return dnew, tuple(dparts) if options.keep and options.read else None
 

@@ -22,7 +22,7 @@ from jrnn.schedules.linear import choose_linear, linear_scan
 from jrnn.schedules.plan import Plan, Refusal, Task
 from jrnn.schedules.steps import chunked, expand, latest, select, taken
 
-__all__ = ["chunk_of", "plan", "run"]
+__all__ = ["chunk_of", "plan", "run", "windows"]
 
 CHUNK = 2**17  # elements of one coefficient in a chunk: half a megabyte in float32
 
@@ -66,11 +66,7 @@ def _one_step(leaf: Any) -> jax.ShapeDtypeStruct:
 def _segment(
     cell: Any, params: Any, state: Any, restart: Any, reverse: bool, xs: jax.Array, valid: Any, resets: Any
 ) -> tuple[Any, jax.Array]:
-    inputs, rest = xs, state[1:]
-    if cell.window > 1:
-        before = Before(xs.shape[0], valid, resets, reverse)
-        taps, past = before.taps(xs.astype(state[1].dtype), state[1], None if resets is None else restart[1])
-        inputs, rest = jnp.concatenate([tap.astype(xs.dtype) for tap in (*taps, xs)], -1), (past,)
+    inputs, rest = windows(cell, state, restart, reverse, xs, valid, resets)
     a, b = cell.coefficients_of(params, inputs)
     if resets is not None and type(cell).initial_state is not LinearCell.initial_state:
         reset = expand(resets, b)
@@ -83,6 +79,17 @@ def _segment(
     ys = cell.readout(params, hs, inputs)
     last = type(state)(hs[0 if reverse else -1], *rest)
     return last, ys
+
+
+def windows(
+    cell: Any, state: Any, restart: Any, reverse: bool, xs: jax.Array, valid: Any, resets: Any
+) -> tuple[jax.Array, Any]:
+    """The inputs of the last ``cell.window`` steps side by side, for all steps, and the new fields beside h."""
+    if cell.window == 1:
+        return xs, state[1:]
+    before = Before(xs.shape[0], valid, resets, reverse)
+    taps, past = before.taps(xs.astype(state[1].dtype), state[1], None if resets is None else restart[1])
+    return jnp.concatenate([tap.astype(xs.dtype) for tap in (*taps, xs)], -1), (past,)
 
 
 class Before:

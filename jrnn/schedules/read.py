@@ -35,9 +35,13 @@ def unpack(sums: tuple[bool, ...], read: Any) -> tuple[Any, Any]:
 
 
 def pack(sums: tuple[bool, ...], u: Any, v: jax.Array) -> jax.Array:
-    """The gate inputs, concatenated, from ``u`` (one array, or one for each gate) and ``v``."""
+    """The gate inputs, concatenated, from ``u`` (one array, or one for each gate) and ``v``.
+
+    Without a recurrent product ``v`` has no columns, and every gate takes the sum.
+    """
     if all(sums):
-        return (u if isinstance(u, jax.Array) else jnp.concatenate(u, -1)) + v
+        u = u if isinstance(u, jax.Array) else jnp.concatenate(u, -1)
+        return u + v if v.shape[-1] else u
     us, vs = (tuple(jnp.split(a, len(sums), -1)) if isinstance(a, jax.Array) else a for a in (u, v))
     summed = [a + b if s else a for a, b, s in zip(us, vs, sums, strict=True)]
     return jnp.concatenate([*summed, *(b for b, s in zip(vs, sums, strict=True) if not s)], -1)

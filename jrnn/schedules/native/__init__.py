@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jrnn._core.devices import default_device
 from jrnn.cells.base import is_low, side_by_side
-from jrnn.cells.form import AffineForm
+from jrnn.cells.form import AffineForm, LinearForm
 from jrnn.schedules import promises
 from jrnn.schedules.native import build, emit, operation
 from jrnn.schedules.native.calls import Flags, Inputs, Options, loop
@@ -38,6 +38,8 @@ BFLOAT16_HIDDEN = 256
 
 def pays(task: Task) -> Refusal | None:
     """The reason why the schedule is not chosen by default; None if it is chosen, provided that it serves."""
+    if isinstance(task.form, LinearForm):  # its coefficients were read as gates, and refused, before
+        return Refusal("")
     if task.affine is None:
         return Refusal("the cell is not affine")
     if jax.device_count() > 1:
@@ -45,10 +47,10 @@ def pays(task: Task) -> Refusal | None:
     if not all(isinstance(size, int) for size in task.xs.shape):
         return Refusal("its sizes are symbols")
     rows, features = math.prod(task.xs.shape[:-1]), task.xs.shape[-1]
-    hidden, width = task.affine.w_hh.shape
-    if task.xs.dtype == jnp.bfloat16 and hidden >= BFLOAT16_HIDDEN and build.multiplies_bfloat16():
+    hidden, coupled = task.affine.hidden, task.affine.coupled
+    if task.xs.dtype == jnp.bfloat16 and coupled and hidden >= BFLOAT16_HIDDEN and build.multiplies_bfloat16():
         return Refusal("it computes in float32, and XLA multiplies in bfloat16 faster on this processor")
-    work = 2 * rows * (features + hidden) * width
+    work = 2 * rows * (features + hidden * coupled) * hidden * task.affine.count
     few = task.xs.shape[0] <= FEW_STEPS and math.prod(task.batch) <= FEW_SEQUENCES and hidden % WHOLE_BLOCKS == 0
     if few and work >= STEP:
         return None

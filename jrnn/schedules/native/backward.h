@@ -38,7 +38,8 @@ void accumulate(const Run& run, long M, long K, const float* A, const float* B, 
 
 Weights backward_weights(const Run& run, bool by_inputs) {
   const size_t K = run.blocks * run.G * UB, f_blocks = (run.F + UB - 1) / UB;
-  return Weights(by_inputs ? f_blocks * K * UB : 0, run.blocks * K * UB, 0, run.cell.thetas * run.blocks * UB);
+  const size_t hh = run.coupled ? run.blocks * K * UB : 0;
+  return Weights(by_inputs ? f_blocks * K * UB : 0, hh, 0, run.cell.thetas * run.blocks * UB);
 }
 
 void backward_steps(Run run, const Backward& f, Weights& weights) {
@@ -48,11 +49,12 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
   const Cell& cell = run.cell;
   const long T = run.T, N = run.N, F = run.F, H = run.H, G = run.G, blocks = run.blocks, threads = run.threads();
   const long S = cell.states, thetas = cell.thetas, h_state = cell.hidden_state;
-  const bool apart = run.apart;
+  const bool apart = run.apart, coupled = run.coupled;
   const long K = blocks * G * UB, row = padded(K), hidden = blocks * UB;
   // Many rows, so that the gradients of weights, which lie in far memory, are updated rarely.
   const long chunk = std::max(1L, std::min(T, 320 / N)), most = chunk * N;
-  const long f_blocks = (F + UB - 1) / UB, f_strips = (F + MR - 1) / MR, h_strips = (H + MR - 1) / MR;
+  const long f_blocks = (F + UB - 1) / UB, f_strips = (F + MR - 1) / MR;
+  const long h_strips = coupled ? (H + MR - 1) / MR : 0;
   const size_t sizes[] = {size_t(most * row), apart ? size_t(most * row) : 0, size_t(S * N * hidden),
                           size_t(threads * thetas * hidden), size_t(most * f_strips * MR),
                           size_t(most * h_strips * MR), size_t(threads * most * UB), f.mask ? size_t(N * hidden) : 0};
@@ -70,7 +72,7 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
     const auto [b0, b1] = ::share(blocks, part.units, part.unit);
     if (!weights.packed) {
       const auto [k0, k1] = part.share(blocks);
-      for (long p = k0; p < k1; ++p) pack_transposed(run, f.w_hh, H, p * UB, p_hh + p * K * UB);
+      for (long p = k0; p < k1 && coupled; ++p) pack_transposed(run, f.w_hh, H, p * UB, p_hh + p * K * UB);
       const auto [i0, i1] = part.share(f.dx ? f_blocks : 0);
       for (long p = i0; p < i1; ++p) pack_transposed(run, f.w_ih, F, p * UB, p_ih + p * K * UB);
       if (id == 0) pack_theta(run, f.theta, p_theta);
@@ -110,10 +112,12 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
                        f.parts + (t * f.kept_rows + n0) * f.parts_row + b0 * cell.parts * UB, f.parts_row, old.data(),
                        f.restart.data(), dafter.data(), carry, N * hidden, hidden, du + place + b0 * G * UB,
                        dv + place + b0 * G * UB, row});
-        part.group.wait();
+        if (coupled) part.group.wait();
         float* dh = carry + (h_state * N + n0) * hidden;
         float* through = f.mask ? masked + n0 * hidden : dh;  // the cotangent through the product, before the mask
-        if (n1 - n0 <= FEW) {
+        if (!coupled) {
+          // the units of this thread depend on no others
+        } else if (n1 - n0 <= FEW) {
           narrow(n1 - n0, K, dv + place, row, p_hh + b0 * K * UB, at, b1 - b0, dh, hidden, through, hidden);
         } else {
           for (;;) {
@@ -128,7 +132,7 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
           // Other threads may have computed a part of these units, which is read below and in the next step.
           part.group.wait();
         }
-        for (long n = n0; n < n1 && f.mask; ++n)
+        for (long n = n0; n < n1 && f.mask && coupled; ++n)
           for (long unit = b0 * UB; unit < std::min(H, b1 * UB); ++unit)
             carry[(h_state * N + n) * hidden + unit] += masked[n * hidden + unit] * f.mask[n * H + unit];
         if (resets)
@@ -192,7 +196,7 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
             accumulate(run, std::min<long>(MR, F - k), rows, strips_x + k * most, panel, ub, fresh,
                        f.dw_ih + k * run.width + column);
           if (apart) gather_block(rows, dv + p * UB, row, panel, nullptr);
-          for (long k = 0; k < H; k += MR)
+          for (long k = 0; k < H && coupled; k += MR)
             accumulate(run, std::min<long>(MR, H - k), rows, strips_h + k * most, panel, ub, fresh,
                        f.dw_hh + k * run.width + column);
         }

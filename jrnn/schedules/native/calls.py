@@ -6,6 +6,7 @@ are the hoisted schedule's loop.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -14,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from jrnn.cells.form import AffineForm
-from jrnn.schedules import affine
+from jrnn.schedules import affine, linear
 from jrnn.schedules.native import build
 from jrnn.schedules.native.chunks import Chunks, Met
 from jrnn.schedules.native.operation import Operation
 from jrnn.schedules.read import parts
-from jrnn.schedules.steps import Steps, checkpointed
+from jrnn.schedules.steps import Steps, checkpointed, select
 
 __all__ = ["Flags", "Inputs", "Options", "loop"]
 
@@ -281,6 +282,8 @@ class Backward(Operation):
 
 def hoisted(options: Options, inputs: Inputs, flags: Flags) -> tuple[Any, tuple[jax.Array, ...]]:
     """`loop` in plain JAX, with every derivative."""
+    if inputs.form.gates.linear:
+        return recurrences(options, inputs, flags)
     remat = None if options.chunks is None else options.chunks.length
     steps = Steps(flags.valid, flags.resets, options.reverse, remat=remat)
 
@@ -289,6 +292,28 @@ def hoisted(options: Options, inputs: Inputs, flags: Flags) -> tuple[Any, tuple[
         return affine.loop(affine.choose_options(given, steps), given, steps)[:2]
 
     return checkpointed(run, inputs.xs, inputs.state, steps)
+
+
+def recurrences(options: Options, inputs: Inputs, flags: Flags) -> tuple[Any, tuple[jax.Array, ...]]:
+    """`loop` for gates that are linear in the state: a `linear_scan` for each field, elsewhere parallel over time."""
+    remat = None if options.chunks is None else options.chunks.length
+    form, fields = inputs.form, type(inputs.state)
+
+    def run(xs: Any, state: Any, steps: Steps) -> tuple[Any, tuple[jax.Array, ...]]:
+        u = form.project(xs)
+        zero, one = (fields(*(jnp.full_like(u[0], value) for _ in state)) for value in (0, 1))
+        # A field is a * field + b: its value at zero is b, and its derivative is a.
+        gates = lambda state: form.gates.combine(form.theta, u, zero[:1] * len(u), state, None)
+        b, a = jax.jvp(gates, (zero,), (one,))
+        if steps.resets is not None:
+            b = select(steps.resets, jax.tree.map(lambda a, b, again: a * again[None] + b, a, b, inputs.restart), b)
+        if steps.valid is not None:
+            a, b = select(steps.valid, a, one), select(steps.valid, b, zero)
+        scanned = functools.partial(linear.linear_scan, resets=steps.resets, reverse=steps.reverse)
+        after = fields(*map(scanned, a, b, state))
+        return jax.tree.map(lambda h: h[0 if steps.reverse else -1], after), options.emitted(after)
+
+    return checkpointed(run, inputs.xs, inputs.state, Steps(flags.valid, flags.resets, options.reverse, remat=remat))
 
 
 def tangent(options: Options, inputs: Inputs, flags: Flags, d: Inputs, dmask: Any = None) -> tuple[Any, Any]:

@@ -21,17 +21,91 @@ struct Forward {
 };
 
 // A call of few steps and few sequences reads the weights unpacked: packing them would take longer than using them.
-inline bool reads_in_place(const Run& run) { return run.T <= 4 && run.N <= FEW && run.H % UB == 0; }
+inline bool reads_in_place(const Run& run) {
+  return run.T <= 4 && run.N <= FEW && run.H % UB == 0 && run.coupled;
+}
 
 Weights forward_weights(const Run& run) {
   const size_t columns = reads_in_place(run) ? 0 : run.blocks * run.G * UB;
-  return Weights(columns * run.F, columns * run.H, columns, run.cell.thetas * run.blocks * UB);
+  const size_t thetas = run.cell.thetas * run.blocks * UB;
+  return Weights(columns * run.F, run.coupled ? columns * run.H : 0, columns, thetas);
+}
+
+// The states before and after a step, of which only `last` is kept where the states after each step are not needed.
+void states_of(const Run& run, const Forward& f, long i, Inputs& old, Outputs& now) {
+  const long size = run.N * run.H;
+  for (int s = 0; s < run.cell.states; ++s) {
+    old[s] = i == 0 ? f.state[s] : f.after[s] ? f.after[s] + run.time(i - 1) * size : f.last[s];
+    now[s] = f.after[s] ? f.after[s] + run.time(i) * size : f.last[s];
+  }
+}
+
+// A run without a recurrent product. A thread runs some units of some sequences for itself, a block of units at a time:
+// the input product of a chunk of steps, and then these steps, whose gate inputs are still in the nearest cache.
+void forward_apart(const Run& run, Crew& crew, const Forward& f, Weights& weights) {
+  const Cell& cell = run.cell;
+  const long T = run.T, N = run.N, F = run.F, H = run.H, G = run.G, P = cell.parts, S = cell.states;
+  const long blocks = run.blocks, width = P * UB, hidden = blocks * UB;
+  const long most_rows = (N + run.across - 1) / run.across, chunk = std::max(1L, std::min(T, 96 / most_rows));
+  const size_t tile_size = f.parts ? 0 : Scratch::rounded(chunk * N * width);
+  Scratch scratch(run.threads() * tile_size);
+  std::vector<float*> tiles(run.threads());
+  for (auto& tile : tiles) tile = scratch.take(tile_size);
+  divide(run, crew, [&](const Part& part) {
+    const long n0 = part.n0, n1 = part.n1;
+    const auto [b0, b1] = ::share(blocks, part.units, part.unit);
+    if (!weights.packed) {
+      const auto [k0, k1] = part.share(blocks * G);
+      for (long p = k0; p < k1; ++p) {
+        pack(run, f.w_ih, F, p / G, p % G, weights.ih + p * F * UB);
+        pack(run, f.b, 1, p / G, p % G, weights.b + p * UB);
+      }
+      if (part.id == 0) pack_theta(run, f.theta, weights.theta);
+      part.all.wait();
+    }
+    Inputs old(S);
+    Outputs now(S);
+    for (long start = 0; start < T; start += chunk) {
+      const long count = std::min(chunk, T - start), low = run.reverse ? T - start - count : start;
+      for (long ub = b0; ub < b1; ++ub) {
+        const long row = f.parts ? f.parts_row : width;
+        float* parts = f.parts ? f.parts + low * N * row + ub * width : tiles[part.id];
+        for (long g = 0; g < G; ++g) {
+          const long p = ub * G + g;
+          const auto project = [&](long first, long rows) {
+            multiply(rows, F, f.x + (low * N + first) * F, F, weights.ih + p * F * UB, weights.b + p * UB, 0,
+                     parts + first * row + g * UB, row);
+          };
+          if (n1 - n0 == N)
+            project(0, count * N);
+          else
+            for (long i = 0; i < count; ++i) project(i * N + n0, n1 - n0);
+        }
+        for (long i = start; i < start + count; ++i) {
+          const long t = run.time(i);
+          states_of(run, f, i, old, now);
+          float* from = parts + ((t - low) * N + n0) * row;
+          cell.forward({n0, n1, ub, ub + 1, H, f.valid ? f.valid + t * N : nullptr,
+                        f.resets ? f.resets + t * N : nullptr, weights.theta, hidden, from, row, old.data(),
+                        f.restart.data(), now.data()});
+          for (long n = 0; n < n1 - n0 && f.parts && ub + 1 == blocks; ++n)  // padding that was never written
+            std::fill(from + n * row + width, from + n * row + row - ub * width, 0.0f);
+        }
+      }
+    }
+    const long first = b0 * UB, units = std::min(H, b1 * UB) - first;
+    for (long s = 0; s < S; ++s)
+      for (long n = n0; n < n1 && f.after[s]; ++n)
+        std::memcpy(f.last[s] + n * H + first, f.after[s] + (run.time(T - 1) * N + n) * H + first, 4 * units);
+  });
+  weights.packed = true;
 }
 
 void forward_steps(Run run, const Forward& f, Weights& weights) {
   run.plan(processors());
   Crew crew(run.threads());
   if (crew.size() < run.threads()) run.plan(crew.size());
+  if (!run.coupled) return forward_apart(run, crew, f, weights);
   const Cell& cell = run.cell;
   const long T = run.T, N = run.N, F = run.F, H = run.H, G = run.G, blocks = run.blocks, threads = run.threads();
   const long P = cell.parts, S = cell.states, hidden = blocks * UB;
@@ -103,13 +177,10 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
         stream(rows, H, h, H, f.w_hh + first * UB, run.width, G, H, end - first, parts, row, P * UB, cell.slot);
       };
       for (long i = start; i < start + count; ++i) {
-        const long t = run.time(i), before = run.time(i - 1);
+        const long t = run.time(i);
         const uint8_t* valid = f.valid ? f.valid + t * N : nullptr;
         const uint8_t* resets = f.resets ? f.resets + t * N : nullptr;
-        for (long s = 0; s < S; ++s) {
-          old[s] = i == 0 ? f.state[s] : f.after[s] ? f.after[s] + before * N * H : f.last[s];
-          now[s] = f.after[s] ? f.after[s] + t * N * H : f.last[s];
-        }
+        states_of(run, f, i, old, now);
         const float* h = old[cell.hidden_state] + n0 * H;
         if (resets || f.mask) {
           for (long n = n0; n < n1; ++n) {

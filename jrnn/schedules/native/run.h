@@ -18,6 +18,7 @@ struct Run {
   bool reverse;
   long G = cell.gates, blocks = (H + UB - 1) / UB, width = G * H, across = 1, units = 1;
   bool apart = cell.sums != cell.gates;  // whether u and v have gradients of their own
+  bool coupled = true;                   // whether there is a recurrent product: without one, units are independent
   long threads() const { return across * units; }
   long time(long i) const { return reverse ? T - 1 - i : i; }
 
@@ -26,6 +27,11 @@ struct Run {
     const double work = 2.0 * T * N * (F + H) * width, step = 2.0 * N * H * width;
     const double weights = 4.0 * width * (F + H);
     most = std::min<long>(most, std::max(1.0, work / 4e6));
+    if (!coupled) {
+      units = std::min(most, blocks);
+      across = std::max(1L, std::min(most / units, N));
+      return;
+    }
     units = 1;
     while (units * 2 <= most && (weights / units > 5e5 || N / (most / units) < 4) && blocks >= 2 * units &&
            step / units > 1.5e5)
