@@ -69,8 +69,9 @@ class AffineForm:
         y = the fields ``emits`` of the state, side by side
 
     ``u`` and ``v`` are one array ``(*B, H)`` a gate. ``inputs`` is ``(w_ih (F, G*H), b (G*H,))``, or whatever
-    ``projection`` takes. ``w_hh`` is ``(H, G*H)`` and ``theta`` a pytree of vectors ``(H,)``. The masks ``(*B, F)`` and
-    ``(*B, H)`` are None where nothing is masked.
+    ``projection`` takes. If ``w_ih`` is None, x takes the place of the product: ``(*B, G*H)``. ``w_hh`` is
+    ``(H, G*H)`` and ``theta`` a pytree of vectors ``(H,)``. The masks ``(*B, F)`` and ``(*B, H)`` are None where
+    nothing is masked.
     """
 
     gates: Gates
@@ -85,6 +86,11 @@ class AffineForm:
     @property
     def hidden(self) -> int:
         return self.w_hh.shape[0]
+
+    @property
+    def given(self) -> bool:
+        """Whether x is the input parts of the gates, up to the bias, and not multiplied by weights."""
+        return self.projection is None and self.inputs[0] is None
 
     @property
     def count(self) -> int:
@@ -106,7 +112,7 @@ class AffineForm:
         if self.projection is not None:
             return tuple(self.projection(self.inputs, xs))
         w_ih, b = self.inputs
-        u = product(xs, w_ih)
+        u = xs if w_ih is None else product(xs, w_ih)
         return self.split(u + vector(b, u))
 
     def split(self, z: jax.Array) -> tuple[jax.Array, ...]:

@@ -43,6 +43,7 @@ def pays(task: Task) -> Refusal | None:
         return Refusal("its sizes are symbols")
     rows, features = math.prod(task.xs.shape[:-1]), task.xs.shape[-1]
     hidden, width = task.affine.w_hh.shape
+    features = 0 if task.affine.given else features
     work = 2 * rows * (features + hidden) * width
     few = task.xs.shape[0] <= FEW_STEPS and math.prod(task.batch) <= FEW_SEQUENCES and hidden % WHOLE_BLOCKS == 0
     if few and work >= STEP:
