@@ -20,7 +20,7 @@ class Body(NamedTuple):
     """``products``: in a step of the loop, once it is read; None where it runs as ``jax.lax.scan``.
 
     ``reason``: why it is not read as a cell, if it is not. ``native``: why the compiled loop does not serve, if it
-    does not.
+    does not. ``given``: the number of gates whose inputs x is, ``given * H`` features; 0 where x has F features.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Body(NamedTuple):
     batches: tuple[tuple[int, ...], ...] = ((4,),)
     peer: str = ""
     native: str = ""
+    given: int = 0
 
     @property
     def missing(self) -> bool:
@@ -192,6 +193,50 @@ def projected_input(key, F, H, batch):
         return h, h
 
     return weights(key, h=(H, H), s=(H,)), start(batch, H), step
+
+
+def given(key, F, H, batch):
+    """The product of the input was made before the loop; the bias was not."""
+
+    def step(w, h, u):
+        h = jnp.tanh(u + h @ w["h"] + w["b"][(None,) * len(batch)])
+        return h, h
+
+    return weights(key, h=(H, H), b=(H,)), start(batch, H), step
+
+
+def given_lstm(key, F, H, batch):
+    def step(w, state, u):
+        h, c = state
+        return lstm_gates(*jnp.split(u + h @ w["h"], 4, -1), c)
+
+    return weights(key, h=(H, 4 * H)), start(batch, H, 2), step
+
+
+def given_gru(key, F, H, batch):
+    """Ranges of a wider array, split before the product is added; a reset by a flag in its first column."""
+
+    def step(w, h, x):
+        u = x[..., H : 4 * H]
+        h = jnp.where(x[..., :1] > 0.3, 0.0, h)
+        v_r, v_z, v_n = jnp.split(h @ w["h"], 3, -1)
+        u_r, u_z, u_n = jnp.split(u, 3, -1)
+        r, z = jax.nn.sigmoid(u_r + v_r), jax.nn.sigmoid(u_z + v_z)
+        n = jnp.tanh(u_n + r * (v_n + w["b"][(None,) * len(batch)]))
+        h = n + z * (h - n)
+        return h, h
+
+    return weights(key, h=(H, 3 * H), b=(H,)), start(batch, H), step
+
+
+def embedded(key, F, H, batch):
+    """Rows of a table, of which the input says which."""
+
+    def step(w, h, x):
+        h = jnp.tanh(w["rows"][(3 * x[..., 0]).astype(jnp.int32)] + h @ w["h"])
+        return h, h
+
+    return weights(key, rows=(6, H), h=(H, H)), start(batch, H), step
 
 
 def scaled(key, F, H, batch):
@@ -682,23 +727,27 @@ BODIES = (
     Body("masked_reset_lstm", masked_reset_lstm),
     Body("relu_readout", relu_readout, batches=NO_BATCH),
     Body("checkpointed", checkpointed),
-    Body("projected_input", projected_input, batches=NO_BATCH, native="input projection itself"),
+    Body("projected_input", projected_input, batches=NO_BATCH),
+    Body("given", given, batches=NO_BATCH, given=1),
+    Body("given_lstm", given_lstm, batches=NO_BATCH, given=4),
+    Body("given_gru", given_gru, batches=NO_BATCH, given=5),
+    Body("embedded", embedded, batches=NO_BATCH),
     Body("scaled", scaled),
     Body("stopped", stopped),
     Body("fixed_carry", fixed_carry),
     Body("own_product", own_product, batches=NO_BATCH),
     Body("random_mask", random_mask),
     Body("memory_readout", memory_readout),
-    Body("many_gates", many_gates, native="input projection itself"),
+    Body("many_gates", many_gates),
     Body("counter", counter, batches=NO_BATCH),
     Body("random_key", random_key),
     Body("random_input", random_input),
     Body("carried_flag", carried_flag, batches=NO_BATCH),
     Body("counted_lengths", counted_lengths, batches=NO_BATCH),
     Body("other_generator", other_generator),
-    Body("clock", clock, batches=NO_BATCH, native="input projection itself"),
-    Body("unit_flags", unit_flags, native="input projection itself"),
-    Body("dropped", dropped, native="input projection itself"),
+    Body("clock", clock, batches=NO_BATCH),
+    Body("unit_flags", unit_flags),
+    Body("dropped", dropped),
     Body("linen_lstm", linen("LSTMCell"), batches=NO_BATCH, peer="flax"),
     Body("linen_optimized_lstm", linen("OptimizedLSTMCell"), batches=NO_BATCH, peer="flax"),
     Body("linen_gru", linen("GRUCell"), batches=NO_BATCH, peer="flax"),

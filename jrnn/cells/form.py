@@ -71,8 +71,9 @@ class AffineForm:
         y = the fields ``emits`` of the state, side by side
 
     ``u`` and ``v`` are one array ``(*B, H)`` a gate. ``inputs`` is ``(w_ih (F, G*H), b (G*H,))``, or whatever
-    ``projection`` takes. ``w_hh`` is ``(H, G*H)`` and ``theta`` a pytree of vectors ``(H,)``. The masks ``(*B, F)`` and
-    ``(*B, H)`` are None where nothing is masked.
+    ``projection`` takes. If ``w_ih`` is None, x takes the place of the product: ``(*B, G*H)``. ``w_hh`` is
+    ``(H, G*H)`` and ``theta`` a pytree of vectors ``(H,)``. The masks ``(*B, F)`` and ``(*B, H)`` are None where
+    nothing is masked.
 
     ``w_hh`` is ``(H, 0)`` where a step has no recurrent product. Then ``v`` is zero, every gate takes ``u + v``, and no
     unit depends on another.
@@ -97,6 +98,11 @@ class AffineForm:
         return self.w_hh.shape[1] > 0
 
     @property
+    def given(self) -> bool:
+        """Whether x is the input parts of the gates, up to the bias, and not multiplied by weights."""
+        return self.projection is None and self.inputs[0] is None
+
+    @property
     def count(self) -> int:
         """The number of gates."""
         return len(self.gates.sums)
@@ -116,7 +122,7 @@ class AffineForm:
         if self.projection is not None:
             return tuple(self.projection(self.inputs, xs))
         w_ih, b = self.inputs
-        u = product(xs, w_ih)
+        u = xs if w_ih is None else product(xs, w_ih)
         return self.split(u + vector(b, u))
 
     def split(self, z: jax.Array) -> tuple[jax.Array, ...]:

@@ -19,6 +19,7 @@ A step that does anything else is refused, with the reason.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -302,10 +303,26 @@ class _Reader(Dependence):
             raise Refusal("it uses an array that has some of the batch axes and not others")
         if "g" in axes and ("g" in order) != ("f" in order):
             raise Refusal("it broadcasts an array over groups of features, or over the features of a group")
-        ordered = _take(Atom.of(self.program, atom), names, order)
+        ordered = _take(self._source(atom), names, order)
         if batch and "f" not in order:
             return PerSequence(ordered)
         return Flat(ordered) if "g" in order else ordered
+
+    def _source(self, atom: int | Const) -> Recipe:
+        """The recipe for a variable: if it is a range of the last axis of another one, as such."""
+        op = self.made_by.get(atom) if isinstance(atom, int) else None
+        if op is None or op.name not in ("slice", "split"):
+            return Atom.of(self.program, atom)
+        shape = self.shape(op.ins[0])
+        if op.name == "split":
+            ends = list(itertools.accumulate(map(int, op.params["sizes"])))
+            at = op.outs.index(atom)
+            last, start, stop = op.params["axis"] == len(shape) - 1, ends[at] - self.shape(atom)[-1], ends[at]
+        else:
+            starts, stops, strides = (op.params[name] for name in ("start_indices", "limit_indices", "strides"))
+            last = not any(starts[:-1]) and tuple(stops[:-1]) == shape[:-1] and all(n == 1 for n in strides or ())
+            start, stop = starts[-1], stops[-1]
+        return self._source(op.ins[0]).columns(start, stop) if last else Atom.of(self.program, atom)
 
     # --- following operations ---
 

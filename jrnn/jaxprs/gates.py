@@ -80,9 +80,18 @@ class Parts(NamedTuple):
         weights = tuple(tuple(tuple(p for p in u.pieces if p.vector == x) for x in xs) for u in sums)
         return xs, weights, tuple(u.known for u in sums)  # type: ignore[return-value]
 
-    def inputs(self) -> tuple[Recipe | None, ...]:
-        """The input part of each gate, as a recipe."""
-        return tuple(None if u is None else recipe(u) for u in self.u)
+    def inputs(self, kinds: Any) -> tuple[tuple[Recipe | None, ...], tuple[Recipe | None, ...]]:
+        """The input part of each gate, as the sum of a recipe and a bias, each of which may be None."""
+        each = [_parted(u, kinds) for u in self.u]
+        return tuple(given for given, _ in each), tuple(bias for _, bias in each)
+
+
+def _parted(e: Sum | None, kinds: Any) -> tuple[Recipe | None, Recipe | None]:
+    """A sum that does not depend on the state, without its bias; and the bias, the same vector at every step."""
+    terms = [] if e is None else list(recipe(e).summands())
+    is_bias = [term.kind(kinds) == INVARIANT and len(term.shape) <= 1 for term in terms]
+    given, biases = ([t for t, b in zip(terms, is_bias, strict=True) if b == wanted] for wanted in (False, True))
+    return total(given) if given else None, total(biases) if biases else None
 
 
 def recipe(e: Sum) -> Recipe:

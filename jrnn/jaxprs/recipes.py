@@ -52,6 +52,10 @@ class Recipe:
         ranges = (*((0, n) for n in self.shape[:-1]), (start, stop))
         return Take(self, ranges, tuple(range(len(ranges))))
 
+    def summands(self) -> Iterator[Recipe]:
+        """The recipes whose sum it is."""
+        yield self
+
     def atoms(self) -> Iterator[int]:
         """The variables that it needs."""
         for part in self.parts:
@@ -133,6 +137,10 @@ class Add(Recipe):
 
     def columns(self, start: int, stop: int) -> Recipe:
         return Add(self.first.columns(start, stop), self.second.columns(start, stop))
+
+    def summands(self) -> Iterator[Recipe]:
+        yield from self.first.summands()
+        yield from self.second.summands()
 
 
 @dataclass(frozen=True)
@@ -240,7 +248,7 @@ def total(terms: Iterable[Recipe]) -> Recipe:
 
 
 def side_by_side(recipes: Sequence[Recipe]) -> list[Recipe]:
-    """The vectors to concatenate, where adjacent ranges of the same vector are merged into one recipe."""
+    """The arrays to concatenate along their last axis. Adjacent ranges of the same array are merged into one recipe."""
     found: list[Recipe] = []
     for recipe in recipes:
         joined = _joined(found[-1], recipe) if found else None
@@ -252,14 +260,14 @@ def side_by_side(recipes: Sequence[Recipe]) -> list[Recipe]:
 
 
 def _joined(a: Recipe, b: Recipe) -> Recipe | None:
-    """The concatenation of two vectors, if both are adjacent ranges of the same vector, or sums of such; else None."""
+    """The concatenation of two arrays, if both are adjacent ranges of the same array, or sums of such; else None."""
     if isinstance(a, Add) and isinstance(b, Add):
         first, second = _joined(a.first, b.first), _joined(a.second, b.second)
         return None if first is None or second is None else Add(first, second)
-    if not (isinstance(a, Take) and isinstance(b, Take)) or a.source != b.source or len(a.source.shape) != 1:
+    if not (isinstance(a, Take) and isinstance(b, Take)) or a.source != b.source:
         return None
-    (x,), (y,) = a.ranges, b.ranges
-    if x is None or y is None or x[1] != y[0]:
+    x, y = a.ranges[-1], b.ranges[-1]
+    if x is None or y is None or x[1] != y[0] or a.source.columns(*x) != a or a.source.columns(*y) != b:
         return None
     return a.source.columns(x[0], y[1])
 

@@ -78,7 +78,7 @@ class Body:
         return 2 * math.prod(self.form.batch) * self.form.units**2 * len(self.form.gates.summed)
 
     def affine(self, inputs: Any, w_hh: Any, theta: Any) -> AffineForm:
-        """The form of the step, from its arrays. ``inputs`` is None if the input parts of the gates are given."""
+        """The form of the step, from its arrays."""
         gates = self.form.gates
         return AffineForm(
             Gates(ReadGates(gates), gates.summed, elementwise=True, linear=self.linear),
@@ -86,7 +86,6 @@ class Body:
             inputs,
             w_hh,
             theta,
-            projection=Split(len(gates.summed)) if inputs is None else None,
         )
 
     def shapes(self, xs: Any, steps: Steps) -> Task:
@@ -94,12 +93,12 @@ class Body:
         form, units = self.form, self.form.units
         time, width = jax.tree.leaves(xs)[0].shape[0], units * len(form.gates.summed)
         array = lambda *shape: jax.ShapeDtypeStruct(shape, form.dtype)
-        features, weights = width, None
+        features, w_ih = width, None
         if self.product is not None:
             features = sum(vector.shape[-1] for vector in self.product[0])
-            weights = (array(features, width), array(width))
+            w_ih = array(features, width)
         w_hh = array(units, width if self.coupled else 0)
-        affine = self.affine(weights, w_hh, (array(units),) * len(form.parts.theta))
+        affine = self.affine((w_ih, array(width)), w_hh, (array(units),) * len(form.parts.theta))
         state = _state_type(self.fields)(*(array(*form.batch, units),) * len(form.leaves))
         return Task(None, None, affine, array(time, *form.batch, features), state, None, steps)
 
@@ -133,14 +132,10 @@ class Body:
             steps, restart = replace(steps, resets=resets), state_type(*self._values(env, form.ends))
         elif restart is not None:
             restart = state_type(*(restart[i] for i in form.leaves))
-        weights: Any = None
+        w_ih = None
         if self.product is None:
-            parts = form.parts.inputs()
-            made = iter(self._at_all_steps(env, [p for p in parts if p is not None], xs))
-            time, shape = jax.tree.leaves(xs)[0].shape[0], (*form.batch, units)
-            given = [
-                jnp.zeros((time, *shape), form.dtype) if p is None else over_batch(next(made), shape) for p in parts
-            ]
+            parts, biases = form.parts.inputs(form.kinds)
+            inputs = self._side_by_side(env, parts, xs)
         else:
             vectors, pieces, biases = self.product
             given = self._at_all_steps(env, vectors, xs)
@@ -148,12 +143,12 @@ class Body:
                 columns([gate[i] for gate in pieces], env, (a.shape[-1], units), form.dtype)
                 for i, a in enumerate(given)
             ]
-            weights = (rows[0] if len(rows) == 1 else jnp.concatenate(rows), joined(biases))
+            w_ih = rows[0] if len(rows) == 1 else jnp.concatenate(rows)
+            inputs = given[0] if len(given) == 1 else jnp.concatenate(given, -1)
         w_hh = jnp.zeros((units, 0), form.dtype)
         if self.coupled:
             w_hh = columns(form.parts.v, env, (units, units), form.dtype)
-        affine = self.affine(weights, w_hh, tuple(map(vector, form.parts.theta)))
-        inputs = given[0] if len(given) == 1 else jnp.concatenate(given, -1)
+        affine = self.affine((w_ih, joined(biases)), w_hh, tuple(map(vector, form.parts.theta)))
         return Task(None, None, affine, inputs, state_type(*(carry[i] for i in form.leaves)), restart, steps)
 
     def plan(self, task: Task, backend: str | None) -> tuple[str, Plan] | Refusal:
@@ -166,14 +161,15 @@ class Body:
         if self.repeats:
             again = "its outputs need a matmul of its state that the loop does not put out"
             return Refusal(f"{again}, and making it a second time costs more than the loop saves")
+        if not all(self.form.parts.v):
+            alone = "some of its gates take no product of its state"
+            return Refusal(f"{alone}, and the loop would multiply by zeros for them, which costs more than it saves")
         found = native.pays(task) or native.plan(task)
         if isinstance(found, Plan):
             return "native", found
         if not self.coupled:  # nothing is gained by a scan of it
             return found
         reason = f"not native: {found.reason}"
-        if self.product is None and not all(self.form.parts.v):
-            return Refusal(f"{reason}; not hoisted: its gates take arrays of every step beside the products")
         if self.work < WORK:
             return Refusal(f"{reason}; not hoisted: {small(self.work)}")
         found = hoisted.plan(task)
@@ -230,6 +226,17 @@ class Body:
         made = iter(jax.vmap(at_one)(given) if rest else ())
         return [next(made) if there is None else there for there in found]
 
+    def _side_by_side(self, env: dict[int, Any], parts: Sequence[Recipe | None], xs: Any) -> jax.Array:
+        """Arrays for all steps, one for each gate, concatenated: ``(T, *B, G*H)``. None stands for zeros."""
+        form, shape = self.form, (*self.form.batch, self.form.units)
+        if all(part is not None and part.shape == shape for part in parts):
+            made = self._at_all_steps(env, side_by_side(parts), xs)  # type: ignore[arg-type]
+        else:
+            found = iter(self._at_all_steps(env, [part for part in parts if part is not None], xs))
+            zeros = jnp.zeros((jax.tree.leaves(xs)[0].shape[0], *shape), form.dtype)
+            made = [zeros if part is None else over_batch(next(found), shape) for part in parts]
+        return made[0] if len(made) == 1 else jnp.concatenate(made, -1)
+
     def _outputs(self, env: dict[int, Any], carry: Sequence[Any], hs: jax.Array, xs: Any, reverse: bool) -> list[Any]:
         """The outputs of all steps at once, from the carry before the first step and the fields that the cell emits."""
         form = self.form
@@ -242,16 +249,6 @@ class Body:
                 after = select(self._flags(env, form.ends, xs), jnp.broadcast_to(value, after.shape), after)
             given[variable] = after if is_new else before(after, carry[leaf], reverse)
         return outputs(form, env, given, xs)
-
-
-@dataclass(frozen=True)
-class Split:
-    """The projection for inputs that are already the input parts of the gates, concatenated: it only splits them."""
-
-    count: int
-
-    def __call__(self, params: Any, xs: jax.Array) -> Any:
-        return jnp.split(xs, self.count, axis=-1)
 
 
 @functools.lru_cache(maxsize=64)

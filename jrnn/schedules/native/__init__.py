@@ -50,6 +50,7 @@ def pays(task: Task) -> Refusal | None:
     hidden, coupled = task.affine.hidden, task.affine.coupled
     if task.xs.dtype == jnp.bfloat16 and coupled and hidden >= BFLOAT16_HIDDEN and build.multiplies_bfloat16():
         return Refusal("it computes in float32, and XLA multiplies in bfloat16 faster on this processor")
+    features = 0 if task.affine.given else features
     work = 2 * rows * (features + hidden * coupled) * hidden * task.affine.count
     few = task.xs.shape[0] <= FEW_STEPS and math.prod(task.batch) <= FEW_SEQUENCES and hidden % WHOLE_BLOCKS == 0
     if few and work >= STEP:

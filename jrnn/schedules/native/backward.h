@@ -10,7 +10,7 @@
 namespace {
 
 struct Backward {
-  const float *x, *w_ih, *w_hh;
+  const float *x, *w_ih, *w_hh;  // as in Forward
   const uint8_t *valid, *resets;
   const float* mask;
   Inputs theta, state, restart, after, dlast, dafter;  // dafter: null for a state that is not an output
@@ -37,7 +37,7 @@ void accumulate(const Run& run, long M, long K, const float* A, const float* B, 
 }
 
 Weights backward_weights(const Run& run, bool by_inputs) {
-  const size_t K = run.blocks * run.G * UB, f_blocks = (run.F + UB - 1) / UB;
+  const size_t K = run.blocks * run.G * UB, f_blocks = (run.depth + UB - 1) / UB;
   const size_t hh = run.coupled ? run.blocks * K * UB : 0;
   return Weights(by_inputs ? f_blocks * K * UB : 0, hh, 0, run.cell.thetas * run.blocks * UB);
 }
@@ -48,12 +48,12 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
   if (crew.size() < run.threads()) run.plan(crew.size());
   const Cell& cell = run.cell;
   const long T = run.T, N = run.N, F = run.F, H = run.H, G = run.G, blocks = run.blocks, threads = run.threads();
-  const long S = cell.states, thetas = cell.thetas, h_state = cell.hidden_state;
+  const long depth = run.depth, S = cell.states, thetas = cell.thetas, h_state = cell.hidden_state;
   const bool apart = run.apart, coupled = run.coupled;
   const long K = blocks * G * UB, row = padded(K), hidden = blocks * UB;
   // Many rows, so that the gradients of weights, which lie in far memory, are updated rarely.
   const long chunk = std::max(1L, std::min(T, 320 / N)), most = chunk * N;
-  const long f_blocks = (F + UB - 1) / UB, f_strips = (F + MR - 1) / MR;
+  const long f_blocks = (depth + UB - 1) / UB, f_strips = (depth + MR - 1) / MR;
   const long h_strips = coupled ? (H + MR - 1) / MR : 0;
   const size_t sizes[] = {size_t(most * row), apart ? size_t(most * row) : 0, size_t(S * N * hidden),
                           size_t(threads * thetas * hidden), size_t(most * f_strips * MR),
@@ -152,7 +152,7 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
         const auto [s0, s1] = part.share(f_strips + h_strips);
         for (long s = s0; s < s1; ++s) {
           const bool recurrent = s >= f_strips;
-          const long k = (recurrent ? s - f_strips : s) * MR, m = std::min<long>(MR, (recurrent ? H : F) - k);
+          const long k = (recurrent ? s - f_strips : s) * MR, m = std::min<long>(MR, (recurrent ? H : depth) - k);
           float* to = (recurrent ? strips_h : strips_x) + k * most;
           if (!recurrent) gather(rows, m, f.x + low * N * F + k, F, nullptr, to);
           for (long t = low; t < low + count && recurrent; ++t) {
@@ -172,6 +172,11 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
       while (f.dx) {
         const auto [r0, r1] = part.rows.take(phase, rows, id, 8 * MR);
         if (r0 == r1) break;
+        for (long r = r0; r < r1 && run.given; ++r)
+          for (long p = 0; p < blocks * G; ++p)
+            std::memcpy(input_part(run, f.dx, low * N + r, p), du + r * row + p * UB,
+                        4 * std::min<long>(UB, H - p / G * UB));
+        if (run.given) continue;
         const long whole = F / UB, short_by = F % UB;
         float* to = f.dx + low * N * F;
         multiply_long(r1 - r0, K, du + r0 * row, row, p_ih, whole, nullptr, 0, to + r0 * F, F);
@@ -192,8 +197,8 @@ void backward_steps(Run run, const Backward& f, Weights& weights) {
           gather_block(rows, du + p * UB, row, panel, sum);
           for (long j = 0; j < UB && ub * UB + j < H; ++j)
             f.db[column + j] = sum[j] + (fresh ? 0 : f.db[column + j]);
-          for (long k = 0; k < F; k += MR)
-            accumulate(run, std::min<long>(MR, F - k), rows, strips_x + k * most, panel, ub, fresh,
+          for (long k = 0; k < depth; k += MR)
+            accumulate(run, std::min<long>(MR, depth - k), rows, strips_x + k * most, panel, ub, fresh,
                        f.dw_ih + k * run.width + column);
           if (apart) gather_block(rows, dv + p * UB, row, panel, nullptr);
           for (long k = 0; k < H && coupled; k += MR)

@@ -247,6 +247,7 @@ class Backward(Operation):
         w_ih, b = form.inputs
         dafter = dict(zip(self.options.emits, douts, strict=True))
         xs = _form(inputs.xs) if self.moving[0] else _NOTHING
+        w_ih = _NOTHING if form.given else w_ih
         results = [xs, *map(_form, jax.tree.leaves((w_ih, form.w_hh, form.theta, inputs.state)))]
         results += map(_form, inputs.restart or (_NOTHING,) * len(inputs.state))
         results += [_form(b), *self.options.work(len(dlast), *douts[0].shape[1:])]
@@ -260,7 +261,7 @@ class Backward(Operation):
         rest, (db, *_) = rest[: thetas + 2 * states], rest[thetas + 2 * states :]
         dstate = type(inputs.state)(*rest[thetas : thetas + states])
         drestart = None if inputs.restart is None else type(inputs.restart)(*rest[thetas + states :])
-        dform = replace(form, inputs=(dw_ih, db), w_hh=dw_hh, theta=dtheta)
+        dform = replace(form, inputs=(None if form.given else dw_ih, db), w_hh=dw_hh, theta=dtheta)
         return self.only(Inputs(dxs, dform, dstate, drestart))
 
     def plain(self, inputs: Inputs, flags: Flags, kept: Kept | Met, cotangents: Any) -> Inputs:
@@ -348,5 +349,5 @@ def _arguments(inputs: Inputs, flags: Flags) -> list[jax.Array]:
     marks.append(nothing if flags.mask is None else flags.mask)
     restart = inputs.restart or (nothing,) * len(inputs.state)
     form = inputs.form
-    w_ih, _ = form.inputs
+    w_ih = nothing if form.given else form.inputs[0]
     return [inputs.xs, w_ih, form.w_hh, *marks, *jax.tree.leaves(form.theta), *inputs.state, *restart]

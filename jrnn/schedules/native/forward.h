@@ -10,7 +10,7 @@ using Inputs = std::vector<const float*>;  // an array for each state, or each v
 using Outputs = std::vector<float*>;
 
 struct Forward {
-  const float *x, *w_ih, *b, *w_hh;
+  const float *x, *w_ih, *b, *w_hh;  // w_ih is null if x is given (see Run)
   const uint8_t *valid, *resets;  // (T, N) or null
   const float* mask;              // (N, H) or null: the dropout mask on h in the recurrent product
   Inputs theta, state, restart;
@@ -28,7 +28,13 @@ inline bool reads_in_place(const Run& run) {
 Weights forward_weights(const Run& run) {
   const size_t columns = reads_in_place(run) ? 0 : run.blocks * run.G * UB;
   const size_t thetas = run.cell.thetas * run.blocks * UB;
-  return Weights(columns * run.F, run.coupled ? columns * run.H : 0, columns, thetas);
+  return Weights(columns * run.depth, run.coupled ? columns * run.H : 0, columns, thetas);
+}
+
+// The inputs of a row that are the input part of a gate for a block of units: panel p of `given` inputs.
+template <class Float>
+Float* input_part(const Run& run, Float* x, long row, long p) {
+  return x + row * run.F + p % run.G * run.H + p / run.G * UB;
 }
 
 // The states before and after a step, of which only `last` is kept where the states after each step are not needed.
@@ -57,7 +63,7 @@ void forward_apart(const Run& run, Crew& crew, const Forward& f, Weights& weight
     if (!weights.packed) {
       const auto [k0, k1] = part.share(blocks * G);
       for (long p = k0; p < k1; ++p) {
-        pack(run, f.w_ih, F, p / G, p % G, weights.ih + p * F * UB);
+        pack(run, f.w_ih, run.depth, p / G, p % G, weights.ih + p * run.depth * UB);
         pack(run, f.b, 1, p / G, p % G, weights.b + p * UB);
       }
       if (part.id == 0) pack_theta(run, f.theta, weights.theta);
@@ -73,8 +79,12 @@ void forward_apart(const Run& run, Crew& crew, const Forward& f, Weights& weight
         for (long g = 0; g < G; ++g) {
           const long p = ub * G + g;
           const auto project = [&](long first, long rows) {
-            multiply(rows, F, f.x + (low * N + first) * F, F, weights.ih + p * F * UB, weights.b + p * UB, 0,
-                     parts + first * row + g * UB, row);
+            float* to = parts + first * row + g * UB;
+            if (run.given)
+              add_columns(rows, std::min<long>(UB, H - ub * UB), input_part(run, f.x, low * N + first, p), F,
+                          weights.b + p * UB, to, row);
+            else
+              multiply(rows, F, f.x + (low * N + first) * F, F, weights.ih + p * F * UB, weights.b + p * UB, 0, to, row);
           };
           if (n1 - n0 == N)
             project(0, count * N);
@@ -108,10 +118,10 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
   if (!run.coupled) return forward_apart(run, crew, f, weights);
   const Cell& cell = run.cell;
   const long T = run.T, N = run.N, F = run.F, H = run.H, G = run.G, blocks = run.blocks, threads = run.threads();
-  const long P = cell.parts, S = cell.states, hidden = blocks * UB;
+  const long depth = run.depth, P = cell.parts, S = cell.states, hidden = blocks * UB;
   const long most_rows = (N + run.across - 1) / run.across, most_blocks = (blocks + run.units - 1) / run.units;
   const long chunk = std::max(1L, std::min(T, 96 / most_rows));
-  const bool far = 4 * (F + H) * run.width > NEAR, in_place = reads_in_place(run);
+  const bool far = 4 * (depth + H) * run.width > NEAR, in_place = reads_in_place(run);
   const long u_row = padded(blocks * G * UB);
   const long at_once = most_rows > FEW ? 1 : most_blocks;  // blocks in one product, before their gates
   const size_t tile_size = most_rows * at_once * P * UB;
@@ -132,7 +142,7 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
     if (!weights.packed) {
       const auto [k0, k1] = part.share(blocks * G);
       for (long p = k0; p < k1 && !in_place; ++p) {
-        pack(run, f.w_ih, F, p / G, p % G, p_ih + p * F * UB);
+        pack(run, f.w_ih, depth, p / G, p % G, p_ih + p * depth * UB);
         pack(run, f.w_hh, H, p / G, p % G, p_hh + p * H * UB);
         pack(run, f.b, 1, p / G, p % G, p_b + p * UB);
       }
@@ -158,8 +168,13 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
       // The input product for some blocks and rows, for all steps of the chunk.
       const auto project = [&](long first, long end, long r0, long r1) {
         for (long p = first * G; p < end * G; ++p) {
-          const float *panel = p_ih + p * F * UB, *next = far ? panel + F * UB : nullptr;
-          if (r1 - r0 == N)
+          const float *panel = p_ih + p * depth * UB, *next = far ? panel + depth * UB : nullptr;
+          if (run.given)
+            for (long i = 0; i < count; ++i)
+              add_columns(r1 - r0, std::min<long>(UB, H - p / G * UB),
+                          input_part(run, f.x, (low + i) * N + n0 + r0, p), F, p_b + p * UB,
+                          us + (i * rows + r0) * u_row + p * UB, u_row);
+          else if (r1 - r0 == N)
             multiply(count * N, F, f.x + low * N * F, F, panel, p_b + p * UB, 0, us + p * UB, u_row, next);
           else
             for (long i = 0; i < count; ++i)
@@ -171,9 +186,11 @@ void forward_steps(Run run, const Forward& f, Weights& weights) {
       const auto product = [&](long first, long end, const float* x, const float* h, float* parts, long row) {
         for (long n = 0; n < rows; ++n)
           for (long p = 0; p < (end - first) * P; ++p)
-            for (long j = 0; j < UB; ++j)
-              parts[n * row + p * UB + j] = p % P < G ? f.b[p % P * H + (first + p / P) * UB + j] : 0;
-        stream(rows, F, x, F, f.w_ih + first * UB, run.width, G, H, end - first, parts, row, P * UB, own_places.data());
+            for (long j = 0; j < UB; ++j) {
+              const long column = p % P * H + (first + p / P) * UB + j;
+              parts[n * row + p * UB + j] = p % P < G ? f.b[column] + (run.given ? x[n * F + column] : 0) : 0;
+            }
+        stream(rows, depth, x, F, f.w_ih + first * UB, run.width, G, H, end - first, parts, row, P * UB, own_places.data());
         stream(rows, H, h, H, f.w_hh + first * UB, run.width, G, H, end - first, parts, row, P * UB, cell.slot);
       };
       for (long i = start; i < start + count; ++i) {

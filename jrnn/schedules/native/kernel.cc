@@ -43,7 +43,7 @@ Run start(const Cell& cell, Arrays& in, Call& f, bool reverse) {
   in.take(f.theta, cell.thetas);
   in.take(f.state, cell.states);
   in.take(f.restart, cell.states);
-  Run run{cell, x.dims[0], x.dims[1], x.dims[2], w_hh.dims[0], reverse};
+  Run run{cell, x.dims[0], x.dims[1], x.dims[2], w_hh.dims[0], reverse, !f.w_ih && x.dims[2]};
   run.coupled = w_hh.dims[1] > 0;
   return run;
 }

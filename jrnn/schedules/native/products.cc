@@ -213,6 +213,11 @@ void gather(long rows, long m, const float* from, long stride, const float* mask
     for (long j = 0; j < m; ++j) to[j] = mask ? from[j] * mask[r * stride + j] : from[j];
 }
 
+void add_columns(long rows, long n, const float* from, long stride, const float* b, float* to, long ldt) {
+  for (long r = 0; r < rows; ++r, from += stride, to += ldt)
+    for (long j = 0; j < UB; j += VL) store(to + j, load(from + j, n - j) + load(b + j));
+}
+
 void gather_block(long rows, const float* from, long stride, float* to, float* sums) {
   vf sum[2] = {};
   for (long r = 0; r < rows; ++r)

@@ -48,6 +48,9 @@ void stream(long rows, long K, const float* A, long lda, const float* B, long st
 // to (rows, m) = from (rows, m) at a stride, times the mask at the same stride, unless that is null.
 void gather(long rows, long m, const float* from, long stride, const float* mask, float* to);
 
+// to (rows, UB) = from (rows, n) + b (UB), both at strides; columns of `from` beyond n are zero.
+void add_columns(long rows, long n, const float* from, long stride, const float* b, float* to, long ldt);
+
 // to (rows, UB) = from (rows, UB) at a stride; sums (UB), unless null, are the sums over rows.
 void gather_block(long rows, const float* from, long stride, float* to, float* sums);
 

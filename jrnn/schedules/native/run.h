@@ -16,7 +16,9 @@ struct Run {
   const Cell& cell;
   long T, N, F, H;
   bool reverse;
+  bool given;  // x holds the input parts of all gates, side by side, instead of what w_ih multiplies: F = G * H
   long G = cell.gates, blocks = (H + UB - 1) / UB, width = G * H, across = 1, units = 1;
+  long depth = given ? 0 : F;  // rows of w_ih
   bool apart = cell.sums != cell.gates;  // whether u and v have gradients of their own
   bool coupled = true;                   // whether there is a recurrent product: without one, units are independent
   long threads() const { return across * units; }
@@ -24,8 +26,8 @@ struct Run {
 
   // Chooses the number of threads that pays, up to `most`, and the division among them.
   void plan(long most) {
-    const double work = 2.0 * T * N * (F + H) * width, step = 2.0 * N * H * width;
-    const double weights = 4.0 * width * (F + H);
+    const double work = 2.0 * T * N * (depth + H) * width, step = 2.0 * N * H * width;
+    const double weights = 4.0 * width * (depth + H);
     most = std::min<long>(most, std::max(1.0, work / 4e6));
     if (!coupled) {
       units = std::min(most, blocks);
