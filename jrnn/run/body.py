@@ -161,7 +161,7 @@ class Body:
         if self.repeats:
             again = "its outputs need a matmul of its state that the loop does not put out"
             return Refusal(f"{again}, and making it a second time costs more than the loop saves")
-        if not all(self.form.parts.v):
+        if self.coupled and not all(self.form.parts.v):
             alone = "some of its gates take no product of its state"
             return Refusal(f"{alone}, and the loop would multiply by zeros for them, which costs more than it saves")
         found = native.pays(task) or native.plan(task)
