@@ -372,6 +372,49 @@ def counter(key, F, H, batch):
     return w, (h, jnp.array(0)), step
 
 
+def total(key, F, H, batch):
+    """A sum over the outputs, the best of them, and a count of those that a branch and a loop have changed."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, carry, x):
+        h, total, best, count = carry
+        h, y = plain(w, h, x)
+        logits = h @ w["h"]
+        score = jax.lax.cond(logits.sum() > 0, jnp.sin, jnp.cos, logits.sum())
+        count = count + jax.lax.while_loop(lambda n: n < 3, lambda n: n + 1, (score > best).astype(jnp.int32))
+        return (h, total + jax.nn.logsumexp(logits, -1), jnp.maximum(best, score), count), (y, total, x * best)
+
+    return w, (h, jnp.zeros(batch), jnp.float32(-1), jnp.array(0)), step
+
+
+def sent_after(key, F, H, batch):
+    """A branch on the state, which nothing feeds back, beside weights in the carry and a counter."""
+    w, carry, plain = concatenated_lstm(key, F, H, batch)
+
+    def step(w, carry, x):
+        carry, scale, t = carry
+        carry, y = plain(w, carry, x * scale + 0.1 * t)
+        y = jax.lax.cond(y.sum() > t, lambda y: y * scale, jnp.sin, y)
+        return (carry, scale, t + scale), (y, carry[1])
+
+    return w, (carry, jnp.float32(0.5), jnp.float32(0)), step
+
+
+def two_layers(key, F, H, batch):
+    """The second layer is multiplied with the state of the first side by side with its own; the sum of its outputs."""
+    k_one, k_two = jax.random.split(key)
+    one, first, plain_one = elman(k_one, F, H, batch)
+    two, second, plain_two = concatenated_lstm(k_two, H, H, batch)
+
+    def step(w, carry, x):
+        first, second, total = carry
+        first, y = plain_one(w["one"], first, x)
+        second, y = plain_two(w["two"], second, y)
+        return (first, second, total + y.sum(-1)), (y, first)
+
+    return {"one": one, "two": two}, (first, second, jnp.zeros(batch)), step
+
+
 def random_key(key, F, H, batch):
     """A key in the carry, split at each step, for dropout of the input and of the output."""
     w, h, plain = elman(key, F, H, batch)
@@ -740,6 +783,9 @@ BODIES = (
     Body("memory_readout", memory_readout),
     Body("many_gates", many_gates),
     Body("counter", counter, batches=NO_BATCH),
+    Body("total", total, batches=NO_BATCH),
+    Body("sent_after", sent_after),
+    Body("two_layers", two_layers, 2, batches=NO_BATCH),
     Body("random_key", random_key),
     Body("random_input", random_input),
     Body("carried_flag", carried_flag, batches=NO_BATCH),

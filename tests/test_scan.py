@@ -416,6 +416,12 @@ def test_choice_follows_the_size():
         ("held", "reference", "its outputs need a matmul of its state that the loop does not put out"),
         ("dropped", "reference", "some of its gates take no product of its state"),
         ("given_lstm", "native", "one compiled function"),
+        (
+            "total",
+            "native",
+            r"runs after it \(float32\[16\] and float32\[\] and int32\[\] of its carry, 'cond', 'while'\)",
+        ),
+        ("two_layers", "native", r"runs after it \(float32\[16, 128\] and float32\[16, 128\] and float32\[16\] of its"),
         ("random_steps", "reference", "not of one shape and dtype"),
     ],
 )

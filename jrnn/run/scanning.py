@@ -15,10 +15,8 @@ from jrnn import schedules
 from jrnn.jaxprs import sites
 from jrnn.jaxprs.blocks import Refusal
 from jrnn.jaxprs.flat import Program
-from jrnn.run.apart import Apart
-from jrnn.run.body import Body
 from jrnn.run.recurrence import Recurrences
-from jrnn.run.step import cell_of, read, schedule
+from jrnn.run.step import Read, cells, read, schedule
 from jrnn.schedules.parts import Parts, of_one_step, trace
 from jrnn.schedules.steps import Steps, check_remat, checkpointed, times_in_a_body
 
@@ -63,7 +61,9 @@ def scan(
 
     Leaves of the carry that do not depend on the cell's state, such as a counter, a random key or the input before, may
     stand beside it, in any shape and dtype. They run first, as a ``jax.lax.scan`` of their own. What the cell needs of
-    them is then an input of its steps. Branches and loops that do not depend on the state run there too.
+    them is then an input of its steps. Leaves that the cell does not depend on, such as a sum over its outputs, run
+    after it in the same way, and so does a second layer, as a cell of its own. Branches and loops run before the cell
+    if they do not depend on its state, and after it if its state does not depend on them.
 
     The LSTM, GRU (reset after the product), MGU and Elman cells of Flax, Haiku and Equinox are of this kind, and so are
     most cells written by hand. A flag among the inputs may replace the carry by constants, before the step or after it
@@ -151,10 +151,10 @@ class _Choice:
 
     name: str
     reason: str
-    body: Apart | Body | Parts | Recurrences | None = None
+    body: Read | Parts | None = None
     consts: Any = ()
     ys: Any = None
-    plan: schedules.Plan | None = None
+    plan: Any = None
 
 
 def _choose(
@@ -185,7 +185,7 @@ def _choose(
         if backend is not None:
             raise ValueError(_cannot(backend, reason)) from None
         return _Choice("reference", reason)
-    linear = isinstance(cell_of(body), Recurrences)
+    linear = isinstance(cells(body)[0], Recurrences)
     is_read = "the body is read: " if linear else "the body is a recurrent cell: "
     found = schedule(body, xs, Steps(reverse=bool(reverse), remat=remat), backend)
     if isinstance(found, schedules.Refusal):
@@ -230,7 +230,7 @@ def _plain(f: Any, init: Any, xs: Any, length: Any, reverse: Any, unroll: Any, r
 # Jitted with the body as a static argument, so that a second eager call with an equal body compiles nothing.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _run(
-    body: Apart | Body | Parts | Recurrences,
+    body: Read | Parts,
     plan: Any,
     reverse: bool,
     unroll: Any,
