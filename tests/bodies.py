@@ -483,6 +483,41 @@ def counted_lengths(key, F, H, batch):
     return {**w, "lengths": jnp.arange(2, 2 + math.prod(batch)).reshape(batch)}, (carry, jnp.array(0)), step
 
 
+def masked_by_leaf(key, F, H, batch):
+    """The flags of the mask are computed anew for each leaf, from a counter in the carry."""
+    w, carry, plain = concatenated_lstm(key, F, H, batch)
+
+    def step(w, carry, x):
+        old, t = carry
+        (h, c), _ = plain(w, old, x)
+        h, c = (jnp.where((t < w["lengths"])[..., None], n, o) for n, o in zip((h, c), old, strict=True))
+        return ((h, c), t + 1), h
+
+    return {**w, "lengths": jnp.arange(2, 2 + math.prod(batch)).reshape(batch)}, (carry, jnp.array(0)), step
+
+
+def without_input(key, F, H, batch):
+    """Nothing but the state is multiplied, and what is drawn is added: a body that needs no xs."""
+
+    def step(w, carry, _):
+        h, key = carry
+        key, now = jax.random.split(key)
+        h = jnp.tanh(h @ w["h"] + w["b"][(None,) * len(batch)]) + 0.1 * jax.random.normal(now, h.shape)
+        return (h, key), h
+
+    return weights(key, h=(H, H), b=(H,)), (start(batch, H), jax.random.key(4)), step
+
+
+def unmoved(key, F, H, batch):
+    """Nothing but the state is in the step."""
+
+    def step(w, h, _):
+        h = jnp.tanh(h @ w["h"] + w["b"][(None,) * len(batch)])
+        return h, h
+
+    return weights(key, h=(H, H), b=(H,)), start(batch, H), step
+
+
 def other_generator(key, F, H, batch):
     """Keys whose numbers differ from step to step if they are drawn for all steps at once; and a branch."""
     w, h, plain = elman(key, F, H, batch)
@@ -790,6 +825,9 @@ BODIES = (
     Body("random_input", random_input),
     Body("carried_flag", carried_flag, batches=NO_BATCH),
     Body("counted_lengths", counted_lengths, batches=NO_BATCH),
+    Body("masked_by_leaf", masked_by_leaf, batches=NO_BATCH),
+    Body("without_input", without_input),
+    Body("unmoved", unmoved, batches=NO_BATCH),
     Body("other_generator", other_generator),
     Body("clock", clock, batches=NO_BATCH),
     Body("unit_flags", unit_flags),

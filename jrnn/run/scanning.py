@@ -105,6 +105,7 @@ def scan(
     chosen = _choose(f, init, xs, length, reverse, backend, remat)
     if chosen.body is None or unroll < 0:  # jax.lax.scan raises the error
         return _plain(f, init, xs, length, reverse, unroll, remat)
+    xs = _with_steps(xs, length)
     carry, ys = _run(chosen.body, chosen.plan, bool(reverse), unroll, remat, chosen.consts, init, xs)
     return carry, jax.tree.unflatten(chosen.ys, ys)
 
@@ -165,8 +166,10 @@ def _choose(
     check_remat(remat)
     if backend == "reference":
         return _Choice("reference", "it was asked for by name")
+    steps = Steps(reverse=bool(reverse), remat=remat)
     try:
         program, ys, consts = _trace(f, init, xs, length)
+        xs = _with_steps(xs, length)
         carry = jax.tree.leaves(init)
         try:
             body = read(program, len(consts), len(carry))
@@ -187,7 +190,7 @@ def _choose(
         return _Choice("reference", reason)
     linear = isinstance(cells(body)[0], Recurrences)
     is_read = "the body is read: " if linear else "the body is a recurrent cell: "
-    found = schedule(body, xs, Steps(reverse=bool(reverse), remat=remat), backend)
+    found = schedule(body, xs, steps, backend)
     if isinstance(found, schedules.Refusal):
         if backend is not None:
             raise ValueError(_cannot(backend, found.reason))
@@ -208,12 +211,18 @@ def _cannot(backend: str, reason: str) -> str:
 def _trace(f: Any, init: Any, xs: Any, length: Any) -> tuple[Program, Any, list[Any]]:
     """A body as a program, the tree of its outputs, and the values of its constants."""
     leaves = jax.tree.leaves(xs)
-    if not leaves or not all(getattr(leaf, "shape", ()) for leaf in leaves):
+    if not all(getattr(leaf, "shape", ()) for leaf in leaves):
         raise Refusal("its inputs are not arrays with a leading axis")
     lengths = {leaf.shape[0] for leaf in leaves} | ({length} if length is not None else set())
     if len(lengths) != 1 or not all(isinstance(n, int) and n > 0 for n in lengths):
         raise Refusal("its steps are not one known number, or there is none")
-    return trace(f, init, jax.tree.map(of_one_step, xs), xs)
+    body = f if leaves else lambda carry, _: f(carry, xs)
+    return trace(body, init, jax.tree.map(of_one_step, _with_steps(xs, length)), xs)
+
+
+def _with_steps(xs: Any, length: Any) -> Any:
+    """The inputs, or an array of this many steps without elements if they have no arrays."""
+    return xs if jax.tree.leaves(xs) else jnp.zeros((length, 0))
 
 
 # --- running -----------------------------------------------------------------------------------------------------
