@@ -372,6 +372,49 @@ def counter(key, F, H, batch):
     return w, (h, jnp.array(0)), step
 
 
+def total(key, F, H, batch):
+    """A sum over the outputs, the best of them, and a count of those that a branch and a loop have changed."""
+    w, h, plain = elman(key, F, H, batch)
+
+    def step(w, carry, x):
+        h, total, best, count = carry
+        h, y = plain(w, h, x)
+        logits = h @ w["h"]
+        score = jax.lax.cond(logits.sum() > 0, jnp.sin, jnp.cos, logits.sum())
+        count = count + jax.lax.while_loop(lambda n: n < 3, lambda n: n + 1, (score > best).astype(jnp.int32))
+        return (h, total + jax.nn.logsumexp(logits, -1), jnp.maximum(best, score), count), (y, total, x * best)
+
+    return w, (h, jnp.zeros(batch), jnp.float32(-1), jnp.array(0)), step
+
+
+def sent_after(key, F, H, batch):
+    """A branch on the state, which nothing feeds back, beside weights in the carry and a counter."""
+    w, carry, plain = concatenated_lstm(key, F, H, batch)
+
+    def step(w, carry, x):
+        carry, scale, t = carry
+        carry, y = plain(w, carry, x * scale + 0.1 * t)
+        y = jax.lax.cond(y.sum() > t, lambda y: y * scale, jnp.sin, y)
+        return (carry, scale, t + scale), (y, carry[1])
+
+    return w, (carry, jnp.float32(0.5), jnp.float32(0)), step
+
+
+def two_layers(key, F, H, batch):
+    """The second layer is multiplied with the state of the first side by side with its own; the sum of its outputs."""
+    k_one, k_two = jax.random.split(key)
+    one, first, plain_one = elman(k_one, F, H, batch)
+    two, second, plain_two = concatenated_lstm(k_two, H, H, batch)
+
+    def step(w, carry, x):
+        first, second, total = carry
+        first, y = plain_one(w["one"], first, x)
+        second, y = plain_two(w["two"], second, y)
+        return (first, second, total + y.sum(-1)), (y, first)
+
+    return {"one": one, "two": two}, (first, second, jnp.zeros(batch)), step
+
+
 def random_key(key, F, H, batch):
     """A key in the carry, split at each step, for dropout of the input and of the output."""
     w, h, plain = elman(key, F, H, batch)
@@ -438,6 +481,41 @@ def counted_lengths(key, F, H, batch):
         return (new, t + 1), jnp.where(valid, y, 0.0)
 
     return {**w, "lengths": jnp.arange(2, 2 + math.prod(batch)).reshape(batch)}, (carry, jnp.array(0)), step
+
+
+def masked_by_leaf(key, F, H, batch):
+    """The flags of the mask are computed anew for each leaf, from a counter in the carry."""
+    w, carry, plain = concatenated_lstm(key, F, H, batch)
+
+    def step(w, carry, x):
+        old, t = carry
+        (h, c), _ = plain(w, old, x)
+        h, c = (jnp.where((t < w["lengths"])[..., None], n, o) for n, o in zip((h, c), old, strict=True))
+        return ((h, c), t + 1), h
+
+    return {**w, "lengths": jnp.arange(2, 2 + math.prod(batch)).reshape(batch)}, (carry, jnp.array(0)), step
+
+
+def without_input(key, F, H, batch):
+    """Nothing but the state is multiplied, and what is drawn is added: a body that needs no xs."""
+
+    def step(w, carry, _):
+        h, key = carry
+        key, now = jax.random.split(key)
+        h = jnp.tanh(h @ w["h"] + w["b"][(None,) * len(batch)]) + 0.1 * jax.random.normal(now, h.shape)
+        return (h, key), h
+
+    return weights(key, h=(H, H), b=(H,)), (start(batch, H), jax.random.key(4)), step
+
+
+def unmoved(key, F, H, batch):
+    """Nothing but the state is in the step."""
+
+    def step(w, h, _):
+        h = jnp.tanh(h @ w["h"] + w["b"][(None,) * len(batch)])
+        return h, h
+
+    return weights(key, h=(H, H), b=(H,)), start(batch, H), step
 
 
 def other_generator(key, F, H, batch):
@@ -740,10 +818,16 @@ BODIES = (
     Body("memory_readout", memory_readout),
     Body("many_gates", many_gates),
     Body("counter", counter, batches=NO_BATCH),
+    Body("total", total, batches=NO_BATCH),
+    Body("sent_after", sent_after),
+    Body("two_layers", two_layers, 2, batches=NO_BATCH),
     Body("random_key", random_key),
     Body("random_input", random_input),
     Body("carried_flag", carried_flag, batches=NO_BATCH),
     Body("counted_lengths", counted_lengths, batches=NO_BATCH),
+    Body("masked_by_leaf", masked_by_leaf, batches=NO_BATCH),
+    Body("without_input", without_input),
+    Body("unmoved", unmoved, batches=NO_BATCH),
     Body("other_generator", other_generator),
     Body("clock", clock, batches=NO_BATCH),
     Body("unit_flags", unit_flags),

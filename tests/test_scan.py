@@ -136,6 +136,16 @@ def test_native_with_given_inputs(name, time, sequences, units, remat):
     close(*(jax.jit(function)(*several) for function in mapped))
 
 
+@pytest.mark.parametrize("backend", ["hoisted", "native"])
+@pytest.mark.parametrize("name", ["without_input", "unmoved"])
+def test_a_number_of_steps_in_the_place_of_inputs(name, backend):
+    weights, carry, step, _ = built(BODIES[[body.name for body in BODIES].index(name)])
+    scans = (functools.partial(jrnn.scan, backend=backend), jax.lax.scan)
+    of = lambda scan: lambda weights, carry: scan(lambda c, x: step(weights, c, x), carry, None, T)
+    got, expected = map(of, scans)
+    close(values_and_gradients(got, weights, carry), values_and_gradients(expected, weights, carry))
+
+
 @interpreted
 @pytest.mark.parametrize("body", REFUSED)
 def test_what_is_not_read_runs_as_it_is(body):
@@ -416,6 +426,14 @@ def test_choice_follows_the_size():
         ("held", "reference", "its outputs need a matmul of its state that the loop does not put out"),
         ("dropped", "reference", "some of its gates take no product of its state"),
         ("given_lstm", "native", "one compiled function"),
+        ("masked_by_leaf", "native", "one compiled function"),
+        ("unmoved", "native", "one compiled function"),
+        (
+            "total",
+            "native",
+            r"runs after it \(float32\[16\] and float32\[\] and int32\[\] of its carry, 'cond', 'while'\)",
+        ),
+        ("two_layers", "native", r"runs after it \(float32\[16, 128\] and float32\[16, 128\] and float32\[16\] of its"),
         ("random_steps", "reference", "not of one shape and dtype"),
     ],
 )

@@ -37,6 +37,7 @@ __all__ = [
     "evaluate",
     "flatten",
     "mappable",
+    "once",
     "run",
 ]
 __all__ += ["reading", "run_elementwise", "typed"]
@@ -170,6 +171,21 @@ class Program:
 
     def form(self, atom: int | Const) -> Shaped:
         return self.forms[atom] if isinstance(atom, int) else atom.form
+
+
+def once(program: Program) -> Program:
+    """The program in which an operation that occurs twice, with the same operands, is computed once."""
+    earlier: dict[int, int] = {}
+    made: dict[Any, tuple[int, ...]] = {}
+    ops = []
+    new = lambda atoms: tuple(earlier.get(a, a) if isinstance(a, int) else a for a in atoms)
+    for op in program.ops:
+        ins = new(op.ins)
+        outs = op.outs if op.effects else made.setdefault((op.signature, ins), op.outs)
+        if outs == op.outs:
+            ops.append(op if ins == op.ins else replace(op, ins=ins))
+        earlier.update(zip(op.outs, outs, strict=True))
+    return Program(program.inputs, tuple(ops), new(program.results), program.forms)
 
 
 RANDOM = ("random_bits", "random_fold_in", "random_split")

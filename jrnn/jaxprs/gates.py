@@ -70,12 +70,13 @@ class Parts(NamedTuple):
     def input_product(self, kinds: Any) -> tuple[tuple[Recipe, ...], Any, tuple[Recipe | None, ...]] | None:
         """``(xs, weights, biases)`` if each input part is a sum of products and one bias; else None.
 
-        ``xs`` are the recipes of the vectors. ``weights[g][i]`` are the pieces with ``xs[i]`` in the sum of gate g.
+        ``xs`` are the recipes of the vectors, of which there are none if the step multiplies only its state.
+        ``weights[g][i]`` are the pieces with ``xs[i]`` in the sum of gate g.
         """
         sums = [Sum((), None, 0) if u is None else u for u in self.u]
         xs = tuple(dict.fromkeys(piece.vector for u in sums for piece in u.pieces))
         vectors = all(u.known is None or (u.known.kind(kinds) == INVARIANT and len(u.known.shape) <= 1) for u in sums)
-        if not xs or not vectors:
+        if not vectors:
             return None
         weights = tuple(tuple(tuple(p for p in u.pieces if p.vector == x) for x in xs) for u in sums)
         return xs, weights, tuple(u.known for u in sums)  # type: ignore[return-value]

@@ -138,11 +138,12 @@ class Body:
             inputs = self._side_by_side(env, parts, xs)
         else:
             vectors, pieces, biases = self.product
-            given = self._at_all_steps(env, vectors, xs)
+            time = jax.tree.leaves(xs)[0].shape[0]
+            given = self._at_all_steps(env, vectors, xs) or [jnp.zeros((time, *form.batch, 0), form.dtype)]
             rows = [
                 columns([gate[i] for gate in pieces], env, (a.shape[-1], units), form.dtype)
-                for i, a in enumerate(given)
-            ]
+                for i, a in enumerate(given[: len(vectors)])
+            ] or [jnp.zeros((0, units * len(pieces)), form.dtype)]
             w_ih = rows[0] if len(rows) == 1 else jnp.concatenate(rows)
             inputs = given[0] if len(given) == 1 else jnp.concatenate(given, -1)
         w_hh = jnp.zeros((units, 0), form.dtype)

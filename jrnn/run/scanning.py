@@ -15,10 +15,8 @@ from jrnn import schedules
 from jrnn.jaxprs import sites
 from jrnn.jaxprs.blocks import Refusal
 from jrnn.jaxprs.flat import Program
-from jrnn.run.apart import Apart
-from jrnn.run.body import Body
 from jrnn.run.recurrence import Recurrences
-from jrnn.run.step import cell_of, read, schedule
+from jrnn.run.step import Read, cells, read, schedule
 from jrnn.schedules.parts import Parts, of_one_step, trace
 from jrnn.schedules.steps import Steps, check_remat, checkpointed, times_in_a_body
 
@@ -63,7 +61,9 @@ def scan(
 
     Leaves of the carry that do not depend on the cell's state, such as a counter, a random key or the input before, may
     stand beside it, in any shape and dtype. They run first, as a ``jax.lax.scan`` of their own. What the cell needs of
-    them is then an input of its steps. Branches and loops that do not depend on the state run there too.
+    them is then an input of its steps. Leaves that the cell does not depend on, such as a sum over its outputs, run
+    after it in the same way, and so does a second layer, as a cell of its own. Branches and loops run before the cell
+    if they do not depend on its state, and after it if its state does not depend on them.
 
     The LSTM, GRU (reset after the product), MGU and Elman cells of Flax, Haiku and Equinox are of this kind, and so are
     most cells written by hand. A flag among the inputs may replace the carry by constants, before the step or after it
@@ -105,6 +105,7 @@ def scan(
     chosen = _choose(f, init, xs, length, reverse, backend, remat)
     if chosen.body is None or unroll < 0:  # jax.lax.scan raises the error
         return _plain(f, init, xs, length, reverse, unroll, remat)
+    xs = _with_steps(xs, length)
     carry, ys = _run(chosen.body, chosen.plan, bool(reverse), unroll, remat, chosen.consts, init, xs)
     return carry, jax.tree.unflatten(chosen.ys, ys)
 
@@ -151,10 +152,10 @@ class _Choice:
 
     name: str
     reason: str
-    body: Apart | Body | Parts | Recurrences | None = None
+    body: Read | Parts | None = None
     consts: Any = ()
     ys: Any = None
-    plan: schedules.Plan | None = None
+    plan: Any = None
 
 
 def _choose(
@@ -165,8 +166,10 @@ def _choose(
     check_remat(remat)
     if backend == "reference":
         return _Choice("reference", "it was asked for by name")
+    steps = Steps(reverse=bool(reverse), remat=remat)
     try:
         program, ys, consts = _trace(f, init, xs, length)
+        xs = _with_steps(xs, length)
         carry = jax.tree.leaves(init)
         try:
             body = read(program, len(consts), len(carry))
@@ -185,9 +188,9 @@ def _choose(
         if backend is not None:
             raise ValueError(_cannot(backend, reason)) from None
         return _Choice("reference", reason)
-    linear = isinstance(cell_of(body), Recurrences)
+    linear = isinstance(cells(body)[0], Recurrences)
     is_read = "the body is read: " if linear else "the body is a recurrent cell: "
-    found = schedule(body, xs, Steps(reverse=bool(reverse), remat=remat), backend)
+    found = schedule(body, xs, steps, backend)
     if isinstance(found, schedules.Refusal):
         if backend is not None:
             raise ValueError(_cannot(backend, found.reason))
@@ -208,12 +211,18 @@ def _cannot(backend: str, reason: str) -> str:
 def _trace(f: Any, init: Any, xs: Any, length: Any) -> tuple[Program, Any, list[Any]]:
     """A body as a program, the tree of its outputs, and the values of its constants."""
     leaves = jax.tree.leaves(xs)
-    if not leaves or not all(getattr(leaf, "shape", ()) for leaf in leaves):
+    if not all(getattr(leaf, "shape", ()) for leaf in leaves):
         raise Refusal("its inputs are not arrays with a leading axis")
     lengths = {leaf.shape[0] for leaf in leaves} | ({length} if length is not None else set())
     if len(lengths) != 1 or not all(isinstance(n, int) and n > 0 for n in lengths):
         raise Refusal("its steps are not one known number, or there is none")
-    return trace(f, init, jax.tree.map(of_one_step, xs), xs)
+    body = f if leaves else lambda carry, _: f(carry, xs)
+    return trace(body, init, jax.tree.map(of_one_step, _with_steps(xs, length)), xs)
+
+
+def _with_steps(xs: Any, length: Any) -> Any:
+    """The inputs, or an array of this many steps without elements if they have no arrays."""
+    return xs if jax.tree.leaves(xs) else jnp.zeros((length, 0))
 
 
 # --- running -----------------------------------------------------------------------------------------------------
@@ -230,7 +239,7 @@ def _plain(f: Any, init: Any, xs: Any, length: Any, reverse: Any, unroll: Any, r
 # Jitted with the body as a static argument, so that a second eager call with an equal body compiles nothing.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _run(
-    body: Apart | Body | Parts | Recurrences,
+    body: Read | Parts,
     plan: Any,
     reverse: bool,
     unroll: Any,

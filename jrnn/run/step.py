@@ -11,14 +11,16 @@ import jax
 from jrnn._core.devices import one_step
 from jrnn.jaxprs import affine, apart, blocks, linear
 from jrnn.jaxprs.flat import Program
-from jrnn.run.apart import Apart
+from jrnn.run.apart import Apart, Loop
 from jrnn.run.body import Body
 from jrnn.run.recurrence import Recurrences
 from jrnn.schedules import Plan, Refusal, Steps, Task
 from jrnn.schedules.associative import windows
 from jrnn.schedules.parts import trace
 
-__all__ = ["ReadStep", "Schedule", "cell_of", "plan_linear", "read", "read_step", "schedule"]
+__all__ = ["Read", "ReadStep", "Schedule", "cells", "plan_linear", "read", "read_step", "schedule"]
+
+Read = Body | Recurrences | Apart
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("consts",), meta_fields=("body", "ys"))
@@ -26,13 +28,13 @@ __all__ = ["ReadStep", "Schedule", "cell_of", "plan_linear", "read", "read_step"
 class ReadStep:
     """The form of a step that was read: its body, the tree of its outputs, and its constants."""
 
-    body: Body | Recurrences | Apart
+    body: Read
     ys: Any
     consts: Any
 
     def plan(self, task: Task, backend: str | None) -> tuple[str, Plan] | Refusal:
         """The schedule that runs the step, and its plan."""
-        linear = isinstance(cell_of(self.body), Recurrences)
+        linear = isinstance(cells(self.body)[0], Recurrences)
         read = "its step was read: " if linear else "its step was read as that of an affine cell; "
         found = schedule(self.body, task.xs, task.steps, backend)
         if isinstance(found, Refusal):
@@ -41,41 +43,58 @@ class ReadStep:
 
 
 class Schedule(NamedTuple):
-    """The schedule that runs a step that was read: its name, the reason, and the plan of an affine cell, or None."""
+    """The schedule that runs a step that was read: its name, the reason, and the plan.
+
+    The plan of an affine cell is a `Plan`, that of a step in two parts a pair, and any other is None.
+    """
 
     name: str
     reason: str
-    plan: Plan | None
+    plan: Any
 
 
-def cell_of(body: Body | Recurrences | Apart) -> Body | Recurrences:
-    """The cell in a step that was read."""
-    return body.cell if isinstance(body, Apart) else body
-
-
-def schedule(body: Body | Recurrences | Apart, xs: Any, steps: Steps, backend: str | None) -> Schedule | Refusal:
-    """The schedule that runs a step that was read. A named backend is the only one considered."""
-    cell, before = cell_of(body), ""
+def cells(body: Read | Loop) -> list[Body | Recurrences]:
+    """The cells in a step that was read."""
     if isinstance(body, Apart):
-        xs, before = body.inputs(xs), f"{body.form.description}; "
-    if isinstance(cell, Recurrences):
+        return [*cells(body.first), *cells(body.rest)]
+    return [] if isinstance(body, Loop) else [body]
+
+
+def schedule(body: Read, xs: Any, steps: Steps, backend: str | None) -> Schedule | Refusal:
+    """The schedule that runs a step that was read. A named backend is the only one considered."""
+    if isinstance(body, Apart):
+        return _of_parts(body, xs, steps, backend)
+    if isinstance(body, Recurrences):
         note = ""
         if backend in (None, "native"):
-            plan = cell.plan(xs, steps, backend)
+            plan = body.plan(xs, steps, backend)
             if isinstance(plan, Plan):
-                return Schedule("native", f"{before}it is linear in its state; {plan.reason}", plan)
+                return Schedule("native", f"it is linear in its state; {plan.reason}", plan)
             note = f"; {plan.reason}" if backend else ""
-        reason = cell.serves(xs, backend)
+        reason = body.serves(xs, backend)
         if isinstance(reason, Refusal):
-            return Refusal(before + reason.reason + note)
-        return Schedule("associative", before + reason, None)
+            return Refusal(reason.reason + note)
+        return Schedule("associative", reason, None)
     if backend == "associative":
-        return Refusal(f"{before}it is not linear in its state")
-    found = cell.plan(cell.shapes(xs, steps), backend)
-    if isinstance(found, Refusal):
-        return Refusal(before + found.reason)
-    name, plan = found
-    return Schedule(name, before + plan.reason, plan)
+        return Refusal("it is not linear in its state")
+    found = body.plan(body.shapes(xs, steps), backend)
+    return found if isinstance(found, Refusal) else Schedule(found[0], found[1].reason, found[1])
+
+
+def _of_parts(body: Apart, xs: Any, steps: Steps, backend: str | None) -> Schedule | Refusal:
+    """The schedule of a step in two parts, which has the name of that of its first cell."""
+    plans: list[Any] = []
+    names: list[str] = []
+    reasons = [body.form.description]
+    for part, given in ((body.first, xs), (body.rest, body.inputs(xs))):
+        found = None if isinstance(part, Loop) else schedule(part, given, steps, backend)
+        if isinstance(found, Refusal):
+            return Refusal("; ".join([*reasons, found.reason]))
+        plans.append(found and found.plan)
+        if found is not None:
+            names.append(found.name)
+            reasons.append(found.reason)
+    return Schedule(names[0], "; ".join(reasons), tuple(plans))
 
 
 def read_step(task: Task) -> ReadStep | Refusal:
@@ -95,9 +114,9 @@ def read_step(task: Task) -> ReadStep | Refusal:
 
 def _checked(step: ReadStep, contract: bool) -> ReadStep | Refusal:
     """The step, unless the run has masks or resets and the step does what these change."""
-    form = cell_of(step.body).form
-    flagged = form.resets or (isinstance(form, affine.Affine) and (form.mask or form.ends))
-    if contract and (flagged or not all(is_new for _, is_new in form.after.values())):
+    forms = [cell.form for cell in cells(step.body)]
+    flagged = any(form.resets or (isinstance(form, affine.Affine) and (form.mask or form.ends)) for form in forms)
+    if contract and (flagged or not all(is_new for form in forms for _, is_new in form.after.values())):
         return Refusal(
             "its step replaces its state, or outputs the state before the step, which masks and resets change"
         )
@@ -140,28 +159,54 @@ def plan_linear(task: Task, backend: str | None) -> tuple[ReadStep, Plan] | Refu
     return step, Plan(_run_linear, reason, (cell, found.plan), of_form=True, recomputes=True)
 
 
-def read(program: Program, consts: int, carry: int) -> Body | Recurrences | Apart:
+def read(program: Program, consts: int, carry: int) -> Read:
     """Reads a step ``(consts, carry, x) -> (carry, y)`` as that of an affine cell, or else as linear in its state.
 
-    A step that is neither is read again without the part of it that needs no state of the cell.
+    A step that is neither is read again without the part of it that needs no state of a cell, and then without the part
+    that its first cell does not need.
 
     Raises:
       blocks.Refusal: it is none of these, with the reasons.
     """
     try:
-        return _whole(program, consts, carry)
+        return _cell(program, consts, carry)
     except blocks.Refusal as refusal:
+        reason = refusal
+    try:
+        form = apart.before(program, consts, carry)
+    except blocks.Refusal:
+        return _first_cell(program, consts, carry, reason)
+    rest = form.rest, consts + len(form.fixed), len(form.others)
+    try:
         try:
-            form = apart.split(program, consts, carry)
-        except blocks.Refusal:
-            raise refusal from None
-        try:
-            return Apart(form, _whole(form.rest, consts, len(form.others)))
+            return Apart(form, Loop(form.first), _cell(*rest))
         except blocks.Refusal as other:
-            raise blocks.Refusal(f"{other}, where {form.description}") from None
+            return Apart(form, Loop(form.first), _first_cell(*rest, other))
+    except blocks.Refusal as other:
+        raise blocks.Refusal(f"{other}, where {form.description}") from None
 
 
-def _whole(program: Program, consts: int, carry: int) -> Body | Recurrences:
+def _first_cell(program: Program, consts: int, carry: int, reason: blocks.Refusal) -> Apart:
+    """Reads a step as a cell, and what the cell does not need: more cells of its kind, or else a scan.
+
+    Raises:
+      blocks.Refusal: ``reason``, if it is not such a step.
+    """
+    try:
+        form = apart.behind(program, consts, carry)
+        consts += len(form.fixed)
+        first = _cell(form.first, consts, len(form.own))
+    except blocks.Refusal:
+        raise reason from None
+    try:
+        rest = read(form.rest, consts, len(form.others))
+        alike = all(type(cell) is type(first) for cell in cells(rest))
+    except blocks.Refusal:
+        alike = False
+    return Apart(form, first, rest if alike else Loop(form.rest))
+
+
+def _cell(program: Program, consts: int, carry: int) -> Body | Recurrences:
     try:
         return Body(affine.read(program, consts, carry))
     except blocks.Refusal as refusal:
@@ -192,7 +237,7 @@ def _run_linear(options: tuple[Any, Plan], task: Task) -> tuple[Any, Any]:
     return type(state)(h, *rest), jax.tree.unflatten(form.ys, ys)
 
 
-def _run(plan: Plan | None, task: Task) -> tuple[Any, Any]:
+def _run(plan: Any, task: Task) -> tuple[Any, Any]:
     tree: Any
     leaves, tree = jax.tree.flatten(task.state)
     restart = None if task.restart is None else jax.tree.leaves(task.restart)

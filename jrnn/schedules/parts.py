@@ -30,7 +30,7 @@ from jrnn._core.devices import knows_mesh
 from jrnn._core.products import weigh
 from jrnn.jaxprs.affine import default_precision
 from jrnn.jaxprs.blocks import Refusal
-from jrnn.jaxprs.flat import Op, Program, bind, contraction, evaluate, flatten, reading, typed
+from jrnn.jaxprs.flat import Op, Program, bind, contraction, evaluate, flatten, once, reading, typed
 from jrnn.jaxprs.recipes import INVARIANT
 from jrnn.jaxprs.sites import Sites, read
 from jrnn.schedules.affine import jvp_of
@@ -130,6 +130,7 @@ def trace(f: Callable[[Any, Any], Any], init: Any, x: Any, operands: Any = ()) -
         raise Refusal("it does not return a carry like the one it is given, and an output")
     with reading():
         program, consts = flatten(closed)
+        program = once(program)
     if any(map(knows_mesh, consts)):
         raise Refusal("its constants lie on a mesh")
     leaves = jax.tree.leaves(init)
