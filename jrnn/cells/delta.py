@@ -135,8 +135,9 @@ def _inverse(below: jax.Array) -> jax.Array:
 
 @_inverse.defjvp
 def _inverse_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    inverse = _inverse(*primals)
-    return inverse, -matrix.matmul(inverse, matrix.matmul(*tangents, inverse))
+    (below,), (change,) = primals, tangents
+    inverse = _inverse(below)
+    return inverse, -matrix.matmul(inverse, matrix.matmul(change, inverse))
 
 
 def _unit(x: jax.Array) -> jax.Array:
