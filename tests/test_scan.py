@@ -160,6 +160,44 @@ def test_what_is_not_read_runs_as_it_is(body):
 
 
 @interpreted
+@pytest.mark.parametrize("body", params(body for body in BODIES if body.products and body.reason))
+def test_a_few_sequences_are_differentiated_in_parts(body):
+    weights, carry, step, xs = built(body)
+    name, reason = jrnn.choose_scan_backend(lambda c, x: step(weights, c, x), carry, xs)
+    assert name == ("reference" if body.name == "convolutional" else "hoisted")
+    assert body.reason in reason
+    got, plain = run(jrnn.scan, step), run(jax.lax.scan, step)
+    close(values_and_gradients(got, weights, carry, xs), values_and_gradients(plain, weights, carry, xs))
+    forward = [products_in_loops(jax.make_jaxpr(function)(weights, carry, xs)) for function in (got, plain)]
+    assert forward[0] == forward[1]
+    if name == "hoisted":
+        backward = jax.make_jaxpr(lambda *args: gradients(got, *args))(weights, carry, xs)
+        assert products_in_loops(backward) <= 2 * body.products
+
+
+def test_many_sequences_run_as_they_are():
+    weights, carry, step, xs = built(BODIES[[body.name for body in BODIES].index("reset_before")], (9,))
+    assert jrnn.choose_scan_backend(lambda c, x: step(weights, c, x), carry, xs)[0] == "reference"
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["reset_before", "random_steps"])
+def test_transformations_of_a_body_that_is_differentiated_in_parts(name):
+    weights, carry, step, xs = built(BODIES[[body.name for body in BODIES].index(name)], time=3)
+    got, expected = run(jrnn.scan, step), run(jax.lax.scan, step)
+    of, leaves = of_floats(got, weights, carry, xs)
+    plain, _ = of_floats(expected, weights, carry, xs)
+    moving = [jnp.cos(leaf) for leaf in leaves]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def transformed(of):
+        mapped = jax.vmap(lambda first: gradient_of(of)(first, *leaves[1:]))(jnp.stack([leaves[0], leaves[0] / 2]))
+        return jax.jvp(of, leaves, moving)[1], jax.jvp(gradient_of(of), leaves, moving)[1], mapped
+
+    close(transformed(of), transformed(plain), 2e-4)
+
+
+@interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
@@ -362,7 +400,7 @@ ENDLESS = [lambda z: derivative_of_sin(0, z), lambda z: functools.reduce(lambda 
 @pytest.mark.parametrize("gate", ENDLESS, ids=["derivatives", "chain"])
 def test_what_has_no_end_is_refused(gate):
     """A derivative that calls another function with a derivative of its own, and so on; and a very long chain."""
-    weights, carry, _step, xs = built(BODIES[0])
+    weights, carry, _step, xs = built(BODIES[0], (9,))
     body = lambda h, x: (gate(x @ weights["x"] + h @ weights["h"]), None)
     name, reason = jrnn.choose_scan_backend(body, carry, xs)
     assert name == "reference"
@@ -482,12 +520,12 @@ def test_what_the_table_does_not_know_stays_in_the_loop():
     batching.primitive_batchers[unheard_of] = lambda args, axes: (unheard_of.bind(*args), axes[0])
     mlir.register_lowering(unheard_of, lambda context, x: [x])
     weights, carry, step, xs = built(BODIES[0])
-    for of, stays in (
-        (lambda c, x: (c, unheard_of.bind(x)), "runs first as a scan ('unheard_of')"),
-        (lambda c, x: (unheard_of.bind(c), x), "depends on 'unheard_of' of its state"),
+    for of, chosen, stays in (
+        (lambda c, x: (c, unheard_of.bind(x)), "reference", "runs first as a scan ('unheard_of')"),
+        (lambda c, x: (unheard_of.bind(c), x), "hoisted", "depends on 'unheard_of' of its state"),
     ):
         name, reason = jrnn.choose_scan_backend(lambda c, x, of=of: step(weights, *of(c, x)), carry, xs)
-        assert name == "reference"
+        assert name == chosen
         assert stays in reason
     got = jrnn.scan(lambda c, x: step(weights, c, unheard_of.bind(x)), carry, xs, backend="hoisted")
     close(got, jrnn.scan(functools.partial(step, weights), carry, xs, backend="reference"))

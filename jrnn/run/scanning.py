@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrnn import schedules
-from jrnn.jaxprs import sites
+from jrnn.jaxprs import flat, sites
 from jrnn.jaxprs.blocks import Refusal
 from jrnn.jaxprs.flat import Program
+from jrnn.run.apart import Loop
 from jrnn.run.recurrence import Recurrences
 from jrnn.run.step import Read, cells, read, schedule
-from jrnn.schedules.parts import Parts, of_one_step, trace
+from jrnn.schedules.parts import Parts, jvp, of_one_step, trace
 from jrnn.schedules.steps import Steps, check_remat, checkpointed, times_in_a_body
 
 __all__ = ["choose_scan_backend", "scan"]
@@ -69,10 +70,11 @@ def scan(
     most cells written by hand. A flag among the inputs may replace the carry by constants, before the step or after it
     (``jnp.where(reset[:, None], initial, h)``), or hold it (``jnp.where(valid[:, None], new_h, h)``).
 
-    With ``backend="hoisted"``, a body that is not a cell but has a product of a carry-dependent value with weights (a
-    matmul, or a convolution with a kernel) runs in parts: only the part that the next carry needs stays in the loop,
-    and the gradients of those weights are one product each after it. This is faster for some bodies and slower for
-    others, so it is never chosen by default.
+    A body that is not a cell but has a product of a carry-dependent value with weights (a matmul, or a convolution with
+    a kernel) can run in parts: only the part that the next carry needs stays in the loop, and the gradients of those
+    weights are one product each after it. By default a body with matmuls of at most 8 sequences runs so where it is
+    differentiated, and as ``jax.lax.scan`` where it is not. With ``backend="hoisted"`` every such body runs in parts,
+    which is faster for some bodies and slower for others.
 
     Args:
       f: ``(carry, x) -> (carry, y)``, as for ``jax.lax.scan``.
@@ -152,7 +154,7 @@ class _Choice:
 
     name: str
     reason: str
-    body: Read | Parts | None = None
+    body: Read | Parts | InParts | None = None
     consts: Any = ()
     ys: Any = None
     plan: Any = None
@@ -174,15 +176,7 @@ def _choose(
         try:
             body = read(program, len(consts), len(carry))
         except Refusal as refusal:
-            reason = f"the body is not recognised as a recurrent cell: {refusal}"
-            # Running in parts is faster for some bodies and slower for others, so it is never the default.
-            if backend != "hoisted":
-                raise
-            parts = Parts(sites.read(program, len(consts), len(carry)))
-            count = len(parts.form.sites)
-            stays = "one product of its state stays" if count == 1 else f"{count} products of its state stay"
-            reason = f"{reason}; {stays} in the loop, and the gradients of the weights leave it"
-            return _Choice("hoisted", reason, parts, consts, ys)
+            return _in_parts(program, ys, consts, len(carry), str(refusal), backend)
     except Refusal as refusal:
         reason = f"the body is not recognised as a recurrent cell: {refusal}"
         if backend is not None:
@@ -196,6 +190,54 @@ def _choose(
             raise ValueError(_cannot(backend, found.reason))
         return _Choice("reference", is_read + found.reason)
     return _Choice(found.name, is_read + found.reason, body, consts, ys, found.plan)
+
+
+# The most sequences in a step for which a body that is no cell is differentiated in parts by default. Up to here that
+# was faster for every body that was measured (on AVX-512 CPUs); from about 32 on it was slower for some.
+SEQUENCES = 8
+
+
+def _in_parts(program: Program, ys: Any, consts: list[Any], carry: int, reason: str, backend: str | None) -> _Choice:
+    """The choice for a body that is no cell for this reason. Raises `Refusal` if the body runs as it is."""
+    if backend not in (None, "hoisted"):
+        raise Refusal(reason)
+    form = sites.read(program, len(consts), carry)
+    parts = Parts(form)
+    count = len(form.sites)
+    stays = "one product of its state stays" if count == 1 else f"{count} products of its state stay"
+    reason = f"the body is not recognised as a recurrent cell: {reason}"
+    if backend is not None:
+        reason = f"{reason}; {stays} in the loop, and the gradients of the weights leave it"
+        return _Choice("hoisted", reason, parts, consts, ys)
+    if parts.rows is None or parts.rows > SEQUENCES:
+        raise Refusal(reason)
+    reason = f"{reason}; it runs as jax.lax.scan, but where it is differentiated {stays} in the loop"
+    return _Choice(
+        "hoisted", f"{reason}, and the gradients of the weights leave it", InParts(program, parts), consts, ys
+    )
+
+
+@dataclass(frozen=True)
+class InParts:
+    """A body that is no cell, as a scan. It is differentiated in parts."""
+
+    program: Program
+    parts: Parts = field(compare=False)
+
+    def run(self, plan: None, consts: Any, carry: Any, xs: Any, steps: Steps) -> tuple[list[Any], list[Any]]:
+        """The carry after the last step, and the outputs of all steps."""
+
+        @jax.custom_jvp
+        def run(consts: Any, carry: Any, xs: Any) -> tuple[list[Any], list[Any]]:
+            last, ys = Loop(self.program).run(None, consts, carry, xs, steps)
+            outs = flat.typed(self.program, [*last, *ys])
+            return outs[: len(last)], outs[len(last) :]
+
+        def in_parts(consts: Any, carry: Any, xs: Any) -> tuple[list[Any], list[Any]]:
+            return self.parts.run(None, consts, carry, xs, steps)
+
+        run.defjvp(functools.partial(jvp, in_parts), symbolic_zeros=True)
+        return run(list(consts), list(carry), xs)
 
 
 def _arrays(init: Any) -> Any:
@@ -239,7 +281,7 @@ def _plain(f: Any, init: Any, xs: Any, length: Any, reverse: Any, unroll: Any, r
 # Jitted with the body as a static argument, so that a second eager call with an equal body compiles nothing.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _run(
-    body: Read | Parts,
+    body: Read | Parts | InParts,
     plan: Any,
     reverse: bool,
     unroll: Any,

@@ -16,6 +16,7 @@ Both modes and all higher derivatives follow, since the rule consists of ordinar
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ from jrnn.jaxprs.sites import Sites, read
 from jrnn.schedules.affine import jvp_of
 from jrnn.schedules.steps import Steps, checkpointed
 
-__all__ = ["Parts", "scan", "trace"]
+__all__ = ["Parts", "jvp", "scan", "trace"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class Parts:
     """A step that is not a cell, split into the operations that leave the loop and those that stay in it."""
 
     form: Sites
+
+    @property
+    def rows(self) -> int | None:
+        """The most rows that a product in the loop has; None if one is not of rows with weights, ``x @ w``."""
+        ops = [self.form.loop[site.place] for site in self.form.sites]
+        if not all(is_plain(self.form.program, op) for op in ops):
+            return None
+        return max(math.prod(self.form.program.form(op.ins[0]).shape[:-1]) for op in ops)
 
     def run(self, plan: None, consts: Any, carry: Any, xs: Any, steps: Steps) -> tuple[list[Any], list[Any]]:
         """The carry after the last step, and the outputs of all steps."""
@@ -319,6 +328,13 @@ def _site(multiply: Any) -> Any:
         return primals[2], dz if primals[3] is None else dz + tangents[3]
 
     return site
+
+
+def jvp(function: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """`jax.jvp` for a rule with symbolic zeros, of a function whose operands and results may be integers."""
+    d = jax.tree.map(lambda t: None if _still(t) else t, tangents, is_leaf=_still)
+    out, dout = jvp_of(function, primals, d)
+    return out, jax.tree.map(_whole, out, dout)
 
 
 # --- leaves without a tangent ------------------------------------------------------------------------------------
