@@ -120,6 +120,26 @@ def test_its_products_leave_the_loop(options):
     assert max(eqn.invars[0].aval.size for eqn in products) <= B * 12  # the cotangent of the three gates
 
 
+@pytest.mark.parametrize("score", ["dot", "multihead"])
+def test_memory_of_a_gradient(score):
+    """A step stores its inputs' product, the state before it and the query, and not the products of the state."""
+    width, batch = 32, 16
+    cell = jrnn.attention(jrnn.gru(width), width, score=score)
+    shapes = jax.eval_shape(lambda: cell.init(jax.random.key(0), 8))
+    memory = jax.ShapeDtypeStruct((6, batch, width), jnp.float32)
+
+    def loss(params, xs, memory):
+        return jnp.sum(jnp.sin(jrnn.unroll(cell, jrnn.remember(cell, params, memory), xs, backend="hoisted")[1]))
+
+    def size(time):
+        xs = jax.ShapeDtypeStruct((time, batch, 8), jnp.float32)
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shapes, xs, memory).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / 4
+
+    # The product and its cotangent, three gates each; the state and the outputs, two fields each; the query.
+    assert (size(384) - size(192)) / (192 * batch) < 12 * width
+
+
 def test_a_memory_without_a_valid_step_gives_a_context_of_zero():
     cell, params, xs, memory, _ = built({})
     p = jrnn.remember(cell, params, memory, lengths=jnp.array([0, 5, 5]))

@@ -17,7 +17,7 @@ import jrnn
 from jrnn import _interpret, testing
 from jrnn._core import products as core_products
 from jrnn.run.unrolling import _unroll
-from jrnn.schedules import affine, plan, promises
+from jrnn.schedules import affine, parts, plan, promises
 from jrnn.schedules.layout import Rows, Units
 from jrnn.schedules.steps import Steps
 from tests.cases import CASES, Leaky, ProjectAndUpdate
@@ -494,3 +494,29 @@ def test_a_state_type_of_ones_own_is_registered_with_jax():
     jax.export.register_namedtuple_serialization(Carry, serialized_name="tests.Carry")
     state, _ = jax.export.deserialize(exported.serialize()).call(params, xs)
     assert isinstance(state, Carry)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", [jrnn.conv_gru(2, (3,)), jrnn.attention(jrnn.gru(3), 2), jrnn.cornn(4)], ids=str)
+def test_parts_in_chunks(cell, reverse, monkeypatch):
+    """The derivative of a step in parts runs in chunks, of which one is shorter; its own derivative too."""
+    monkeypatch.setattr(parts, "ROWS", (4, 4))
+    shape: Any = (4, 2) if cell.event_ndim > 1 else 2
+    weights = cell.init(jax.random.key(0), shape)
+    xs = jax.random.normal(jax.random.key(1), (7, 2, 4, 2) if cell.event_ndim > 1 else (7, 2, 2))
+    memory = jax.random.normal(jax.random.key(2), (3, 2, 2))
+    resets = jax.random.bernoulli(jax.random.key(3), 0.3, (7, 2))
+
+    def gradient(backend):
+        def loss(weights, xs):
+            params = jrnn.remember(cell, weights, memory) if "w_query" in weights else weights
+            state, ys = jrnn.unroll(cell, params, xs, resets=resets, reverse=reverse, backend=backend)
+            return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves((state, ys)))
+
+        return jax.grad(loss, (0, 1))
+
+    tangents = jax.tree.map(jnp.cos, (weights, xs))
+    for take in (lambda f: f(weights, xs), lambda f: jax.jvp(f, (weights, xs), tangents)):
+        got, expected = (take(gradient(backend)) for backend in ("hoisted", "reference"))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)

@@ -156,6 +156,8 @@ class Body:
         """The schedule that runs the loop over the cell, and its plan. A named backend is the only one considered."""
         if backend is None and self.linear and self.form.units < UNITS:
             return Refusal(f"{self.form.units} units do not fill the vectors of its loop (from {UNITS} on)")
+        if backend not in (None, "native") and not self.coupled:
+            return Refusal(f"it has no product of its state with weights, without which {backend!r} gains nothing")
         if backend is not None:
             found = SCHEDULES[backend].plan(task)
             return found if isinstance(found, Refusal) else (backend, found)
@@ -168,8 +170,9 @@ class Body:
         found = native.pays(task) or native.plan(task)
         if isinstance(found, Plan):
             return "native", found
-        if not self.coupled:  # nothing is gained by a scan of it
-            return found
+        if not self.coupled:  # nothing leaves the loop that XLA would not take out itself
+            why = "it has no product of its state with weights, and only the native loop would be faster: "
+            return found if self.linear else Refusal(f"{why}{found.reason}")
         reason = f"not native: {found.reason}"
         if self.work < WORK:
             return Refusal(f"{reason}; not hoisted: {small(self.work)}")

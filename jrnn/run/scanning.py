@@ -46,8 +46,11 @@ def scan(
     - the matmuls of the state become one matmul a step, and
     - each weight gradient is one matmul after the loop.
 
+    A body without a matmul of the state, whose next carry is an elementwise function of the carry and of matmuls of the
+    input, runs in the native loop as well, where that serves.
+
     A body that is linear in its state, ``a * state + b`` element by element with ``a`` and ``b`` functions of only the
-    input, runs as a `linear_scan`. By default it does so only if `linear_scan` is compiled code, and if the
+    input, otherwise runs as a `linear_scan`. By default it does so only if `linear_scan` is compiled code, and if the
     coefficients do not take much more memory than the inputs and outputs.
 
     Any other body is run by ``jax.lax.scan`` itself. `choose_scan_backend` returns which of these happens, and why.

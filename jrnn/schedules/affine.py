@@ -121,9 +121,9 @@ def choose_options(inputs: Inputs, steps: Steps) -> Options:
     return Options(sums, forward, backward, chunk, False, read)
 
 
-def choose_chunk(time: int, count: int, width: int) -> int:
+def choose_chunk(time: int, count: int, width: int, rows: tuple[int, int] | None = None) -> int:
     """The number of steps in a chunk: enough rows for a fast matmul, few enough to stay in the cache."""
-    fewest, most = LIMITS.rows
+    fewest, most = rows or LIMITS.rows
     chunks = max(1, -(-time * count // min(max(LIMITS.width // width, fewest), most)))
     even = [n for n in range(chunks, min(2 * chunks, time) + 1) if time % n == 0]
     return max(1, -(-time // (even[0] if even else chunks)))

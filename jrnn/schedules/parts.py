@@ -7,10 +7,13 @@ The tangent of the loop is a loop too. With ``g_k`` the cotangent of ``z_k``, a 
 
     dz_k = da_k W_k + [a_k dW_k]            transposed:   g_k W_k^T  to a_k,   sum_t a_k^T g_k  to W_k
 
-The bracket is one product for all steps, before the loop, since the run stores every ``a_k``. Its transpose, the
-gradient of the weights, is therefore one product for all steps after the backward loop: nothing is accumulated inside.
-A convolution with a kernel is such a product too, and all steps are one convolution over a batch of T*B.
+The bracket is one product for many steps, before their loop, since the run stores every ``a_k``. Its transpose, the
+gradient of the weights, is therefore one product for many steps after their backward loop: nothing is accumulated
+inside. A convolution with a kernel is such a product too, and all steps are one convolution over a batch of T*B.
 Both modes and all higher derivatives follow, since the rule consists of ordinary JAX operations.
+
+The tangent runs in chunks of steps, unless there are convolutions. Matmuls ``z_k`` are not stored but computed again
+from ``a_k``, all steps of a chunk at once, and the cotangents ``g_k`` exist for one chunk at a time.
 """
 
 from __future__ import annotations
@@ -34,10 +37,12 @@ from jrnn.jaxprs.blocks import Refusal
 from jrnn.jaxprs.flat import Op, Program, bind, contraction, evaluate, flatten, once, reading, typed
 from jrnn.jaxprs.recipes import INVARIANT
 from jrnn.jaxprs.sites import Sites, read
-from jrnn.schedules.affine import jvp_of
-from jrnn.schedules.steps import Steps, checkpointed
+from jrnn.schedules.affine import choose_chunk, jvp_of
+from jrnn.schedules.steps import Steps, checkpointed, chunked
 
 __all__ = ["Parts", "jvp", "scan", "trace"]
+
+ROWS = (512, 512)  # the rows of the largest product in a chunk of the derivative, at least and at most
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,10 @@ class Inputs(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The residuals of every step: the state before it, and the vector and the product at each site."""
+    """The residuals of every step: the state before it, and the vector and the product at each site.
+
+    A vector is None if it is a leaf of that state, and a product if it is a matmul, which is computed again.
+    """
 
     state: Any
     vectors: Any
@@ -226,6 +234,22 @@ def is_plain(program: Program, op: Op) -> bool:
     return plain and x.dtype == w.dtype == out.dtype and default_precision(op.params.get("precision"))
 
 
+def leaf_at(form: Sites, k: int) -> int | None:
+    """The index of the leaf of the state that is the vector at site k, if it is one."""
+    site = form.sites[k]
+    at = site.operands(form.loop[site.place])[0] - form.consts
+    return at if 0 <= at < form.carry else None
+
+
+def kept_of(form: Sites, vectors: Any, products: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The vectors and the products that are residuals, with None for all others."""
+    ops = [form.loop[site.place] for site in form.sites]
+    return (
+        tuple(v if leaf_at(form, k) is None else None for k, v in enumerate(vectors)),
+        tuple(None if contraction(form.program, op) else z for op, z in zip(ops, products, strict=True)),
+    )
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def loop(plan: Plan, given: Inputs) -> tuple[Any, Any, Any]:
     """The state after the last step, the emitted values, and the residuals, which are None without ``plan.keep``."""
@@ -240,7 +264,7 @@ def loop(plan: Plan, given: Inputs) -> tuple[Any, Any, Any]:
             return products[k]
 
         new, emitted = step(plan, given.invariant, inputs, state, site)
-        return new, (emitted, Kept(state, tuple(vectors), tuple(products)) if plan.keep else None)
+        return new, (emitted, Kept(state, *kept_of(plan.form, vectors, products)) if plan.keep else None)
 
     last, (emitted, kept) = lax.scan(body, given.state, given.inputs, plan.time, plan.reverse, plan.unroll)
     return last, emitted, kept
@@ -266,17 +290,15 @@ def tangent(plan: Plan, given: Inputs, kept: Kept, d: Inputs) -> tuple[Any, Any,
     elsewhere = form.shared()
     dinvariant = [t if name in elsewhere else None for name, t in zip(form.invariant, d.invariant, strict=True)]
     moves = dict(zip(form.invariant, d.invariant, strict=True))
-    brackets: list[Any] = []
-    for k, site in enumerate(form.sites):
-        op = form.loop[site.place]
-        dw = moves.get(site.operands(op)[1])
-        if dw is None:
-            brackets.append(None)
-        elif site.weights == 1 and is_plain(form.program, op):
-            brackets.append(weigh(kept.vectors[k], dw))
-        else:
-            brackets.append(jax.vmap(functools.partial(product, form, k, weights=dw, op=op))(kept.vectors[k]))
+    weights = dict(zip(form.invariant, given.invariant, strict=True))
     dstate = tuple(_dense(s, t) for s, t in zip(given.state, d.state, strict=True))
+
+    def at_all_steps(k: int, vectors: Any, w: Any) -> Any:
+        """The products of the vectors at site k."""
+        op = form.loop[form.sites[k].place]
+        if form.sites[k].weights == 1 and is_plain(form.program, op):
+            return weigh(vectors, w)
+        return jax.vmap(functools.partial(product, form, k, weights=w, op=op))(vectors)
 
     def body(dstate: Any, inputs: Any) -> tuple[Any, Any]:
         # Checkpointed, so that the transposed loop recomputes the gates instead of reading them from memory.
@@ -304,11 +326,34 @@ def tangent(plan: Plan, given: Inputs, kept: Kept, d: Inputs) -> tuple[Any, Any,
             return jvp_of(at, primals, (tuple(dinvariant), dp, _floats(dstate), brackets, here))[1]
 
         dnew, demitted, dvectors, dmade = moved(dstate, inputs)
-        return dnew, (demitted, Kept(dstate, dvectors, dmade))
+        return dnew, (demitted, Kept(dstate, *kept_of(form, dvectors, dmade)) if plan.keep else None)
 
-    steps = (given.inputs, tuple(d.inputs), kept.state, kept.products, tuple(brackets))
-    last, (emitted, dkept) = lax.scan(body, dstate, steps, plan.time, plan.reverse, plan.unroll)
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def segment(dstate: Any, steps: Any) -> Any:
+        p, dp, kept = steps
+        products, brackets = [], []
+        for k, site in enumerate(form.sites):
+            at, w = leaf_at(form, k), site.operands(form.loop[site.place])[1]
+            vectors = kept.vectors[k] if at is None else kept.state[at]
+            again = kept.products[k] is None
+            value = weights[w] if isinstance(w, int) else w.value
+            products.append(at_all_steps(k, vectors, value) if again else kept.products[k])
+            brackets.append(None if moves.get(w) is None else at_all_steps(k, vectors, moves[w]))
+        steps = (p, dp, kept.state, tuple(products), tuple(brackets))
+        return lax.scan(body, dstate, steps, None, plan.reverse, plan.unroll)
+
+    steps = (given.inputs, tuple(d.inputs), kept)
+    last, (emitted, dkept) = chunked(segment, dstate, steps, plan.time, chunk_of(form, plan.time), plan.reverse)
     return last, emitted, dkept
+
+
+def chunk_of(form: Sites, time: int) -> int:
+    """The number of steps in a chunk of the derivative: enough rows for fast matmuls, or all steps of a convolution."""
+    ops = [form.loop[site.place] for site in form.sites]
+    if any(contraction(form.program, op) is None for op in ops):
+        return time
+    shapes = [form.program.forms[op.outs[0]].shape for op in ops]
+    return choose_chunk(time, max(1, *(math.prod(shape[:-1]) for shape in shapes)), 1, ROWS)
 
 
 def _site(multiply: Any) -> Any:

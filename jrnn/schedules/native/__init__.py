@@ -2,8 +2,9 @@
 
 XLA runs about ten operations for each step of a loop, on arrays that go through memory. Here one C++ function runs the
 whole loop (`kernel.cc`) and calls the gates of the cell, which are compiled for it (`emit.py`, `cell.cc`). XLA calls
-the function as one operation (`calls.py`). The machine's C++ compiler compiles the loop once, and the gates once for
-each cell (`build.py`, `cache.py`). On a CPU this schedule is the default wherever it serves and pays.
+the function as one operation (`calls.py`). Without a recurrent product no unit depends on another, and threads do not
+wait for each other at each step. The machine's C++ compiler compiles the loop once, and the gates once for each cell
+(`build.py`, `cache.py`). On a CPU this schedule is the default wherever it serves and pays.
 """
 
 from __future__ import annotations
