@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 import jrnn
+from jrnn import testing
 from jrnn.compose.regularise import Wrapper, Zoneout
 from tests.cases import CASES, Doubled, Leaky
+from tests.conftest import in_loops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,53 @@ def test_a_step_runs_as_it_is_written(cell):
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
     chex.assert_trees_all_close(run(params_of(cell), "hoisted"), run(params_of(cell), "reference"), atol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResetFirst(jrnn.Cell):
+    """A GRU with the reset before the product, and the sum of its outputs, as nothing but a step."""
+
+    hidden: int
+    uses_key: ClassVar[Any] = False
+
+    def init(self, key, in_features):
+        shapes = {"x": (in_features, 3 * self.hidden), "h": (self.hidden, 2 * self.hidden), "n": (self.hidden,) * 2}
+        keys = jax.random.split(key, 3)
+        return {n: jax.random.normal(k, shape) for k, (n, shape) in zip(keys, shapes.items(), strict=True)}
+
+    def initial_state(self, params, batch_shape):
+        return {"h": jnp.zeros((*batch_shape, self.hidden), params["h"].dtype), "total": jnp.zeros(batch_shape)}
+
+    def step(self, params, state, x, key=None):
+        h = state["h"]
+        u, n = jnp.split(x @ params["x"], [2 * self.hidden], -1)
+        r, z = jnp.split(jax.nn.sigmoid(u + h @ params["h"]), 2, -1)
+        h = z * h + (1 - z) * jnp.tanh(n + (r * h) @ params["n"])
+        return {"h": h, "total": state["total"] + h.sum(-1).astype(jnp.float32)}, h * 1.5
+
+
+class Summing(ResetFirst):
+    """A cell with the sum of its outputs, which is known as that of an affine cell, and as what runs after it."""
+
+    def step(self, params, state, x, key=None):
+        h = jnp.tanh(x @ params["x"][:, : self.hidden] + state["h"] @ params["n"])
+        return {"h": h, "total": state["total"] + h.sum(-1)}, h
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("cell", [ResetFirst(4), Summing(4)], ids=["reset_first", "summing"])
+def test_a_step_that_declares_nothing_runs_hoisted(cell):
+    """One product of the state stays in the loop for each that the step has; nothing of the input does."""
+    testing.check_cell(cell, 3, laws=(testing.check_backends, testing.check_padding, testing.check_resets))
+    run = lambda params, xs: jrnn.unroll(cell, params, xs, backend="hoisted")
+    closed = jax.make_jaxpr(run)(params_of(cell), jnp.ones((6, 2, 3)))
+    assert len(in_loops(closed, "dot_general", "weigh")) == (1 if isinstance(cell, Summing) else 2)
+
+
+def test_a_step_without_a_product_of_the_state_is_refused():
+    cell = type("Adding", (ResetFirst,), {"step": lambda self, params, state, x, key=None: (state, state["h"])})(4)
+    with pytest.raises(ValueError, match="the cell defines only its step, and no part of it can be taken out"):
+        jrnn.unroll(cell, params_of(cell), jnp.ones((6, 2, 3)), backend="hoisted")
 
 
 def test_forms_of_equal_cells_are_equal_in_their_trees():

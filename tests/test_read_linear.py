@@ -198,15 +198,32 @@ def test_what_runs_by_default():
         (lambda c, x: (jnp.where(c > 0, c, x), c), jnp.zeros(H), "depend on its state|is not linear"),
         (lambda c, x: (c[::-1] + x, c), jnp.zeros(H), "'rev' of its state, which is not linear"),
         (lambda c, x: ((c[1], c[0] + x), x), (jnp.zeros(H),) * 2, "leaves of its carry change places"),
-        (lambda c, x: ((c[0] + c[1], c[1] + x), x), (jnp.zeros(H),) * 2, "depends on another leaf"),
+        (lambda c, x: ((c[0] + c[1], c[1] - c[0]), x), (jnp.zeros(H),) * 2, "depends on another leaf"),
         (lambda c, x: (c + 1, x), jnp.zeros(H, jnp.int32), "a leaf of its carry that changes is int32"),
         (lambda c, x: (c + x.astype(jnp.bfloat16), x), jnp.zeros(H, jnp.bfloat16), "changes is bfloat16"),
-        (lambda c, x: (c + x, jax.lax.fori_loop(0, 2, lambda i, a: a + c, x)), jnp.zeros(H), "'scan' of its state"),
+        (lambda c, x: (jax.lax.fori_loop(0, 2, lambda i, a: a + c, x), c), jnp.zeros(H), "'scan' of its state"),
     ],
 )
 def test_what_is_not_linear_is_refused_by_name(step, carry, reason):
     with pytest.raises(ValueError, match=f"backend: 'associative' cannot run this body: .*({reason})"):
         jrnn.scan(step, carry, jnp.ones((T, H)), backend="associative")
+
+
+@pytest.mark.parametrize(
+    ("step", "carry"),
+    [
+        (lambda c, x: ((0.5 * c[0] + jnp.sin(c[1]), c[1] + x), c[0] * x), (jnp.ones(H),) * 2),
+        (lambda c, x: (c + x, jax.lax.fori_loop(0, 2, lambda i, a: a + c, x)), jnp.ones(H)),
+        (lambda c, x: ((c[0] + x, jnp.maximum(c[0].sum(), c[1])), c[1]), (jnp.ones(H), jnp.float32(2))),
+    ],
+)
+def test_what_depends_on_a_linear_step_runs_after_it(step, carry):
+    xs = jax.random.normal(jax.random.key(0), (T, H))
+    run = lambda scan: jax.jit(lambda c, xs: jax.tree.leaves(scan(step, c, xs)))
+    got, expected = run(functools.partial(jrnn.scan, backend="associative")), run(jax.lax.scan)
+    same(got(carry, xs), expected(carry, xs), rtol=1e-5, atol=1e-5)
+    of = lambda run: jax.grad(lambda c, xs: sum(jnp.sum(jnp.sin(leaf)) for leaf in run(c, xs)), (0, 1))(carry, xs)
+    same(of(got), of(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_equal_steps_compile_once():

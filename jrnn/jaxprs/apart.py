@@ -101,13 +101,11 @@ def behind(program: Program, consts: int, carry: int) -> Split:
     early = tuple(i for i, a in enumerate(program.results[carry:]) if not (isinstance(a, int) and late[a]))
     if not own or not any(late):
         raise Refusal("nothing of it can run last")
-    return _split(
-        leaves,
-        own,
-        early,
-        lambda op, used: used if leaves.dynamic[op.outs[0]] and not late[op.outs[0]] else set(),
-        True,
-    )
+
+    def given(op: Op, used: set[int]) -> set[int]:
+        return used if leaves.dynamic[op.outs[0]] and not late[op.outs[0]] else set()
+
+    return _split(leaves, own, early, given, behind=True)
 
 
 def _split(
@@ -117,8 +115,10 @@ def _split(
     given: Callable[[Op, set[int]], set[int]],
     behind: bool,
 ) -> Split:
-    """The split with these leaves and outputs in the first part. ``given(op, used)`` are those of the results of an
-    operation that the rest takes from the first part, of those that it uses."""
+    """The split with these leaves and outputs in the first part.
+
+    ``given(op, used)`` are the results of an operation that the rest takes from the first part, among those it uses.
+    """
     program, consts, carry = leaves.program, leaves.consts, leaves.carry
     others = tuple(i for i in leaves.changing if i not in own)
     outputs = program.results[carry:]

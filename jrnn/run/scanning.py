@@ -63,6 +63,8 @@ def scan(
     - its outputs can be computed from the inputs and the carry, before or after the step, by operations that can run
       for all steps at once.
 
+    The input may be multiplied by its weights in the body, or for all steps before the scan: ``jnp.tanh(xw + h @ u)``.
+
     Leaves of the carry that do not depend on the cell's state, such as a counter, a random key or the input before, may
     stand beside it, in any shape and dtype. They run first, as a ``jax.lax.scan`` of their own. What the cell needs of
     them is then an input of its steps. Leaves that the cell does not depend on, such as a sum over its outputs, run
@@ -179,7 +181,7 @@ def _choose(
         try:
             body = read(program, len(consts), len(carry))
         except Refusal as refusal:
-            return _in_parts(program, ys, consts, len(carry), str(refusal), backend)
+            return _in_parts(program, ys, consts, len(carry), refusal, backend)
     except Refusal as refusal:
         reason = f"the body is not recognised as a recurrent cell: {refusal}"
         if backend is not None:
@@ -200,24 +202,26 @@ def _choose(
 SEQUENCES = 8
 
 
-def _in_parts(program: Program, ys: Any, consts: list[Any], carry: int, reason: str, backend: str | None) -> _Choice:
-    """The choice for a body that is no cell for this reason. Raises `Refusal` if the body runs as it is."""
+def _in_parts(
+    program: Program, ys: Any, consts: list[Any], carry: int, refusal: Refusal, backend: str | None
+) -> _Choice:
+    """The choice for a body that is no cell, for the reason in ``refusal``, which is raised if it runs as it is."""
     if backend not in (None, "hoisted"):
-        raise Refusal(reason)
-    form = sites.read(program, len(consts), carry)
-    parts = Parts(form)
-    count = len(form.sites)
+        raise refusal
+    try:
+        parts = Parts(sites.read(program, len(consts), carry))
+    except Refusal as other:
+        raise (refusal if backend is None else other) from None
+    count = len(parts.form.sites)
     stays = "one product of its state stays" if count == 1 else f"{count} products of its state stay"
-    reason = f"the body is not recognised as a recurrent cell: {reason}"
+    stays = f"{stays} in the loop, and the gradients of the weights leave it"
+    reason = f"the body is not recognised as a recurrent cell: {refusal}"
     if backend is not None:
-        reason = f"{reason}; {stays} in the loop, and the gradients of the weights leave it"
-        return _Choice("hoisted", reason, parts, consts, ys)
+        return _Choice("hoisted", f"{reason}; {stays}", parts, consts, ys)
     if parts.rows is None or parts.rows > SEQUENCES:
-        raise Refusal(reason)
-    reason = f"{reason}; it runs as jax.lax.scan, but where it is differentiated {stays} in the loop"
-    return _Choice(
-        "hoisted", f"{reason}, and the gradients of the weights leave it", InParts(program, parts), consts, ys
-    )
+        raise refusal
+    reason = f"{reason}; it runs as jax.lax.scan, but where it is differentiated, {stays}"
+    return _Choice("hoisted", reason, InParts(program, parts), consts, ys)
 
 
 @dataclass(frozen=True)

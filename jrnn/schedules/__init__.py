@@ -37,7 +37,7 @@ SCHEDULES: dict[str, Schedule] = {
     "native": Schedule(native.plan, pays=native.pays),
     "associative": Schedule(associative.plan),
     "chunkwise": Schedule(chunkwise.plan, pays=chunkwise.pays),
-    "hoisted": Schedule(hoisted.plan),
+    "hoisted": Schedule(hoisted.plan, pays=hoisted.pays),
     "newton": Schedule(newton.plan, automatic=False),
     "reference": Schedule(reference.plan),
 }
