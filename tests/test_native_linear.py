@@ -56,7 +56,7 @@ every_cell = pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 
 def case(cell, time=T):
     k_params, k_xs, k_state, k_resets = jax.random.split(jax.random.key(0), 4)
-    params = cell.init(k_params, F)
+    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(k_xs, a.shape), cell.init(k_params, F))
     xs = jax.random.normal(k_xs, (time, B, F))
     state = jax.tree.map(lambda a: jax.random.normal(k_state, a.shape), cell.initial_state(params, (B,)))
     flags = {"lengths": np.array([time, time // 2, 0]), "resets": jax.random.bernoulli(k_resets, 0.2, (time, B))}

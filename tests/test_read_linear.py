@@ -283,5 +283,7 @@ def test_a_cell_of_ones_own_by_default():
     params, xs = cell.init(jax.random.key(0), 64), jnp.ones((50, 8, 64))
     name, reason = jrnn.choose_backend(cell, params, xs)
     assert name == "native", reason
+    few = Gated(8)  # units that do not fill the vectors of the native loop
+    assert jrnn.choose_backend(few, few.init(jax.random.key(0), 64), jnp.ones((1000, 8, 64)))[0] == "associative"
     with pytest.raises(ValueError, match="'hoisted' cannot run"):
         jrnn.unroll(cell, params, xs, backend="hoisted")
