@@ -226,7 +226,7 @@ def _alone(program: Program, consts: int, carry: int) -> Body | None:
         body = Body(affine.read(program, consts, carry, coupled=False))
     except blocks.Refusal:
         return None
-    return body if body.product is not None else None
+    return body if body.product is not None and body.product[0] else None
 
 
 def _run_linear(options: tuple[Any, Plan], task: Task) -> tuple[Any, Any]:
