@@ -120,7 +120,7 @@ def _inverse(below: jax.Array) -> jax.Array:
     """The inverse of ``I + below``, where ``below (..., T, T)`` is zero on the diagonal and above it.
 
     By forward substitution, a row of all matrices at a time. XLA solves triangular systems on a CPU by a call of LAPACK
-    for each matrix, which is ten to a thousand times slower for many small ones.
+    for each matrix, which is slow for many small ones, and far slower where LAPACK's threads wait for each other.
     """
     size = below.shape[-1]
     eye = lax.broadcast_to_rank(jnp.eye(size, dtype=below.dtype), below.ndim)

@@ -33,7 +33,7 @@ __all__ = ["pays", "plan"]
 WORK, ROWS, STEP = 2**20, 32, 2**18
 FEW_STEPS, FEW_SEQUENCES, WHOLE_BLOCKS = 4, 3, 32
 # The schedule computes in float32. From so many units on, a processor that has instructions for products in bfloat16 is
-# faster with them: 1.4 to 4 times forward, 1.1 to 1.3 times with gradients, on a Xeon with AMX.
+# faster with them (see docs/benchmarks.md).
 BFLOAT16_HIDDEN = 256
 
 
