@@ -45,8 +45,8 @@ class ReadStep:
 class Schedule(NamedTuple):
     """The schedule that runs a step that was read: its name, the reason, and the plan.
 
-    The plan of an affine cell, or of a linear step in the native loop, is a `Plan`. That of a step in two parts is a pair
-    of plans. It is None for a step that runs as `linear_scan`, and for a part that runs as a scan.
+    The plan of an affine cell, or of a linear step in the native loop, is a `Plan`. That of a step in two parts is a
+    pair of plans. It is None for a step that runs as `linear_scan`, and for a part that runs as a scan.
     """
 
     name: str
