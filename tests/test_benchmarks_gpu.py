@@ -170,6 +170,7 @@ class Wrong(hand.Hand):
         return tuple(tuple({**p, "b": p["b"] + 1} for p in layer) for layer in params)
 
 
+@pytest.mark.nightly
 def test_what_fails_is_kept_and_stops_nobody():
     with pool(first=Raises(), jrnn=Jrnn(), wrong=Wrong(), cudnn=Cudnn(), hand=hand.Hand()) as running:
         results = gpu.measure(running, FORWARD, list(running.given), 3, 1.0)
@@ -180,6 +181,7 @@ def test_what_fails_is_kept_and_stops_nobody():
         assert len(results[name]["samples_ms"]) == 3
 
 
+@pytest.mark.nightly
 def test_the_answer_is_made_once_for_every_arithmetic():
     train = dataclasses.replace(TINY, cell="elman")
     with pool(hand=hand.Hand()) as running:
@@ -228,6 +230,7 @@ def test_the_end_comes_in_the_middle_of_a_point():
         gpu.measure(running, FORWARD, ["jrnn"], 1, 1.0)
 
 
+@pytest.mark.nightly
 def test_what_was_measured_before_the_end_is_kept():
     with pool(hand=hand.Hand(), jrnn=Jrnn()) as running:
         ask = running.ask
@@ -244,6 +247,7 @@ def test_what_was_measured_before_the_end_is_kept():
     assert len(end.value.results["hand"]["samples_ms"]) == 1
 
 
+@pytest.mark.nightly
 def test_who_hangs_once_is_left_out():
     def hang():
         raise driver.NoAnswerError("no answer in 60 s")
@@ -329,6 +333,7 @@ def test_the_report(tmp_path):
     assert gpu_report.line(store.content["points"][TINY.id]) == "jrnn cudnn 2.00 ms, torch cuda 1.00 ms, hand FAILED"
 
 
+@pytest.mark.nightly
 def test_a_run_ends_in_time_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "quick", lambda: (TINY, FORWARD))
     monkeypatch.setattr(machine, "rates", lambda size: RATES)

@@ -22,20 +22,20 @@ INTERPRET = tuple(law for law in testing.LAWS if law not in COMPILE)
 # and on some rows what is rounded or overflows.
 NARROW = (testing.check_state_dtype,)
 NARROW_FULL = (testing.check_step_equals_unroll, testing.check_padding, testing.check_state_dtype)
-# A second Python need not run these.
-SLOW = rows(pytest.mark.slow)
 SMOKE = ("lstm", "step_only", "zoneout", "stack", "bidirectional")
 NARROW_ROWS = [
     pytest.param(*row.values, id=row.id, marks=[*row.marks, pytest.mark.smoke] if row.id in SMOKE else row.marks)
     for row in rows(pytest.mark.nightly)
 ]
+ROWS = [pytest.param(case, id=case.name) for case in CASES]
 FULL = [pytest.param(case, id=case.name) for case in CASES if case.full]
 # Interpreted: XLA compiles single operations.
 interpreted = pytest.mark.usefixtures("quick_compilation")
 
 
 @interpreted
-@pytest.mark.parametrize("case", SLOW)
+@pytest.mark.parametrize("case", ROWS)
+@pytest.mark.sampled(2)
 def test_laws_float64(case):
     testing.check_cell(case.layer, case.in_features, dtype="float64", laws=INTERPRET)
 
@@ -75,6 +75,7 @@ COMBINATIONS = [(case, random.Random(f"{case.name}{i}").choice(PRODUCT)) for cas
 
 @interpreted
 @pytest.mark.parametrize(("case", "options"), COMBINATIONS, ids=lambda value: getattr(value, "name", ""))
+@pytest.mark.sampled(2)
 def test_combination(case, options):
     """lengths x mask x resets x state x reverse x key x remat x backend x unroll x batch axes."""
     lengths, mask, resets, state, reverse, keyed, remat, backend, unroll, batch = options

@@ -50,6 +50,7 @@ for name, module in list(sys.modules.items()):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.nightly
 def test_the_suite_runs_where_pytest_keeps_no_cache():
     root = pathlib.Path(__file__).parents[1]
     environment = {name: value for name, value in os.environ.items() if name != "JRNN_CACHE_DIR"}

@@ -91,6 +91,7 @@ def values_and_gradients(function, *args):
 
 @interpreted
 @pytest.mark.parametrize("body", READ)
+@pytest.mark.sampled(2)
 def test_values_and_gradients(body):
     for i, batch in enumerate(body.batches):
         weights, carry, step, xs = built(body, batch)
@@ -103,6 +104,7 @@ def test_values_and_gradients(body):
 
 
 @pytest.mark.parametrize("body", READ)
+@pytest.mark.sampled(2)
 def test_native(body):
     weights, carry, step, xs = built(body)
     got = run(jrnn.scan, step, backend="native")

@@ -143,6 +143,7 @@ TRIALS = {
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("name", TRIALS)
+@pytest.mark.sampled(3)
 def test_values_and_gradients(name, reverse, engine):
     trial = trial_of(CELL, **TRIALS[name])
     got, expected = run(CELL, trial, engine, reverse=reverse), testing.fold(CELL, trial, reverse=reverse)
@@ -161,6 +162,7 @@ def test_values_and_gradients(name, reverse, engine):
     ],
     ids=["stack", "bidirectional", "stack_of_bidirectional", "residual"],
 )
+@pytest.mark.sampled(3)
 def test_models_are_walked_layer_by_layer(layer, engine):
     trial = trial_of(layer, lengths=np.array([7, 4, 0], np.int32))
     testing.compare(run(layer, trial, engine), testing.fold(layer, trial), 3e-5, repr(layer))
@@ -353,6 +355,7 @@ def plugin(monkeypatch, fresh):
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU: cuDNN itself is tested")
 @pytest.mark.parametrize("remat", [None, 3])
+@pytest.mark.sampled(2)
 def test_lowers_for_cuda_without_a_device(plugin, remat):
     """The program for a GPU holds cuDNN's two calls, with shapes that JAX's own lowering accepts."""
     trial = trial_of(CELL, time=6, lengths=np.array([6, 4, 1], np.int32))
