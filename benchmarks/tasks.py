@@ -275,43 +275,71 @@ def mackey_glass(steps: int, length: int = 150, ahead: int = 15, batch: int = 32
     )
 
 
+def classification(about: str, data: Callable[[], tuple[np.ndarray, ...]], length: int, steps: int) -> Task:
+    """A class at the last step. ``data`` gives sequences ``(T, N, 1)`` and classes ``(N,)``, then those of the test."""
+
+    def sample(key: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
+        xs, classes, *_ = data()
+        chosen = jax.random.randint(key, (batch,), 0, len(classes))
+        return jnp.asarray(xs)[:, chosen], jnp.asarray(classes)[chosen]
+
+    def test() -> tuple[jax.Array, jax.Array]:
+        *_, xs, classes = data()
+        return jnp.asarray(xs), jnp.asarray(classes)
+
+    return Task(
+        about,
+        length=length,
+        features=1,
+        outputs=10,
+        batch=64,
+        steps=steps,
+        sample=sample,
+        test=test,
+        loss=lambda ys, classes: jrnn.losses.cross_entropy(ys[-1], classes),
+        metrics=lambda ys, classes: {"accuracy": jrnn.losses.accuracy(ys[-1], classes)},
+        trivial={"any digit": 0.1},
+        lower=False,
+    )
+
+
 @functools.cache
-def _digits() -> tuple[np.ndarray, ...]:
+def _curves() -> tuple[np.ndarray, ...]:
     try:
         from mnist1d.data import get_dataset_args, make_dataset  # make_dataset computes; get_dataset would download
     except ImportError as error:
-        raise ImportError('the digits need mnist1d, which is not installed; pip install -e ".[examples]"') from error
+        raise ImportError('the curves need mnist1d, which is not installed; pip install -e ".[examples]"') from error
     data = make_dataset(get_dataset_args())
     curves = [data[name].T[..., None].astype(np.float32) for name in ("x", "x_test")]
     digits = [data[name].astype(np.int32) for name in ("y", "y_test")]
     return curves[0], digits[0], curves[1], digits[1]
 
 
-def mnist1d(steps: int, batch: int = 64) -> Task:
+def mnist1d(steps: int) -> Task:
     """MNIST-1D (Greydanus and Kobak 2024): noisy curves of ten digits, 40 points one after another."""
+    return classification(
+        "MNIST-1D, 40 points one by one: accuracy at the last of them, on 1,000 curves", _curves, length=40, steps=steps
+    )
 
-    def sample(key: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
-        xs, digits, *_ = _digits()
-        chosen = jax.random.randint(key, (batch,), 0, len(digits))
-        return jnp.asarray(xs)[:, chosen], jnp.asarray(digits)[chosen]
 
-    def test() -> tuple[jax.Array, jax.Array]:
-        *_, xs, digits = _digits()
-        return jnp.asarray(xs), jnp.asarray(digits)
+PIXELS, TESTED = 64, 360
 
-    return Task(
-        "MNIST-1D, 40 points one by one: accuracy at the last of them, on 1,000 curves",
-        length=40,
-        features=1,
-        outputs=10,
-        batch=batch,
+
+@functools.cache
+def _images() -> tuple[np.ndarray, ...]:
+    found = np.load(machine.ROOT / "examples" / "data" / "digits.npz")  # its README.md: source, authors, licence
+    pixels = found["images"].reshape(-1, PIXELS, 1).swapaxes(0, 1).astype(np.float32) / 16
+    labels = found["labels"].astype(np.int32)
+    return pixels[:, :-TESTED], labels[:-TESTED], pixels[:, -TESTED:], labels[-TESTED:]
+
+
+def digits(steps: int) -> Task:
+    """Digits of 8 x 8 pixels (Alpaydin and Kaynak 1998), one pixel after another as in Le, Jaitly and Hinton (2015)."""
+    return classification(
+        f"handwritten digits, {PIXELS} pixels one by one: accuracy at the last of them, on {TESTED} images",
+        _images,
+        length=PIXELS,
         steps=steps,
-        sample=sample,
-        test=test,
-        loss=lambda ys, digits: jrnn.losses.cross_entropy(ys[-1], digits),
-        metrics=lambda ys, digits: {"accuracy": jrnn.losses.accuracy(ys[-1], digits)},
-        trivial={"any digit": 0.1},
-        lower=False,
     )
 
 
@@ -319,6 +347,7 @@ def mnist1d(steps: int, batch: int = 64) -> Task:
 TASKS: dict[str, Callable[[], Task]] = {
     "adding-100": lambda: adding(100, steps=2_000),
     "mnist1d": lambda: mnist1d(steps=1_000),
+    "digits": lambda: digits(steps=1_000),
     "copying-100": lambda: copying(100, steps=1_000),
     "mackey-glass": lambda: mackey_glass(steps=800),
     "adding-400": lambda: adding(400, steps=2_000),

@@ -77,8 +77,8 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection_finish(session):
     """Lets Python's collector of cyclic garbage leave alone what lives as long as the tests.
 
-    JAX keeps what it traced, so the heap grows with every test. To look through all of it again and again took a seventh
-    of the time of the tests of the laws. Full collections are left to `pytest_runtest_teardown`.
+    JAX keeps what it traced, so the heap grows with every test. To look through all of it again and again took a
+    seventh of the time of the tests of the laws. Full collections are left to `pytest_runtest_teardown`.
     """
     del session
     gc.collect()

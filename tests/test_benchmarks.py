@@ -461,6 +461,16 @@ def test_tasks_are_what_the_papers_say_and_their_trivial_predictors_get_what_is_
     right = 30 * np.eye(9, dtype=np.float32)[np.asarray(ids)]
     assert copying.metrics(right, ids)["recalled"] == 1
 
+    digits = tasks.digits(steps=1)
+    xs, labels = digits.test()
+    assert xs.shape == (digits.length, 360, 1)
+    assert (xs.min(), xs.max()) == (0, 1)
+    assert digits.metrics(jax.nn.one_hot(labels, 10)[None], labels)["accuracy"] == 1
+    train, _ = digits.sample(jax.random.key(0), 2_000)
+    images = lambda xs: {image.tobytes() for image in np.asarray(xs[..., 0].T)}
+    assert len(images(train)) > 1_000
+    assert not images(train) & images(xs)
+
 
 def test_the_series_of_mackey_and_glass_solves_its_equation():
     series = tasks.mackey_glass_series(200)
