@@ -75,15 +75,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    """Lets Python's collector of cyclic garbage leave alone what lives as long as the tests.
+    """Makes Python look for cyclic garbage less often: JAX keeps what it traced, so the heap grows with every test.
 
-    JAX keeps what it traced, so the heap grows with every test. To look through all of it again and again took a
-    seventh of the time of the tests of the laws. Full collections are left to `pytest_runtest_teardown`.
+    To look through all of it took a seventh of the time of the tests of the laws.
     """
     del session
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 10_000)
+    gc.set_threshold(20_000, 20, 40)
 
 
 def pytest_runtest_teardown(item, nextitem):
