@@ -20,6 +20,12 @@ round at the walls:
     ConvLSTM          7.36    8.90    9.49    9.69    9.37    8.96
     straight on       6.55   14.22   20.38   25.15   27.43   18.75
     last frame       17.42   24.44   27.07   28.51   28.26   25.14
+
+With --full (logs/moving-full.txt):
+
+    ConvLSTM          9.30   10.98   11.33   11.96   11.74   11.06
+    straight on      12.27   24.07   34.53   41.74   46.11   31.74
+    last frame       26.63   36.41   40.01   42.82   41.40   37.46
 """
 
 import pathlib
