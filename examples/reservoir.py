@@ -1,7 +1,7 @@
 """Echo state networks: a random network that is not trained, whose linear readout is solved for in one go.
 
     pip install -e ".[examples]" && python examples/reservoir.py       # about a minute
-    python examples/reservoir.py --units 1000 --reservoirs 10          # larger ones, more of them: ten minutes
+    python examples/reservoir.py --units 1000 --reservoirs 10          # larger ones, and more of them
 
 Two series that the literature reports on:
 
@@ -19,6 +19,7 @@ forecast; on 220 years of sunspots it does not reach one:
     Mackey-Glass, 84 steps ahead, 50 sequences:          NRMSE84
       500 units, 5 reservoirs, geometric mean       0.00036
       linear forecast from 18 values                   0.68
+      (1,000 units, 10 reservoirs: 0.00011, logs/reservoir-full.txt)
 
     sunspots, one year ahead; best on 1880 to 1920: input_scale 0.05, leak 0.5, penalty 0.01
       ARV                                                   1921-55  1956-79
