@@ -21,6 +21,13 @@ What it printed by default, after 178 seconds of processor time, most of them fo
     new voices, 20 dB                    3.41   14.0              61.84   96.7               3.62   14.3
     new voices, 10 dB                    5.32   20.7              63.55   95.3               5.05   19.7
     new voices, 0 dB                    14.88   42.0              75.15   99.3              14.81   42.3
+
+With --full, after 862 (logs/speech-full.txt):
+
+    training voices                      0.84    3.7              31.88   81.0               0.84    3.7
+    new voices, 20 dB                    2.18    9.3              42.80   82.7               2.05    9.0
+    new voices, 10 dB                    3.07   12.0              46.83   86.7               2.94   11.7
+    new voices, 0 dB                    12.08   34.3              58.50   92.7              12.01   34.3
 """
 
 import ctypes
