@@ -26,6 +26,13 @@ def test_every_public_name_is_documented(name):
         assert ">>> " in value.__doc__, f"{name} has no example"
 
 
+def test_a_script_beside_the_clone_imports_the_package(tmp_path):
+    """Python prefers a folder ``jrnn`` beside the script to an import hook, as setuptools may install for ``-e``."""
+    (tmp_path / "jrnn").mkdir()
+    (tmp_path / "script.py").write_text("import jrnn\njrnn.lstm(2)\n")
+    subprocess.run([sys.executable, tmp_path / "script.py"], check=True)
+
+
 def test_importing_jrnn_imports_nothing_heavy():
     code = """
 import sys, jrnn
