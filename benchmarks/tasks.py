@@ -327,9 +327,10 @@ PIXELS, TESTED = 64, 360
 
 @functools.cache
 def _images() -> tuple[np.ndarray, ...]:
-    found = np.load(machine.ROOT / "examples" / "data" / "digits.npz")  # its README.md: source, authors, licence
-    pixels = found["images"].reshape(-1, PIXELS, 1).swapaxes(0, 1).astype(np.float32) / 16
-    labels = found["labels"].astype(np.int32)
+    path = machine.ROOT / "examples" / "data" / "digits.npz"  # its README.md: source, authors, licence
+    with np.load(path) as found:
+        pixels = found["images"].reshape(-1, PIXELS, 1).swapaxes(0, 1).astype(np.float32) / 16
+        labels = found["labels"].astype(np.int32)
     return pixels[:, :-TESTED], labels[:-TESTED], pixels[:, -TESTED:], labels[-TESTED:]
 
 

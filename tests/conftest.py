@@ -92,7 +92,7 @@ def pytest_runtest_teardown(item, nextitem):
     LLVM without a message.
     """
     del item
-    if nextitem is not None and _mappings() > 20_000:
+    if nextitem is not None and _mappings() > 30_000:
         jax.clear_caches()
         gc.collect()
 

@@ -554,7 +554,8 @@ def test_programs_run_in_a_process_without_jrnn(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", FRESH, str(tmp_path)]
     subprocess.run(command, check=True, cwd=tmp_path, env=environment, timeout=300)
-    made = np.load(tmp_path / "made.npz")
+    with np.load(tmp_path / "made.npz") as file:
+        made = dict(file)
     state, ys = jrnn.unroll(model, params, xs, lengths=lengths)
     np.testing.assert_allclose(made["ys"], ys, atol=1e-5)
     np.testing.assert_allclose(made["c"], state[0].c, atol=1e-5)
