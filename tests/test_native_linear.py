@@ -77,6 +77,7 @@ def same(a, b, rtol=2e-4, atol=2e-4):
 
 @every_cell
 @pytest.mark.parametrize("options", [{}, {"reverse": True, "remat": 4}], ids=str)
+@pytest.mark.sampled(3)
 def test_equals_the_scan_in_values_and_gradients(cell, options):
     params, state, xs, flags = case(cell)
     got, expected = (

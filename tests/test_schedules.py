@@ -499,6 +499,7 @@ def test_a_state_type_of_ones_own_is_registered_with_jax():
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("cell", [jrnn.conv_gru(2, (3,)), jrnn.attention(jrnn.gru(3), 2), jrnn.cornn(4)], ids=str)
+@pytest.mark.sampled(3)
 def test_parts_in_chunks(cell, reverse, monkeypatch):
     """The derivative of a step in parts runs in chunks, of which one is shorter; its own derivative too."""
     monkeypatch.setattr(parts, "ROWS", (4, 4))
