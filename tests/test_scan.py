@@ -91,7 +91,6 @@ def values_and_gradients(function, *args):
 
 @interpreted
 @pytest.mark.parametrize("body", READ)
-@pytest.mark.sampled(2)
 def test_values_and_gradients(body):
     for i, batch in enumerate(body.batches):
         weights, carry, step, xs = built(body, batch)
@@ -104,7 +103,6 @@ def test_values_and_gradients(body):
 
 
 @pytest.mark.parametrize("body", READ)
-@pytest.mark.sampled(2)
 def test_native(body):
     weights, carry, step, xs = built(body)
     got = run(jrnn.scan, step, backend="native")
