@@ -108,14 +108,19 @@ def _prefetched(data: Iterator[Any], size: int, device: Any) -> Iterator[Any]:
 
 
 def evaluate(
-    step: Step, params: Any, data: Iterable[Any], *, weight: Callable[[Any], Any] | None = None
+    step: Step,
+    params: Any,
+    data: Iterable[Any] | Callable[[int], Iterable[Any]],
+    *,
+    weight: Callable[[Any], Any] | None = None,
 ) -> dict[str, float]:
     """The mean loss and the mean scalar metrics over a data set, without dropout.
 
     Args:
       step: from `make_step` or `tbptt_step`, for its loss function.
       params: the parameters.
-      data: batches, in order; chunks for a step of `tbptt_step`.
+      data: batches, in order; chunks for a step of `tbptt_step`. A function of the epoch's number, such as `batches`
+        returns, is called with 0.
       weight: a function ``batch -> number`` that gives the weight of a batch in the mean, such as its number of
         sequences or of valid steps. None gives all batches the same weight.
 
@@ -133,10 +138,10 @@ def evaluate(
     return weighted_means(step, params, data, weight, "data")
 
 
-def weighted_means(step: Step, params: Any, data: Iterable[Any], weight: Any, argument: str) -> dict[str, float]:
+def weighted_means(step: Step, params: Any, data: Any, weight: Any, argument: str) -> dict[str, float]:
     """See `evaluate`; ``argument`` is the name of ``data`` in messages."""
     carry, rows, weights = None, [], []
-    for batch in data:
+    for batch in _first_epoch(data):
         carry, metrics = step.evaluate(params, batch, carry)
         rows.append({name: x for name, x in metrics.items() if jnp.shape(x) == ()})
         weights.append(1.0 if weight is None else weight(batch))
@@ -150,13 +155,24 @@ def weighted_means(step: Step, params: Any, data: Iterable[Any], weight: Any, ar
     return {name: mean(name) for name in rows[-1]}
 
 
-def predict(function: Callable[[Any, Any], Any], params: Any, data: Iterable[Any], *, axis: int = 0) -> Any:
+def _first_epoch(data: Any) -> Iterable[Any]:
+    return data(0) if callable(data) else data
+
+
+def predict(
+    function: Callable[[Any, Any], Any],
+    params: Any,
+    data: Iterable[Any] | Callable[[int], Iterable[Any]],
+    *,
+    axis: int = 0,
+) -> Any:
     """Applies a function to each batch of a data set, and joins the results on the host.
 
     Args:
       function: ``(params, batch) -> pytree of arrays``; compiled once for each shape of a batch.
       params: the parameters.
-      data: batches, in order.
+      data: batches, in order. A function of the epoch's number, such as `batches` returns, is called with 0: give it
+        no seed, which would shuffle the results.
       axis: the axis along which the results are joined: 0 if they have one row for each sequence, 1 for outputs
         ``(T, B, ...)``, all of one length.
 
@@ -170,7 +186,7 @@ def predict(function: Callable[[Any, Any], Any], params: Any, data: Iterable[Any
     array([2., 4., 6.], dtype=float32)
     """
     compiled = jax.jit(function)
-    results = [jax.device_get(compiled(params, batch)) for batch in data]
+    results = [jax.device_get(compiled(params, batch)) for batch in _first_epoch(data)]
     if not results:
         raise ValueError("data: expected at least one batch, got none")
     for result in results[1:]:

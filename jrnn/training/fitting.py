@@ -24,6 +24,7 @@ from jrnn.training.logs import Logger
 from jrnn.training.step import Metrics, Step, TrainState
 
 _END = object()
+LINES = 20  # of progress in a run, where there is no bar
 
 
 class FitResult(NamedTuple):
@@ -108,7 +109,8 @@ def fit(
     key: jax.Array | None = None,
     epochs: int | None = None,
     steps: int | None = None,
-    validation: Iterable[Any] | None = None,
+    validation: Iterable[Any] | Callable[[int], Iterable[Any]] | None = None,
+    validation_weight: Callable[[Any], Any] | None = None,
     validate_every: int | None = None,
     monitor: str = "loss",
     mode: str = "min",
@@ -126,11 +128,12 @@ def fit(
     """Trains for a number of epochs or of steps, and returns the parameters with the best validation.
 
     The first ^C ends the run after the current step: its result is returned, with ``stopped="interrupt"``, and a
-    checkpoint is saved where there are checkpoints. A second ^C raises KeyboardInterrupt at once.
+    checkpoint is saved where there are checkpoints. No further validation is made. A second ^C raises KeyboardInterrupt
+    at once. (Only the main thread receives ^C.)
 
     The host does not wait for the device between records: it fetches batches while the device works, and reads numbers
     back every `log_every` steps. The same data, parameters, key and arguments give the same result, bit for bit, even
-    if the run was interrupted and resumed from a checkpoint.
+    if the run was interrupted (by ^C, by a callback, or killed) and resumed from a checkpoint.
 
     Args:
       step: from `make_step` or `tbptt_step`.
@@ -138,12 +141,16 @@ def fit(
       data: the batches: anything that can be iterated once per epoch (a list, a loader), or a function of the epoch's
         number that returns an iterable, for a shuffle of its own, reproducible, in each epoch. A one-shot iterator (a
         generator) serves for one pass. A batch must not be changed after it was handed over.
-      key: for dropout and the like: step ``n`` uses ``fold_in(key, n)``. None for a run without randomness.
+      key: for dropout and the like: the step numbered ``n``, counted from 0, uses ``fold_in(key, n)``, and with
+        `tbptt_step` all chunks of a sequence use that of their first chunk. None for a run without randomness.
       epochs: how many passes over `data`; or
-      steps: how many batches, over as many passes as that needs. One of the two.
-      validation: batches to validate on, iterated anew each time, with ``key=None``. A metric is the mean of its
-        values over the batches: make them of one size.
-      validate_every: in steps; None for the end of each epoch. The last step always validates.
+      steps: how many batches, over as many passes as that needs. One of the two. They count the whole run: to go on
+        with a run that has ended, call `fit` again with its checkpoint and a larger number.
+      validation: batches to validate on, iterated anew each time, with ``key=None``; or a function of the epoch's
+        number that returns them, such as `batches`, which is always called with 0.
+      validation_weight: the weight of each of these batches in the mean of a metric: a function ``batch -> number``, as
+        in `evaluate`. None gives all batches the same weight.
+      validate_every: in steps; None for the end of each epoch. The last of all steps always validates.
       monitor: the metric to validate by: "loss", or a name in the loss function's aux dictionary.
       mode: whether the "min" or the "max" of that metric is best.
       patience: stop after this many validations in a row without an improvement; None never stops early.
@@ -155,8 +162,8 @@ def fit(
       progress: True shows a tqdm bar on stderr (needs the extra ``progress``), with steps per second and the numbers of
         the latest record: the epoch (counted from 1 here), the loss, the gradient norm before clipping, and the
         monitored metric of the latest validation. False shows nothing. None shows the bar where tqdm is installed and
-        stderr is a terminal; elsewhere it prints these numbers on one line an epoch, at the first record after the end
-        of each epoch and at the last record.
+        stderr is a terminal; elsewhere it prints these numbers on at most 21 lines, each at the first record after the
+        end of an epoch (of every epoch where there are no more than 20), the last one at the last record.
       checkpoint: a directory, or a `Checkpointer` (which stays open), to save to (needs the extra ``checkpoint``). A
         checkpoint is saved at every improvement, at the end, and as `checkpoint_every` says.
       checkpoint_every: save a checkpoint every this many steps; None saves one at the end of each epoch.
@@ -164,16 +171,16 @@ def fit(
         to expect. True requires a checkpoint, False requires that there is none. `data` must be the same again: batches
         that the run has already consumed in its current epoch are skipped.
       callbacks: functions that are called with a `Report` after each record, in order. One that returns True ends the
-        run, with ``stopped="callback"``.
+        run, with ``stopped="callback"``; the others return False or None.
       logger: a `Logger`, such as `CSVLogger`: its ``log(step, scalars)`` gets the numbers of each record as
         ``train/...`` and those of each validation as ``validation/...``.
 
     Returns:
       A `FitResult`. Its ``history`` has the entries "train" (columns "step", "epoch", "loss", "grad_norm" and more),
       "validation" ("step", "epoch", "loss" and more) and "skipped"; columns are of equal length. A train record, made
-      every `log_every` steps, at validations and at checkpoints, holds means over the finite steps since the one
-      before, scalars in the aux dictionary included; "skipped" lists the steps that were not finite. Steps count from
-      1, epochs from 0.
+      every `log_every` steps, at validations, at checkpoints and at the end, holds means over the finite steps since
+      the one before, scalars in the aux dictionary included; "skipped" lists the steps that were not finite. Steps
+      count from 1, epochs from 0.
 
     Raises:
       ValueError, TypeError: arguments that do not fit together, an empty data set, a one-shot iterator that ran out,
@@ -200,45 +207,55 @@ def fit(
             is_open = isinstance(checkpoint, Checkpointer)
             store = checkpoint if is_open else stack.enter_context(Checkpointer(checkpoint))
             state, best, run = _load(store, step, state, resume) or (state, best, run)
-        display = _display(progress, _total(data, epochs, steps), epochs, monitor, run, stack)
+        display = _display(progress, _total(data, epochs, steps), epochs, steps, monitor, run, stack)
         feed = _Feed(data, run.epoch, run.index)
-        record = _Record(run.history, step, max_nonfinite, int(state.skipped_in_row), _leaf_names(state.params))
+        record = _Record(run, step, max_nonfinite, int(state.skipped_in_row), _leaf_names(state.params))
         news = _News(run, callbacks, logger)
         interrupt = stack.enter_context(Interrupt())
 
-        def stopped() -> str | None:
+        def ended() -> str | None:
             if epochs is not None and run.epoch >= epochs:
                 return "epochs"
-            if steps is not None and run.step >= steps:
-                return "steps"
+            return "steps" if steps is not None and run.step >= steps else None
+
+        def stopped() -> str | None:
+            if (reason := ended()) is not None:
+                return reason
             if patience is not None and run.waited >= patience:
                 return "patience"
             return "callback" if news.enough else "interrupt" if interrupt.asked else None
 
-        while (reason := stopped()) is None:
+        reason = stopped()
+        while reason is None:
             state, metrics = step(state, feed.take())
             run.step += 1
             record.add(run.step, run.epoch, metrics)
             epoch, run.epoch, run.index = run.epoch, *feed.advance(last=run.step == steps)
             epoch_over, value, improved = run.epoch > epoch, None, False
-            if validation is not None and (stopped() or _due(run.step, validate_every, epoch_over)):
-                record.read()
-                value = _validate(step, state.params, validation, monitor, run, epoch)
+            if validation is not None and (ended() or _due(run.step, validate_every, epoch_over)):
+                record.write()
+                value = _validate(step, state.params, validation, validation_weight, monitor, run, epoch)
                 improved = run.improves(value, mode, min_delta)
                 if improved:
                     best = jax.tree.map(jnp.copy, state.params)  # the next step overwrites these
-            if stopped() or run.step % log_every == 0:
-                record.read()
+            if ended() or run.step % log_every == 0:
+                record.write()
             # A callback may end the run, so that it is called before a last checkpoint is due.
             news.tell(state.params)
-            if stopped():
-                record.read()
+            reason = stopped()  # once a step: a ^C from here on ends the run after the next one
+            if store is not None:
+                due = improved or _due(run.step, checkpoint_every, epoch_over)
+                if due or ended():
+                    record.write()
+                if due or reason is not None:
+                    # A run that is cut short between two records resumes there, as if nothing had happened.
+                    record.read()
+                    _save(store, state, best, run, value, mode)
+            if reason is not None:
+                record.write()
                 news.tell(state.params)
-            if store is not None and (stopped() or improved or _due(run.step, checkpoint_every, epoch_over)):
-                record.read()
-                _save(store, state, best, run, value, mode)
             if display is not None and run.history["train"].get("step", [])[-1:] == [run.step]:
-                display.show(last=stopped() is not None)
+                display.show(last=reason is not None)
     return FitResult(state.params if best is None else best, state, run.history, run.best(), reason)
 
 
@@ -324,6 +341,7 @@ class _Run:
     waited_on: float | None = None
     best_step: int | None = None
     best_value: float | None = None
+    rows: list[dict[str, float]] = dataclasses.field(default_factory=list)  # finite steps that await a record
     history: dict[str, Any] = dataclasses.field(default_factory=lambda: {"train": {}, "validation": {}, "skipped": []})
 
     def improves(self, value: float, mode: str, min_delta: float) -> bool:
@@ -369,7 +387,7 @@ class _News:
             epoch = train["epoch"][-1] if train else 0
             report = Report(self.run.step, epoch, params, self.run.history, self.run.best())
             # All of them, whatever the first says.
-            self.enough = any([callback(report) is True for callback in self.callbacks]) or self.enough
+            self.enough = any([_truth(callback(report), callback) for callback in self.callbacks]) or self.enough
 
 
 class _Feed:
@@ -419,34 +437,45 @@ class _Feed:
 class _Record:
     """Reads metrics back now and then, writes the history, and stops a run that is not finite."""
 
-    def __init__(self, history: dict[str, Any], step: Step, limit: int | None, in_row: int, leaves: list[str]):
-        self.history, self.limit, self.in_row, self.leaves = history, limit, in_row, leaves
-        self.pending: list[tuple[int, int, Metrics]] = []
+    def __init__(self, run: _Run, step: Step, limit: int | None, in_row: int, leaves: list[str]):
+        self.run, self.limit, self.in_row, self.leaves = run, limit, in_row, leaves
+        self.pending: list[tuple[int, Metrics]] = []
+        self.names: tuple[str, ...] = ()
+        self.last: tuple[int, int] | None = None  # the step and the epoch of the last step, if it awaits a record
 
     def add(self, step: int, epoch: int, metrics: Metrics) -> None:
         scalars = {name: x for name, x in metrics.aux.items() if jnp.shape(x) == ()}
-        self.pending.append((step, epoch, metrics._replace(aux=scalars)))
+        self.pending.append((step, metrics._replace(aux=scalars)))
+        self.names = ("loss", "grad_norm", *scalars)
+        self.last = step, epoch
 
     def read(self) -> None:
-        """Waits for the steps pending and sums them up in one record."""
-        if not self.pending:
-            return
-        pending: list[tuple[int, int, Metrics]] = jax.device_get(self.pending)
+        """Waits for the steps pending, and keeps the numbers of those that are finite."""
+        pending: list[tuple[int, Metrics]] = jax.device_get(self.pending)
         self.pending = []
-        for step, _, metrics in pending:
+        for step, metrics in pending:
             self.in_row = 0 if metrics.finite else self.in_row + 1
             if not metrics.finite:
-                self.history["skipped"].append(int(step))
+                self.run.history["skipped"].append(int(step))
             if self.limit is not None and self.in_row >= self.limit:
                 # One gradient that is not finite spoils all updates where the global norm is clipped.
                 finite = np.isfinite(metrics.leaf_norms)
                 good = metrics.leaf_finite if finite.all() else finite
                 bad = [name for name, is_good in zip(self.leaves, good, strict=True) if not is_good]
                 raise NonFiniteError(int(step), self.in_row, float(metrics.loss), float(metrics.grad_norm), bad)
-        rows = [{"loss": m.loss, "grad_norm": m.grad_norm, **m.aux} for _, _, m in pending if m.finite]
-        names = ("loss", "grad_norm", *pending[-1][2].aux)
-        means = {name: _mean([row[name] for row in rows]) for name in names}
-        _append(self.history["train"], {"step": int(pending[-1][0]), "epoch": int(pending[-1][1]), **means})
+            if metrics.finite:
+                numbers = {"loss": metrics.loss, "grad_norm": metrics.grad_norm, **metrics.aux}
+                self.run.rows.append({name: float(x) for name, x in numbers.items()})
+
+    def write(self) -> None:
+        """Makes one record of the steps since the one before, if there are any."""
+        self.read()
+        if self.last is None:
+            return
+        (step, epoch), rows = self.last, self.run.rows
+        self.last, self.run.rows = None, []
+        means = {name: _mean([row[name] for row in rows]) for name in self.names}
+        _append(self.run.history["train"], {"step": step, "epoch": epoch, **means})
 
 
 @dataclasses.dataclass
@@ -485,21 +514,27 @@ class _Bar(_Display):
 
 
 class _Lines(_Display):
-    """One line at the first record after the end of each epoch, and at the last."""
+    """A line at the first record after the end of an epoch, but no more than twenty of them, and one at the last."""
 
-    def __init__(self, run: _Run, epochs: int | None, monitor: str):
+    def __init__(self, run: _Run, epochs: int | None, monitor: str, steps: int | None):
         super().__init__(run, epochs, monitor)
-        self.shown = run.epoch
+        self.total = epochs or steps or 0
+        self.epoch, self.shown, self.waiting = run.epoch, self._done(), False
+
+    def _done(self) -> int:
+        return self.run.step if self.epochs is None else self.run.epoch
 
     def show(self, last: bool) -> None:
-        if self.run.epoch > self.shown or last:
-            self.shown = self.run.epoch
+        self.waiting = self.waiting or self.run.epoch > self.epoch
+        self.epoch = self.run.epoch
+        if last or (self.waiting and LINES * (self._done() - self.shown) >= self.total):
+            self.shown, self.waiting = self._done(), False
             numbers = "".join(f", {name} {value}" for name, value in self.numbers().items())
             print(f"{self.place()}: step {self.run.step}{numbers}", file=sys.stderr, flush=True)
 
 
-def _validate(step: Step, params: Any, batches: Any, monitor: str, run: _Run, epoch: int) -> float:
-    means = weighted_means(step, params, batches, None, "validation")
+def _validate(step: Step, params: Any, data: Any, weight: Any, monitor: str, run: _Run, epoch: int) -> float:
+    means = weighted_means(step, params, data, weight, "validation")
     if monitor not in means:
         raise ValueError(f"monitor: expected one of {sorted(means)}, got {monitor!r}")
     _append(run.history["validation"], {"step": run.step, "epoch": epoch, **means})
@@ -543,12 +578,13 @@ def _load(store: Checkpointer, step: Step, fresh: TrainState, resume: bool | Non
 
 
 def _display(
-    progress: bool | None, total: int | None, epochs: int | None, monitor: str, run: _Run, stack: contextlib.ExitStack
-) -> _Lines | _Bar | None:
+    progress: bool | None, total: int | None, epochs: int | None, steps: int | None, monitor: str, run: _Run,
+    stack: contextlib.ExitStack,
+) -> _Lines | _Bar | None:  # fmt: skip
     if progress is None:
         progress = sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
         if not progress:
-            return _Lines(run, epochs, monitor)
+            return _Lines(run, epochs, monitor, steps)
     if not progress:
         return None
     try:
@@ -575,6 +611,19 @@ def _better(value: float, than: float | None, mode: str, by: float = 0.0) -> boo
     return sign * value > (-math.inf if than is None else sign * than + by)
 
 
+def _truth(answer: Any, callback: Any) -> bool:
+    """The answer of a callback, which may be a boolean of NumPy's or JAX's: comparisons of arrays return these."""
+    if answer is None:
+        return False
+    value = np.asarray(answer)
+    if value.ndim or value.dtype != np.bool_:
+        raise TypeError(
+            f"callbacks: expected True, which ends the run, False or None from {callback!r}, got {answer!r}; let it "
+            "return None if it is not to decide about the end"
+        )
+    return bool(value)
+
+
 def _mean(values: list[Any]) -> float:
     return math.fsum(float(value) for value in values) / len(values) if values else math.nan
 
@@ -590,9 +639,9 @@ def _leaf_names(params: Any) -> list[str]:
 
 
 def _check(
-    step: Any, data: Any, epochs: Any, steps: Any, validation: Any, validate_every: Any, monitor: Any, mode: Any,
-    patience: Any, min_delta: Any, log_every: Any, max_nonfinite: Any, progress: Any, checkpoint: Any,
-    checkpoint_every: Any, resume: Any, callbacks: Any, logger: Any,
+    step: Any, data: Any, epochs: Any, steps: Any, validation: Any, validation_weight: Any, validate_every: Any,
+    monitor: Any, mode: Any, patience: Any, min_delta: Any, log_every: Any, max_nonfinite: Any, progress: Any,
+    checkpoint: Any, checkpoint_every: Any, resume: Any, callbacks: Any, logger: Any,
 ) -> None:  # fmt: skip
     if not isinstance(step, Step):
         raise TypeError(f"step: expected make_step(loss_fn, optimizer) or a tbptt_step, got {type(step).__name__}")
@@ -614,14 +663,16 @@ def _check(
         )
     if hasattr(data, "__len__") and len(data) == 0:
         raise ValueError("data: expected at least one batch, got none")
-    if validation is None and (patience is not None or validate_every is not None):
-        raise ValueError("validation: patience and validate_every need it, got None")
+    if validation is None and not (patience is None and validate_every is None and validation_weight is None):
+        raise ValueError("validation: patience, validate_every and validation_weight need it, got None")
+    if validation_weight is not None and not callable(validation_weight):
+        raise TypeError(f"validation_weight: expected a function batch -> number, got {validation_weight!r}")
     if checkpoint is None and (checkpoint_every is not None or resume is not None):
         raise ValueError("checkpoint: checkpoint_every and resume need it, got None")
-    if validation is not None and (callable(validation) or isinstance(validation, Iterator)):
+    if isinstance(validation, Iterator):
         raise TypeError(
-            "validation: expected batches that can be iterated anew each time, such as a list, got "
-            f"{type(validation).__name__}"
+            "validation: expected batches that can be iterated anew each time, such as a list, or a function of the "
+            f"epoch, got {type(validation).__name__}"
         )
     if mode not in ("min", "max"):
         raise ValueError(f'mode: expected "min" or "max", got {mode!r}')

@@ -37,7 +37,9 @@ class Logger(Protocol):
 class CSVLogger:
     """A `Logger` that appends to a CSV file: a row ``step,name,value`` for each number.
 
-    A file that is there is continued, so that a resumed run goes on in the same file.
+    A file that is there is continued, so that a resumed run goes on in the same file. A run that was killed resumes
+    from its last checkpoint: the rows of the steps after it are in the file twice, with the same numbers. A run that
+    was ended by ^C or by a callback has one more row for each number of its last step.
 
     Args:
       path: the file.
@@ -52,7 +54,7 @@ class CSVLogger:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        if not os.path.exists(self.path):
+        if not os.path.exists(self.path) or os.path.getsize(self.path) == 0:
             self._append([["step", "name", "value"]])
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -5,9 +5,12 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jrnn import training
+from jrnn.training import fitting
+from tests.training import checkpoint_child
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -152,6 +155,76 @@ def test_the_first_interrupt_ends_the_run_whole_and_it_can_be_resumed(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         training.fit(STEP, jnp.array(0.0), DATA, callbacks=[twice], **options)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("patience", [None, 2])
+def test_interrupts_between_records_change_nothing_in_the_run_that_goes_on(tmp_path, monkeypatch, patience):
+    """Five ^C in one run, at and between records, validations and regular checkpoints."""
+    options = {"checkpoint_every": 4, "patience": patience, "min_delta": 2.0}
+    whole = checkpoint_child.run(tmp_path / "whole", **options)
+    assert whole.stopped == ("steps" if patience is None else "patience")
+    batches, cuts = checkpoint_child.data, []
+
+    def data(epoch):
+        for i, batch in enumerate(batches(epoch)):
+            step = epoch * checkpoint_child.EPOCH + i  # the batch that is fetched while this step is the last
+            if step in (1, 4, 5, 8, 11) and step not in cuts:
+                cuts.append(step)
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    monkeypatch.setattr(checkpoint_child, "data", data)
+    for at in (1, 4, 5, 8, 11):
+        cut = checkpoint_child.run(tmp_path / "cut", **options)
+        assert (cut.stopped, int(cut.state.step)) == ("interrupt", at)
+        assert cut.history["train"]["step"][-1] == at
+    resumed = checkpoint_child.run(tmp_path / "cut", **options)
+    assert checkpoint_child.digest(resumed) == checkpoint_child.digest(whole)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_while_numbers_are_shown_still_saves_its_last_step(tmp_path, monkeypatch):
+    def show(self, last):
+        if self.run.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(fitting._Lines, "show", show)
+    result = training.fit(STEP, jnp.array(0.0), DATA, epochs=4, log_every=2, checkpoint=tmp_path)
+    assert (result.stopped, int(result.state.step)) == ("interrupt", 3)
+    assert result.history["train"]["step"] == [2, 3]
+    with training.Checkpointer(tmp_path) as store:
+        assert store.latest_step() == 3
+
+
+@pytest.mark.parametrize("answer", [True, np.bool_(True), jnp.array(True)])
+def test_any_kind_of_true_from_a_callback_ends_the_run(answer):
+    result = training.fit(STEP, jnp.array(0.0), DATA, epochs=2, log_every=1, callbacks=[lambda report: answer])
+    assert (result.stopped, int(result.state.step)) == ("callback", 1)
+
+
+def test_a_callback_that_answers_a_number_is_named():
+    with pytest.raises(TypeError, match=r"callbacks: expected True, .* got 0.5"):
+        training.fit(STEP, jnp.array(0.0), DATA, epochs=1, callbacks=[lambda report: 0.5])
+
+
+def test_validation_may_be_a_function_of_the_epoch_and_weigh_its_batches():
+    data = np.arange(6.0, dtype=np.float32)
+    step = training.make_step(lambda params, batch, key: jnp.mean(batch - params), optax.sgd(0.0))
+    validation = training.batches(data, 4, axis=0)
+    options = dict(epochs=1, progress=False, validation=validation)
+    plain = training.fit(step, 0.0, validation, **options)
+    weighted = training.fit(step, 0.0, validation, validation_weight=len, **options)
+    assert plain.history["validation"]["loss"] == [(1.5 + 4.5) / 2]
+    assert weighted.history["validation"]["loss"] == [2.5]
+    assert training.evaluate(step, 0.0, validation, weight=len)["loss"] == 2.5
+    np.testing.assert_array_equal(training.predict(lambda params, batch: batch + params, 1.0, validation), data + 1)
+
+
+def test_where_there_is_no_bar_a_run_of_many_epochs_prints_few_lines(capsys):
+    training.fit(STEP, jnp.array(0.0), DATA, epochs=100, log_every=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"epoch {n}/100" for n in range(5, 101, 5)]
 
 
 @pytest.mark.parametrize(("options", "match"), [({"callbacks": [3]}, "callbacks:"), ({"logger": "x"}, "logger:")])
