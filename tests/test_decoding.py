@@ -303,6 +303,11 @@ def test_no_gradient_passes_through_what_is_drawn():
         (lambda s: decoding.greedy(lambda a, b: jnp.zeros(2), (), jnp.array(0), 3), TypeError, "step: expected"),
         (lambda s: decoding.greedy(lambda a, b: (a, jnp.zeros(2)), (), jnp.zeros(3, int), 3), ValueError, "logits of"),
         (lambda s: decoding.beam(s, (), jnp.array(0), 3, width=3), ValueError, "width: expected at most the 2"),
+        (
+            lambda s: decoding.beam(s, {"t": jnp.array(0)}, jnp.zeros(3, int), 3, width=2),
+            ValueError,
+            r"state\['t'\]: expected the batch axes \(3,\)",
+        ),
         (lambda s: decoding.draw_token(jax.random.key(0), jnp.zeros(2), temperature=-1.0), ValueError, "temperature"),
         (lambda s: decoding.draw_token(jax.random.key(0), jnp.zeros(2), top_p=0.0), ValueError, "top_p"),
         (lambda s: decoding.draw_token(jax.random.key(0), jnp.zeros(2), top_k=0), ValueError, "top_k"),

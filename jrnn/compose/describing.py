@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from jrnn.cells.base import Layer
-from jrnn.compose.combine import Bidirectional, Stack
+from jrnn.cells.base import Layer, event_shape
 
 __all__ = ["summary"]
 
@@ -17,7 +18,9 @@ __all__ = ["summary"]
 def summary(model: Layer, in_features: Any) -> str:
     """A table of the layers of a model, with their output features, their parameters and the shapes of these.
 
-    Nothing is computed: shapes are found by abstract evaluation.
+    Nothing is computed: shapes are found by abstract evaluation. The parts of a combinator, one of your own too, are
+    those that its `jrnn.Layer.walk` runs. What a layer holds itself is on its own line. A cell around a cell is one
+    line, such as ``Zoneout(LSTM)``.
 
     Args:
       model: any layer.
@@ -37,33 +40,81 @@ def summary(model: Layer, in_features: Any) -> str:
     """
     if not isinstance(model, Layer):
         raise TypeError(f"model: expected a layer, such as jrnn.lstm(128), got {model!r}")
-    params = jax.eval_shape(lambda key: model.init(key, in_features), jax.random.key(0))
-    rows = [("layer", "features", "parameters", "shapes"), *_rows("", "", model, params, in_features)]
+    found: list[_Part] = []
+
+    def run(key: jax.Array) -> None:
+        params = model.init(key, in_features)
+        one_step = (1,) if model.event_ndim == 0 else (1, *event_shape(in_features))
+        xs = jnp.zeros(one_step, jnp.int32 if model.event_ndim == 0 else jnp.float32)
+        found.append(_Part.of("", model, params, xs, model.initial_state(params, ()))[0])
+
+    jax.eval_shape(run, jax.random.key(0))
+    rows = [("layer", "features", "parameters", "shapes"), *found[0].rows("")]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
     return "\n".join(lines)
 
 
-def _rows(indent: str, name: str, layer: Layer, params: Any, in_features: Any) -> list[tuple[str, str, str, str]]:
-    features = layer.out_features(in_features)
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    parts: list[tuple[str, Layer, Any, Any]] = []
-    if isinstance(layer, Stack):
-        for part, own in zip(layer.layers, params, strict=True):
-            parts.append(("", part, own, in_features))
-            in_features = part.out_features(in_features)
-    elif isinstance(layer, Bidirectional):
-        parts = [(f"{way}: ", getattr(layer, way), params[way], in_features) for way in ("forward", "backward")]
-    shown = "" if parts else ", ".join(_leaves(params))
-    rows = [(f"{indent}{name}{type(layer).__name__}", str(features), f"{count:,}", shown)]
-    for inside in parts:
-        rows += _rows(indent + "  ", *inside)
-    return rows
+@dataclass(frozen=True)
+class _Part:
+    """A layer of the table. Its leaves are those of a trace, in which a parameter is one object wherever it is met."""
+
+    name: str
+    features: Any
+    leaves: list[tuple[str, Any]]
+    parts: list[_Part]
+
+    @staticmethod
+    def of(name: str, layer: Layer, params: Any, xs: jax.Array, state: Any) -> tuple[_Part, jax.Array]:
+        """The entry of a layer, and outputs of the right shape."""
+        given = xs.shape[-1] if layer.event_ndim == 1 else xs.shape[1:] or None
+        features = layer.out_features(given)
+        inside = _Walk(params)
+        label = _name(layer)
+        if type(layer).walk is not Layer.walk and layer.children():
+            layer.walk(inside, params, xs, state)
+        elif layer.children():
+            label += f"({', '.join(map(_name, layer.children()))})"
+        paths = jax.tree_util.tree_leaves_with_path(params)
+        leaves = [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in paths]
+        ys = jnp.zeros((xs.shape[0], *event_shape(features)), jnp.float32)
+        return _Part(name + label, features, leaves, inside.parts), ys
+
+    def rows(self, indent: str) -> list[tuple[str, str, str, str]]:
+        inside = {id(leaf) for part in self.parts for _, leaf in part.leaves}
+        shown = [f"{name} {leaf.shape}".strip() for name, leaf in self.leaves if id(leaf) not in inside]
+        count = sum(math.prod(leaf.shape) for _, leaf in self.leaves)
+        rows = [(indent + self.name, str(self.features), f"{count:,}", ", ".join(shown))]
+        for part in self.parts:
+            rows += part.rows(indent + "  ")
+        return rows
 
 
-def _leaves(params: Any) -> list[str]:
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    return [
-        f"{jax.tree_util.keystr(path, simple=True, separator='.')} {tuple(np.shape(leaf))}".strip()
-        for path, leaf in paths
-    ]
+def _name(layer: Layer) -> str:
+    return type(layer).__name__.lstrip("_")
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """Stands for the run over time in a layer's `walk`, and notes the parts that it is asked to run."""
+
+    params: Any
+    parts: list[_Part] = field(default_factory=list)
+
+    def __call__(self, layer: Layer, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+        named = self.params.items() if isinstance(self.params, Mapping) else ()
+        name = next((f"{name}: " for name, own in named if own is params), "")
+        part, ys = _Part.of(name, layer, params, xs, state)
+        self.parts.append(part)
+        return state, ys
+
+    scan = __call__
+
+    def child(self, index: int) -> _Walk:
+        return self
+
+    def opposite(self) -> _Walk:
+        return self
+
+    def zero_invalid(self, ys: Any) -> Any:
+        return ys

@@ -186,7 +186,8 @@ def beam(
       A `Beams`.
 
     Raises:
-      ValueError, TypeError: if a token is no integer, or ``width`` is larger than the vocabulary.
+      ValueError, TypeError: if a token is no integer, a leaf of the state has no batch axes, or ``width`` is larger
+        than the vocabulary.
 
     >>> table = jnp.log(jnp.array([[0.0, 0.6, 0.4], [0.0, 0.4, 0.6], [0.0, 0.05, 0.95]]) + 1e-9)
     >>> step = lambda state, token: (state, table[token])
@@ -198,6 +199,12 @@ def beam(
     token = _check_start(token, length)
     positive_int(width, "width")
     batch = token.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if jnp.shape(leaf)[: len(batch)] != batch:
+            raise ValueError(
+                f"state{jax.tree_util.keystr(path)}: expected the batch axes {batch} of the tokens first, since beam "
+                f"search moves states between hypotheses, got shape {jnp.shape(leaf)}; repeat it for each sequence"
+            )
     repeated = jax.tree.map(lambda a: jnp.broadcast_to(jnp.asarray(a)[None], (width, *jnp.shape(a))), state)
     tokens = jnp.broadcast_to(token[None], (width, *batch))
     vocabulary = check_logits(step, repeated, tokens)
