@@ -149,6 +149,24 @@ def test_what_pages_import_comes_with_the_extra_docs():
     assert "sphinx" in set(packages(extras["dev"])), "CONTRIBUTING says that make docs runs with the extra dev"
 
 
+def test_folders_import_only_from_those_above_them_in_the_internals():
+    table = (ROOT / "docs" / "internals.md").read_text().partition("| folder |")[2].partition("\n\n")[0]
+    rows = [re.findall(r"`(?:jrnn/)?(\w+)(?:\.py)?`", row.split("|")[1]) for row in table.splitlines()[2:]]
+    rank = {name: i for i, row in enumerate(rows) for name in row}
+    upwards = set()
+    for file in sorted((ROOT / "jrnn").rglob("*.py")):
+        path = file.relative_to(ROOT / "jrnn")
+        own = path.parts[0].removesuffix(".py")
+        assert own in rank or own == "__init__", f"no row for {own}"
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{name}" for name in names]
+            found = {name.split(".")[1] for name in names if name.startswith("jrnn.")} & set(rank)
+            upwards |= {(str(path), name) for name in found if own in rank and rank[name] > rank[own]}
+    assert upwards == {("cells/base.py", "run")}  # the page names this one
+
+
 def test_the_overview_names_everything_but_states():
     named = set(re.findall(r"`(\w+)`", jrnn.__doc__))
     assert {name for name in jrnn.__all__ if name[0].islower()} <= named
