@@ -5,8 +5,8 @@ Legend: T time, B batch (any number of leading batch axes, or none), F features.
 `t < lengths` and `mask[t]` is true; an argument left out (None) allows every step.
 
 Every function also takes NumPy arrays. Arrays of data are returned as JAX arrays of the same dtype (64-bit data becomes
-32-bit, as everywhere in JAX, unless `jax_enable_x64` is on). `buckets` returns plain data for the host: indices in NumPy
-arrays, and lengths as integers. `valid_steps` returns None where every step is valid.
+32-bit, as everywhere in JAX, unless `jax_enable_x64` is on). `buckets` returns plain data for the host: indices in
+NumPy arrays, and lengths as integers. `valid_steps` returns None if it is given neither lengths nor a mask.
 
 Shapes and dtypes are always checked. Values, such as lengths longer than T, are checked where the host can read them at
 once: in NumPy arrays, lists, and arrays on a CPU. In traced arrays and arrays on an accelerator they are not checked,
