@@ -22,7 +22,8 @@ Cells
   gated                   `lstm`, `gru`, `mgu`, `ugrnn`, `block_gru`, `slstm`, `peephole_lstm`, `coupled_lstm`,
                           `projection_lstm`, `layer_norm_lstm`, `layer_norm_gru`
   simple                  `elman`, `jordan`, `indrnn`
-  linear in their state   `min_gru`, `min_lstm`, `sru`, `qrnn`, `lru`, `s5`, `rg_lru`; they run in parallel over time
+  linear in their state   `min_gru`, `min_lstm`, `sru`, `qrnn`, `lru`, `s5`, `rg_lru`; on a CPU they run as compiled
+                          loops, and elsewhere all steps can run at once
   with a matrix as state  `mlstm`, `ssd`, `gated_delta_net`
   convolutional           `conv_lstm`, `conv_gru`
   others                  `cornn`, `lem`, `antisymmetric`, `orthogonal_rnn`, `clockwork`, `narx`, `tdnn`, `echo_state`

@@ -4,11 +4,13 @@ Legend: T time, B batch (any number of leading batch axes, or none), F features.
 `(T, *B, ...)`, `lengths` `(*B,)` integers, `mask`, `resets` and `done` `(T, *B)` booleans. Step t is valid where
 `t < lengths` and `mask[t]` is true; an argument left out (None) allows every step.
 
-Every function also takes NumPy arrays, and returns JAX arrays of the same dtype (64-bit data becomes 32-bit, as
-everywhere in JAX, unless `jax_enable_x64` is on).
+Every function also takes NumPy arrays. Arrays of data are returned as JAX arrays of the same dtype (64-bit data becomes
+32-bit, as everywhere in JAX, unless `jax_enable_x64` is on). `buckets` returns plain data for the host: indices in
+NumPy arrays, and lengths as integers. `valid_steps` returns None if it is given neither lengths nor a mask.
 
 Shapes and dtypes are always checked. Values, such as lengths longer than T, are checked where the host can read them at
-once: in NumPy arrays, lists, and arrays on a CPU. In traced arrays and arrays on an accelerator they are not checked.
+once: in NumPy arrays, lists, and arrays on a CPU. In traced arrays and arrays on an accelerator they are not checked,
+and `valid_steps` never checks them.
 """
 
 from __future__ import annotations
@@ -226,7 +228,15 @@ def windows(series: ArrayLike, length: int, horizon: int = 1, stride: int = 1) -
 
 
 class Bucket(NamedTuple):
-    """One batch of `buckets`: which sequences, and the length to pad them to."""
+    """One batch of `buckets`: which sequences, and the length to pad them to.
+
+    Attributes:
+      indices: ``(B,)`` NumPy integers, the numbers of the sequences.
+      length: T, the length to pad them to.
+
+    >>> buckets([3, 5, 3], batch_size=2)[0]
+    Bucket(indices=array([0, 2]), length=3)
+    """
 
     indices: np.ndarray
     length: int

@@ -322,3 +322,11 @@ def test_no_gradient_passes_through_what_is_drawn():
 def test_bad_input_is_named(call, error, match):
     with pytest.raises(error, match=match):
         call(lambda state, token: (state, jnp.zeros((*token.shape, 2))))
+
+
+@pytest.mark.parametrize(("option", "value"), [("temperature", 0.5), ("top_k", 2), ("top_p", 0.5)])
+def test_how_to_draw_is_known_before_tracing(option, value):
+    draw = lambda value: decoding.draw_token(KEY, LOGITS, **{option: value})
+    with pytest.raises(TypeError, match=f"{option}: expected a Python number, known before tracing"):
+        jax.jit(draw)(value)
+    assert jax.jit(draw, static_argnums=0)(value) == draw(value)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jrnn._core.checks import non_negative_int, positive_int
+from jrnn._core.checks import is_traced, non_negative_int, positive_int
 from jrnn.cells.base import stable
 
 __all__ = ["Beams", "Decoded", "beam", "draw_token", "greedy", "sample"]
@@ -130,11 +130,15 @@ def draw_token(
       top_p: only the fewest tokens can be drawn whose probabilities, at this temperature, sum to at least ``top_p``
         (nucleus sampling, Holtzman et al. 2020). With ``top_k``, of those that are left.
 
+    The temperature, ``top_k`` and ``top_p`` are Python numbers, known before tracing. If a function under ``jit`` takes
+    them as arguments, name them in ``static_argnames``.
+
     Returns:
       ``(*B,)`` int32.
 
     Raises:
       ValueError: for a negative temperature, a ``top_k`` below 1, or a ``top_p`` outside (0, 1].
+      TypeError: if one of the three is traced, or ``top_k`` is no integer.
 
     >>> logits = jnp.array([0.0, 3.0, 2.9, -1.0])
     >>> draws = jax.vmap(lambda key: draw_token(key, logits, top_k=2))(jax.random.split(jax.random.key(0), 50))
@@ -328,6 +332,12 @@ def _check_end(end: int | None, vocabulary: int) -> None:
 
 
 def _check_choice(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+        if is_traced(value):
+            raise TypeError(
+                f"{name}: expected a Python number, known before tracing, got {value!r}; under jit name it static: "
+                f'jax.jit(function, static_argnames="{name}")'
+            )
     if not isinstance(temperature, int | float | np.number) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature!r}")
     if top_k is not None:

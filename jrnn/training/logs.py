@@ -13,21 +13,20 @@ __all__ = ["CSVLogger", "Logger"]
 class Logger(Protocol):
     """Anything that takes scalars: `fit` calls ``log`` after each record and after each validation.
 
-    A recipe for TensorBoard, with any of its writers::
+    A logger for TensorBoard, with any of its writers, such as ``torch.utils.tensorboard.SummaryWriter("runs")``. Here
+    the writer prints:
 
-        class TensorBoard:
-            def __init__(self, writer):
-                self.writer = writer
-
-            def log(self, step, scalars):
-                for name, value in scalars.items():
-                    self.writer.add_scalar(name, value, step)
-
-    >>> class Printed:
+    >>> class TensorBoard:
+    ...     def __init__(self, writer):
+    ...         self.writer = writer
     ...     def log(self, step, scalars):
-    ...         print(step, scalars)
-    >>> Printed().log(10, {"train/loss": 0.5})
-    10 {'train/loss': 0.5}
+    ...         for name, value in scalars.items():
+    ...             self.writer.add_scalar(name, value, step)
+    >>> class Writer:
+    ...     def add_scalar(self, name, value, step):
+    ...         print(step, name, value)
+    >>> TensorBoard(Writer()).log(10, {"train/loss": 0.5})
+    10 train/loss 0.5
     """
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -24,8 +24,8 @@ class TrainState(NamedTuple):
       params: the parameters.
       opt_state: the optimiser's state.
       step: int32, the number of batches consumed, the ones that changed nothing included.
-      key: the key of the run, which never changes: step ``n`` uses ``fold_in(key, n)``. None for a run without
-        randomness.
+      key: the key of the run, which never changes: step ``n``, counted from 0, uses ``fold_in(key, n)``. With
+        `tbptt_step` every chunk of a sequence uses the key of its first chunk. None for a run without randomness.
       skipped: int32, how many steps so far were not finite, and changed nothing.
       skipped_in_row: int32, how many of these came last, without a finite step since.
       carry: the recurrent state that one chunk passes to the next in truncated backpropagation; otherwise None.
