@@ -264,9 +264,9 @@ def test_default_where_it_pays():
 def test_default_in_bfloat16_is_the_processors_own_where_it_has_it(monkeypatch, amx, name):
     monkeypatch.setattr(native.build, "_processor", lambda: "flags : sse2 amx_bf16" if amx else "flags : sse2 avx512f")
     xs = LARGE.astype(jnp.bfloat16)
-    assert chosen(jrnn.lstm(256), xs)[0] == name
-    assert chosen(jrnn.lstm(128), xs)[0] == "native"
-    assert chosen(jrnn.lstm(256), LARGE)[0] == "native"
+    assert chosen(jrnn.lstm(512), xs)[0] == name
+    assert chosen(jrnn.lstm(256), xs)[0] == "native"
+    assert chosen(jrnn.lstm(512), LARGE)[0] == "native"
 
 
 def test_default_equals_the_plain_scan():

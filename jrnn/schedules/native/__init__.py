@@ -33,8 +33,8 @@ __all__ = ["pays", "plan"]
 WORK, ROWS, STEP = 2**20, 32, 2**18
 FEW_STEPS, FEW_SEQUENCES, WHOLE_BLOCKS = 4, 3, 32
 # The schedule computes in float32. From so many units on, a processor that has instructions for products in bfloat16 is
-# faster with them (see docs/benchmarks.md).
-BFLOAT16_HIDDEN = 256
+# so much faster with them forward that it outweighs a slower gradient (see docs/benchmarks.md).
+BFLOAT16_HIDDEN = 512
 
 
 def pays(task: Task) -> Refusal | None:
@@ -50,7 +50,7 @@ def pays(task: Task) -> Refusal | None:
     rows, features = math.prod(task.xs.shape[:-1]), task.xs.shape[-1]
     hidden, coupled = task.affine.hidden, task.affine.coupled
     if task.xs.dtype == jnp.bfloat16 and coupled and hidden >= BFLOAT16_HIDDEN and build.multiplies_bfloat16():
-        return Refusal("it computes in float32, and XLA multiplies in bfloat16 faster on this processor")
+        return Refusal("it computes in float32, and forward XLA is faster in bfloat16 on this processor")
     features = 0 if task.affine.given else features
     work = 2 * rows * (features + hidden * coupled) * hidden * task.affine.count
     few = task.xs.shape[0] <= FEW_STEPS and math.prod(task.batch) <= FEW_SEQUENCES and hidden % WHOLE_BLOCKS == 0
