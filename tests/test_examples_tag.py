@@ -53,7 +53,7 @@ def test_padding_and_neighbours_do_not_change_what_is_said(tag):
     tagger = tag.Tagger(vocabulary, 3)
     ids = vocabulary.encode(tag.read_conllu(SENTENCE, tag.COARSE)[0])
     params = tagger.init(jax.random.key(0), ids.shape[1])
-    both, lengths, _ = tag.make_batch([ids, ids[:2]], [np.zeros(3, np.int32), np.zeros(2, np.int32)], [0, 1], 5)
+    (both, lengths), _ = tag.make_batch([(ids, np.zeros(3, np.int32)), (ids[:2], np.zeros(2, np.int32))])
     together = tagger.logits(params, both, lengths)
     alone = tagger.logits(params, ids[:2, None], np.array([2]))
     np.testing.assert_allclose(together[:2, 1], alone[:, 0], rtol=1e-5, atol=1e-6)

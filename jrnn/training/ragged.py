@@ -31,8 +31,9 @@ def ragged_batches(
 
     Examples of similar length make a batch, so that little of it is padding, and all batches have one of few shapes,
     because each shape compiles the step once. The length of an example is that of the longest of its sequences; the
-    `boundaries` divide the lengths into buckets. In all batches of one bucket, a sequence is padded to the longest one
-    that stands in its place in any example of that bucket.
+    `boundaries` divide the lengths into buckets. In a batch, a sequence is padded to a boundary: the smallest that
+    holds all sequences in its place in the examples of this bucket. Where all sequences in one place are shorter than
+    the first boundary, such as a few labels beside a long recording, they are padded to the longest of them.
 
     Args:
       examples: N pytrees of one structure, such as tuples ``(letters (T_i,), phonemes (U_i,), label)``. An array with
@@ -41,8 +42,8 @@ def ragged_batches(
       size: examples in a batch.
       quantiles: the boundaries are these quantiles of the lengths, from 0 to 1, 1 always included. By default half of
         the examples are padded to at most the median length. Fewer quantiles mean fewer shapes and more padding.
-      boundaries: the boundaries themselves, ascending lengths, instead of `quantiles`. The last must hold the longest
-        sequence. Sequences are then padded to one of them, so that several data sets can have the same shapes.
+      boundaries: the boundaries themselves, ascending lengths, instead of `quantiles`, so that several data sets can
+        have the same shapes. The last must hold the longest sequence.
       ragged: which arrays with axes are sequences: True for all, or a pytree of booleans like an example (or a prefix
         of one). The others are of one shape, and are stacked.
       padding: the value in the padding: one number, or a pytree of numbers like an example (or a prefix of one).
@@ -98,11 +99,11 @@ def ragged_batches(
             raise ValueError(f"examples: expected at least size={size} with drop_last, got {len(longest)}")
         bounds = _joined(bounds, longest, size)
     bucket_of, steps = np.searchsorted(bounds, longest), {}
+    in_all = lengths.max(axis=0)
     for i, bound in enumerate(bounds):
-        most = lengths[bucket_of == i].max(axis=0, initial=0)
-        if boundaries is not None:
-            most = np.array(boundaries)[np.searchsorted(boundaries, most)]
-        found = iter(most.tolist())
+        in_bucket = lengths[bucket_of == i].max(axis=0, initial=0)
+        rounded = np.array(bounds)[np.searchsorted(bounds, in_bucket)]
+        found = iter(np.where(in_all < bounds[0], in_all, rounded).tolist())
         steps[bound] = [next(found) if flag else None for flag in timed]
     return _RaggedBatches(columns, tree, fills, longest, steps, size, seed, drop_last)
 

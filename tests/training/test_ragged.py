@@ -45,7 +45,15 @@ def test_batches_hold_the_examples_and_padding_alone(drop_last, boundaries):
     assert seen == {*range(53)}
     assert len(shapes) <= 3 * (2 - drop_last)
     if boundaries:
-        assert {time for (time, *_), _ in shapes} | {time for _, (time, _) in shapes} <= {*boundaries}
+        assert {time for (time, *_), _ in shapes} <= {*boundaries}
+
+
+def test_each_sequence_has_its_own_padded_length():
+    """A boundary that holds those in its place in the bucket, or the longest of them where no boundary is as short."""
+    lengths = [(2, 9, 3), (9, 2, 1), (20, 4, 2), (15, 8, 1)]
+    data = [tuple(np.ones(n) for n in example) for example in lengths]
+    shapes = [[len(xs) for xs, _ in batch] for batch in training.ragged_batches(data, 2, boundaries=(5, 10, 20))(0)]
+    assert shapes == [[10, 10, 3], [20, 10, 3]]
 
 
 def test_batches_are_those_of_buckets_and_pad():
