@@ -161,9 +161,7 @@ def plot(path, history, truth, predicted, classes):
     )
     accuracy = 100 * np.array(history["accuracy"])
     shared.draw_accuracy(curve, accuracy)
-    counts = np.zeros((len(classes), len(classes)), int)
-    np.add.at(counts, (truth, predicted), 1)
-    shared.draw_confusion(matrix, counts, classes)
+    shared.draw_confusion(matrix, shared.confusion(truth, predicted, len(classes)), classes)
     matrix.set(xlabel="the network says", ylabel="it is", title="Test sentences")
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -226,6 +224,7 @@ def main(arguments=None):
         mode="max",
         patience=3,
     )
+    shared.noted(result)
 
     probabilities = classify(model, result.params, ids["test"])
     word_scores, prior = naive_bayes(ids["train"], labels["train"], len(vocabulary) + 1, len(classes))

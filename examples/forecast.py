@@ -263,6 +263,7 @@ def main(arguments=None):
         validate_every=steps_per_epoch,
         patience=8,
     )
+    shared.noted(result)
     epochs, best = result.state.step // steps_per_epoch, result.best["step"] // steps_per_epoch
     print(f"trained for {epochs} epochs; the parameters of epoch {best} were best on the validation days\n")
 

@@ -79,7 +79,7 @@ def train(loss_fn, model, in_features, xs, digits, seed, epochs, peak):
     # measure gradients before it takes long steps; the cosine ends with short ones, which settle.
     learning_rate = schedule("warmup_cosine", peak, steps=epochs * steps, warmup_steps=steps)
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
-    return fit(
+    result = fit(
         make_step(loss_fn, jrnn.optimizer("adam", learning_rate, clip_norm=1.0)),
         model.init(init_key, in_features),
         data,
@@ -90,6 +90,7 @@ def train(loss_fn, model, in_features, xs, digits, seed, epochs, peak):
         monitor="accuracy",
         mode="max",
     )
+    return shared.finished(result)
 
 
 def accuracy(logits, digits):

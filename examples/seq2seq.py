@@ -154,7 +154,7 @@ def train(model, params, pairs, validation, steps, batch, learning_rate, key, ow
         return jrnn.losses.cross_entropy(logits, target, mask, label_smoothing=0.0 if key is None else smoothing)
 
     rate = training.schedule("warmup_cosine", learning_rate, steps=steps, warmup_steps=min(200, 1 + steps // 5))
-    return training.fit(
+    result = training.fit(
         training.make_step(loss_fn, jrnn.optimizer("adam", rate, clip_norm=1.0)),
         params,
         batches,
@@ -164,6 +164,7 @@ def train(model, params, pairs, validation, steps, batch, learning_rate, key, ow
         validate_every=max(1, steps // 8),
         checkpoint=checkpoint,
     )
+    return shared.noted(result)
 
 
 def decode(model, params, sources, width=1, length_penalty=0.0):

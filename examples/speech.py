@@ -168,7 +168,7 @@ def without_recurrence(hidden):
     return jrnn.stack(layer, layer, jrnn.dense(len(WORDS) + 1))
 
 
-def train(model, examples, validation, seed, epochs):
+def train(model, examples, validation, seed, epochs, checkpoint=None):
     k_init, k_dropout, k_shuffle = jax.random.split(jax.random.key(seed), 3)
     drop_last = len(examples) > 10 * BATCH  # what does not fill a batch is left out of this epoch
     batches = ragged_batches(examples, BATCH, quantiles=PADDED, seed=k_shuffle, drop_last=drop_last)
@@ -180,14 +180,16 @@ def train(model, examples, validation, seed, epochs):
         return jrnn.losses.ctc(logits, lengths, labels, counts, blank=BLANK)
 
     rate = schedule("warmup_cosine", 3e-3, steps=max(2, steps), warmup_steps=max(1, steps // 10))
-    return fit(
+    result = fit(
         make_step(loss, jrnn.optimizer("adam", rate, clip_norm=1.0)),
         model.init(k_init, JOINED * FEATURES),
         batches,
         key=k_dropout,
         epochs=epochs,
         validation=[*ragged_batches(validation, len(validation), quantiles=())(0)],  # one batch
+        checkpoint=checkpoint,
     )
+    return shared.finished(result, checkpoint)
 
 
 def transcribe(model, params, features, length, width=None):
@@ -244,6 +246,7 @@ def main(arguments=None):
     parser.add_argument("--epochs", type=int, help="passes over the strings (default: 12; 20 with --full)")
     parser.add_argument("--beam", type=int, default=8, help="prefixes that the beam keeps (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="more speech, a larger network, for longer")
+    shared.add_checkpoint(parser)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     numbers = options.utterances, options.tests, options.hidden, options.epochs, options.beam
@@ -269,7 +272,8 @@ def main(arguments=None):
     results = {}
     for name, model in models.items():
         print(f"{name}: {model}", flush=True)
-        results[name] = train(model, examples, validation, options.seed, epochs)
+        checkpoint = shared.checkpoint_of(options.checkpoint, name)
+        results[name] = train(model, examples, validation, options.seed, epochs, checkpoint)
 
     print(f"\nwrong digits, and strings with a wrong digit, %, of {options.tests} strings in each test")
     print(f"{'':22}" + "".join(f"{name:>26}" for name in (*models, f"GRU, beam of {options.beam}")))

@@ -153,13 +153,13 @@ def make_batch(examples):
     return batch
 
 
-def train(tagger, examples, validation, seed, epochs):
+def train(tagger, examples, validation, seed, epochs, checkpoint=None):
     k_init, k_dropout, k_shuffle = jax.random.split(jax.random.key(seed), 3)
     drop_last = len(examples) > 20 * BATCH  # what does not fill a batch is left out of this epoch
     batches = ragged_batches(examples, BATCH, quantiles=PADDED, seed=k_shuffle, drop_last=drop_last)
     steps = epochs * len(batches)
     rate = schedule("warmup_cosine", 4e-3, steps=max(2, steps), warmup_steps=max(1, steps // 20))
-    return fit(
+    result = fit(
         make_step(tagger.loss, jrnn.optimizer("adam", rate, clip_norm=1.0)),
         tagger.init(k_init, examples[0][0].shape[1]),
         batches,
@@ -168,7 +168,9 @@ def train(tagger, examples, validation, seed, epochs):
         validation=[validation],
         monitor="accuracy",
         mode="max",
+        checkpoint=checkpoint,
     )
+    return shared.noted(result)
 
 
 def most_frequent(sentences, longest):
@@ -194,10 +196,8 @@ def plot(path, history, truth, said, tags):
     )
     accuracy = 100 * np.array(history["accuracy"])
     shared.draw_accuracy(curve, accuracy, margin=2)
-    counts = np.zeros((len(tags), len(tags)), int)
     known = truth < len(tags)
-    np.add.at(counts, (truth[known], said[known]), 1)
-    shared.draw_confusion(matrix, counts, tags)
+    shared.draw_confusion(matrix, shared.confusion(truth[known], said[known], len(tags)), tags)
     matrix.set(xlabel="the network says", ylabel="it is", title="Test words")
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -211,6 +211,7 @@ def main(arguments=None):
     parser.add_argument("--hidden", type=int, help="units of each direction (default: 128; 256 with --full)")
     parser.add_argument("--epochs", type=int, help="passes over the sentences (default: 8; 20 with --full)")
     parser.add_argument("--full", action="store_true", help="the larger network, for longer")
+    shared.add_checkpoint(parser)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if any(number is not None and number < 1 for number in (options.hidden, options.epochs)):
@@ -233,7 +234,7 @@ def main(arguments=None):
 
     # Validation is one batch, so that every word counts the same. Its tags that training does not have are left out.
     seen = [(ids, tags) for ids, tags in examples[1] if tags.max() < len(vocabulary.tags)]
-    result = train(tagger, examples[0], make_batch(seen), options.seed, epochs)
+    result = train(tagger, examples[0], make_batch(seen), options.seed, epochs, options.checkpoint)
 
     (padded, lengths), (wanted, _) = make_batch(examples[2])
     valid = np.arange(len(padded))[:, None] < lengths
