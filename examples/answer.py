@@ -162,10 +162,10 @@ def networks(hidden):
     }
 
 
-def train(network, data, validation, steps, key):
+def train(network, data, validation, steps, key, checkpoint=None):
     """Parameters: those of the best validation."""
     rate = training.schedule("warmup_cosine", 5e-3, steps=steps, warmup_steps=min(100, 1 + steps // 5))
-    return training.fit(
+    result = training.fit(
         training.make_step(network.loss, jrnn.optimizer("adam", rate, clip_norm=1.0)),
         network.init(key),
         training.batches(data, BATCH, seed=0, drop_last=True),
@@ -174,7 +174,9 @@ def train(network, data, validation, steps, key):
         validate_every=max(1, steps // 10),
         monitor="accuracy",
         mode="max",
-    ).params
+        checkpoint=checkpoint,
+    )
+    return shared.finished(result, checkpoint).params
 
 
 def accuracy(network, params, data):
@@ -192,6 +194,7 @@ def main(arguments=None):
     parser.add_argument(
         "--steps", type=shared.positive, default=1000, help="training steps of each network (default: %(default)s)"
     )
+    shared.add_checkpoint(parser)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.questions < BATCH:
@@ -214,7 +217,9 @@ def main(arguments=None):
         for name, (kind, count) in trials.items():
             network = networks(options.hidden)[kind]
             key = jax.random.fold_in(jax.random.key(options.seed), task)
-            params = train(network, jax.tree.map(lambda a, n=count: a[..., :n], data), validation, options.steps, key)
+            fitted = jax.tree.map(lambda a, n=count: a[..., :n], data)
+            checkpoint = shared.checkpoint_of(options.checkpoint, f"task {task} {kind} {count}")
+            params = train(network, fitted, validation, options.steps, key, checkpoint)
             table[name, task] = accuracy(network, params, test)
             print(f"task {task}, {name}: {100 * table[name, task]:.1f}% of {TESTED:,} test questions", flush=True)
         pictures.append((tested[0], network.looked_at(params, jax.tree.map(lambda a: a[..., :1], test))[..., 0]))

@@ -22,7 +22,7 @@ import numpy as np
 
 import jrnn
 import shared
-from jrnn.training import fit, make_step
+from jrnn.training import fit, make_step, predict_ragged, ragged_batches
 
 matplotlib.use("Agg")  # draws to a file, needs no display
 import matplotlib.pyplot as plt
@@ -129,26 +129,20 @@ def encode(texts, vocabulary):
     ]
 
 
-def make_batch(ids, labels, chosen, length=None):
-    """(T, B) ids, their lengths (B,) and labels (B,). No id stands for padding: lengths say where a sentence ends."""
-    padded, lengths = jrnn.sequence.pad([ids[i] for i in chosen], length)
-    return padded, lengths, labels[chosen]
+def score(model, params, batch, key=None):
+    """Logits (B, classes): what the model says after the last word.
 
-
-def score(model, params, padded, lengths, key=None):
-    """Logits (B, classes): what the model says after the last word."""
+    The batch is ``(ids (T, B), lengths (B,))``. No id stands for padding: lengths say where a sentence ends.
+    """
+    padded, lengths = batch
     _, logits = jrnn.unroll(model, params, padded, lengths=lengths, key=key)
     return jrnn.sequence.last_valid(logits, lengths)
 
 
 def classify(model, params, ids):
     """Probabilities (texts, classes)."""
-    probabilities = [None] * len(ids)
-    for chosen, length in jrnn.sequence.buckets([len(i) for i in ids], 512, growth=4.0):
-        logits = score(model, params, *jrnn.sequence.pad([ids[i] for i in chosen], length))
-        for i, row in zip(chosen, np.asarray(jax.nn.softmax(logits)), strict=True):
-            probabilities[i] = row
-    return np.array(probabilities)
+    function = lambda params, batch: jax.nn.softmax(score(model, params, batch))
+    return np.array(predict_ragged(function, params, ids, 512))
 
 
 def naive_bayes(ids, labels, words, classes):
@@ -167,9 +161,7 @@ def plot(path, history, truth, predicted, classes):
     )
     accuracy = 100 * np.array(history["accuracy"])
     shared.draw_accuracy(curve, accuracy)
-    counts = np.zeros((len(classes), len(classes)), int)
-    np.add.at(counts, (truth, predicted), 1)
-    shared.draw_confusion(matrix, counts, classes)
+    shared.draw_confusion(matrix, shared.confusion(truth, predicted, len(classes)), classes)
     matrix.set(xlabel="the network says", ylabel="it is", title="Test sentences")
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -209,23 +201,17 @@ def main(arguments=None):
     )
 
     def loss_fn(params, batch, key):
-        padded, lengths, wanted = batch
-        logits = score(model, params, padded, lengths, key)  # with a key, dropout is on
+        sentences, wanted = batch
+        logits = score(model, params, sentences, key)  # with a key, dropout is on
         return jrnn.losses.cross_entropy(logits, wanted), {"accuracy": jrnn.losses.accuracy(logits, wanted)}
 
     init_key, dropout_key, shuffle_key = jax.random.split(jax.random.key(options.seed), 3)
-    sizes = [len(i) for i in ids["train"]]
+    examples = {name: [*zip(ids[name], labels[name], strict=True)] for name in parts}
     # Short sentences are padded to the median length, long ones to the longest: every shape costs a compilation.
-    padded_lengths = np.unique(np.quantile(sizes, [0.5, 1.0], method="higher")).tolist()
     # A batch that does not fill up is a shape too. With many, leave it out: the next shuffle leaves out other texts.
-    drop = len(sizes) > 20 * BATCH
-
-    def batches(epoch):
-        key = jax.random.fold_in(shuffle_key, epoch)
-        for chosen, length in jrnn.sequence.buckets(
-            sizes, BATCH, key=key, boundaries=padded_lengths, drop_remainder=drop
-        ):
-            yield make_batch(ids["train"], labels["train"], chosen, length)
+    drop_last = len(examples["train"]) > 20 * BATCH
+    batches = ragged_batches(examples["train"], BATCH, quantiles=(0.5, 1.0), seed=shuffle_key, drop_last=drop_last)
+    validation = examples["validation"][:3000]
 
     result = fit(
         make_step(loss_fn, jrnn.optimizer("adam", 3e-3, clip_norm=1.0)),
@@ -233,11 +219,12 @@ def main(arguments=None):
         batches,
         key=dropout_key,
         epochs=1 if options.quick else options.epochs,
-        validation=[make_batch(ids["validation"], labels["validation"], range(min(len(ids["validation"]), 3000)))],
+        validation=[*ragged_batches(validation, len(validation), quantiles=())(0)],  # one batch
         monitor="accuracy",
         mode="max",
         patience=3,
     )
+    shared.noted(result)
 
     probabilities = classify(model, result.params, ids["test"])
     word_scores, prior = naive_bayes(ids["train"], labels["train"], len(vocabulary) + 1, len(classes))

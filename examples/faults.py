@@ -161,9 +161,10 @@ def train(name, model, data, runs, steps, seed):
 
     def loss_fn(params, batch, key):
         xs, lengths, labels = batch
-        noise_key, dropout_key = jax.random.split(key)
-        xs += NOISE * jax.random.normal(noise_key, xs.shape)  # in the padding too, where it changes nothing
-        return jrnn.losses.cross_entropy(votes(model, params, xs, lengths, dropout_key), labels)
+        if key is not None:  # in training, not where it is judged
+            noise_key, key = jax.random.split(key)
+            xs += NOISE * jax.random.normal(noise_key, xs.shape)  # in the padding too, where it changes nothing
+        return jrnn.losses.cross_entropy(votes(model, params, xs, lengths, key), labels)
 
     rate = training.schedule("warmup_cosine", 3e-3, steps=steps, warmup_steps=max(1, steps // 20))
     step = training.make_step(loss_fn, jrnn.optimizer("adam", rate, clip_norm=1.0))
@@ -173,7 +174,8 @@ def train(name, model, data, runs, steps, seed):
         init_key, key = jax.random.split(jax.random.key(seed + run))
         batches = training.batches(data, min(BATCH, len(data[2])), seed=seed + run, drop_last=True)
         params = model.init(init_key, data[0].shape[-1])
-        found.append(training.fit(step, params, batches, key=key, steps=steps, log_every=100).params)
+        result = training.fit(step, params, batches, key=key, steps=steps, log_every=100)
+        found.append(shared.finished(result).params)
     return found
 
 

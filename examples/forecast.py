@@ -19,7 +19,7 @@ import numpy as np
 
 import jrnn
 import shared
-from jrnn.training import fit, make_step
+from jrnn.training import batches, fit, make_step
 
 matplotlib.use("Agg")  # draws to a file, needs no display
 import matplotlib.pyplot as plt
@@ -249,24 +249,21 @@ def main(arguments=None):
     for name, part in (("train", train), ("validation", validation), ("test", test)):
         print(f"{name:>10}: {len(part):5} days, {str(dates[day[part[0]]])[:10]} to {str(dates[day[part[-1]]])[:10]}")
 
-    def batches(epoch):
-        order = np.random.default_rng([options.seed, epoch]).permutation(train)
-        for start in range(0, len(order) - BATCH + 1, BATCH):
-            chosen = order[start : start + BATCH]
-            yield inputs[:, chosen], targets[chosen]
-
+    fitted = inputs[:, train], targets[train]
+    data = batches(fitted, BATCH, seed=options.seed, drop_last=True)
     init_key, dropout_key = jax.random.split(jax.random.key(options.seed))
-    steps_per_epoch = len(train) // BATCH
+    steps_per_epoch = len(data)
     result = fit(
         make_step(loss_fn, jrnn.optimizer("adam", 1e-3, clip_norm=1.0)),
         MODEL.init(init_key, features.shape[1]),
-        batches,
+        data,
         key=dropout_key,
         steps=(2 if options.quick else options.epochs) * steps_per_epoch,
         validation=[(inputs[:, validation], targets[validation])],
         validate_every=steps_per_epoch,
         patience=8,
     )
+    shared.noted(result)
     epochs, best = result.state.step // steps_per_epoch, result.best["step"] // steps_per_epoch
     print(f"trained for {epochs} epochs; the parameters of epoch {best} were best on the validation days\n")
 

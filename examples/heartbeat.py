@@ -147,7 +147,7 @@ def train(model, signal, steps, seed):
     batches = training.batches(windows, min(BATCH, windows[0].shape[1]), seed=seed, drop_last=True)
     rate = training.schedule("warmup_cosine", 5e-3, steps=steps, warmup_steps=max(1, steps // 20))
     step = training.make_step(loss_fn, jrnn.optimizer("adam", rate, clip_norm=1.0))
-    return training.fit(step, model.init(jax.random.key(seed), 1), batches, steps=steps).params
+    return shared.noted(training.fit(step, model.init(jax.random.key(seed), 1), batches, steps=steps)).params
 
 
 def of_beats(values, beats):

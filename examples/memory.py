@@ -121,13 +121,14 @@ def train(model, task, steps, learning_rate, seed):
     draw = jax.jit(lambda step: task.sample(jax.random.fold_in(k_data, step), BATCH))
     size = steps // ROUNDS
     rate = training.schedule("warmup_cosine", learning_rate, steps=size * ROUNDS, warmup_steps=size)
-    return training.fit(
+    result = training.fit(
         training.make_step(loss_fn, jrnn.optimizer("adam", rate, clip_norm=1.0)),
         model.init(k_init, task.features),
         lambda epoch: (draw(step) for step in range(epoch * size, (epoch + 1) * size)),
         epochs=ROUNDS,
         validation=[task.sample(k_test, TESTS)],
     )
+    return shared.finished(result)
 
 
 def plot(path, task, curves):

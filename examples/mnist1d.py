@@ -18,7 +18,7 @@ import numpy as np
 
 import jrnn
 import shared
-from jrnn.training import fit, make_step, schedule
+from jrnn.training import batches, fit, make_step, schedule
 
 matplotlib.use("Agg")  # draws to a file, needs no display
 import matplotlib.pyplot as plt
@@ -72,21 +72,17 @@ def logistic_loss(params, batch, key):
 def train(loss_fn, model, in_features, xs, digits, seed, epochs, peak):
     """Trains on all but the last 400 curves; what is kept is the epoch with the best accuracy on these."""
     part, validation = (xs[:, :-VALIDATION], digits[:-VALIDATION]), (xs[:, -VALIDATION:], digits[-VALIDATION:])
-    steps = len(part[1]) // BATCH  # in an epoch
-
-    def batches(epoch):
-        order = np.random.default_rng([seed, epoch]).permutation(len(part[1]))
-        for chosen in order[: steps * BATCH].reshape(steps, BATCH):
-            yield part[0][:, chosen], part[1][chosen]
+    data = batches(part, BATCH, seed=seed, drop_last=True)
+    steps = len(data)  # in an epoch
 
     # Recurrent networks have cliffs in their loss: clipping makes the step over one short. The warm-up lets Adam
     # measure gradients before it takes long steps; the cosine ends with short ones, which settle.
     learning_rate = schedule("warmup_cosine", peak, steps=epochs * steps, warmup_steps=steps)
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
-    return fit(
+    result = fit(
         make_step(loss_fn, jrnn.optimizer("adam", learning_rate, clip_norm=1.0)),
         model.init(init_key, in_features),
-        batches,
+        data,
         key=dropout_key,
         steps=epochs * steps,
         validation=[validation],
@@ -94,6 +90,7 @@ def train(loss_fn, model, in_features, xs, digits, seed, epochs, peak):
         monitor="accuracy",
         mode="max",
     )
+    return shared.finished(result)
 
 
 def accuracy(logits, digits):

@@ -152,7 +152,7 @@ def train(forecaster, images, held_out, digits, steps, seed, checkpoint=None):
         return (make_films(images, BATCH, digits, [seed, epoch, i])[0] for i in range(every))
 
     rate = schedule("warmup_cosine", 3e-3, steps=max(2, steps), warmup_steps=max(1, min(50, steps // 5)))
-    return fit(
+    result = fit(
         make_step(forecaster.loss, jrnn.optimizer("adam", rate, clip_norm=1.0)),
         forecaster.init(jax.random.key(seed)),
         batches,
@@ -161,6 +161,7 @@ def train(forecaster, images, held_out, digits, steps, seed, checkpoint=None):
         validate_every=every,
         checkpoint=checkpoint,
     )
+    return shared.noted(result)
 
 
 def strip(path, films, rows):

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +75,7 @@ class Seq2Seq:
 
     def logits(self, params, batch, key=None, own=0.0):
         """Logits (T, B, V): teacher forcing, or with ``own`` above 0 so many inputs are the decoder's own."""
-        source, lengths, target, target_lengths = batch
+        (source, lengths), (target, target_lengths) = batch
         if key is None:
             k_encoder = k_decoder = None
         else:
@@ -97,7 +96,7 @@ class Seq2Seq:
 
     def weights(self, params, batch):
         """How much each step of the target attended to each step of the source, (T, S, B)."""
-        source, lengths, target, _ = batch
+        (source, lengths), (target, _) = batch
         ready = self.read(params, source, lengths)
         inputs = jnp.concatenate([jnp.full_like(target[:1], END), target[:-1]])
         layers = self.decoder.embed, *self.decoder.layer.layers
@@ -130,34 +129,32 @@ def network(source_symbols, target_symbols, features, hidden, dropout=0.0):
     )
 
 
+def with_end(pairs):
+    return [(source, np.append(target, np.int32(END))) for source, target in pairs]
+
+
 def make_batch(pairs, length=None):
-    """``(source (S, B), lengths (B,), target (T, B), target_lengths (B,))``, the end in each target."""
-    targets = [np.append(target, np.int32(END)) for _, target in pairs]
-    return *jrnn.sequence.pad([source for source, _ in pairs], length), *jrnn.sequence.pad(targets, length)
+    """All in one batch, ``((source (S, B), lengths (B,)), (target (T, B), lengths (B,)))``, the end in each target."""
+    boundaries = None if length is None else (length,)
+    (batch,) = training.ragged_batches(with_end(pairs), len(pairs), quantiles=(), boundaries=boundaries)(0)
+    return batch
 
 
 def train(model, params, pairs, validation, steps, batch, learning_rate, key, own=0.0, smoothing=0.0, checkpoint=None):
     """The result of `fit`. Pairs of like length make a batch, padded to one of three lengths: each is compiled once."""
     k_order, k_fit = jax.random.split(key)
-    needed = [max(len(source), len(target) + 1) for source, target in pairs]  # steps, the end included
-    boundaries = np.unique(np.quantile(needed, QUANTILES, method="higher")).tolist()
-
-    def batches(epoch):
-        order = jax.random.fold_in(k_order, epoch)
-        for chosen, length in jrnn.sequence.buckets(
-            needed, batch, key=order, boundaries=boundaries, drop_remainder=len(pairs) > 20 * batch
-        ):
-            yield make_batch([pairs[i] for i in chosen], length)
+    drop_last = len(pairs) > 20 * batch  # what does not fill a batch is left out of this epoch
+    batches = training.ragged_batches(with_end(pairs), batch, quantiles=QUANTILES, seed=k_order, drop_last=drop_last)
 
     def loss_fn(params, batch, key):
         logits = model.logits(params, batch, key, own)
-        _, _, target, target_lengths = batch
+        _, (target, target_lengths) = batch
         mask = jrnn.sequence.valid_steps(target_lengths, None, len(target), target_lengths.shape)
         # Validation, which has no key, is by the cross-entropy itself.
         return jrnn.losses.cross_entropy(logits, target, mask, label_smoothing=0.0 if key is None else smoothing)
 
     rate = training.schedule("warmup_cosine", learning_rate, steps=steps, warmup_steps=min(200, 1 + steps // 5))
-    return training.fit(
+    result = training.fit(
         training.make_step(loss_fn, jrnn.optimizer("adam", rate, clip_norm=1.0)),
         params,
         batches,
@@ -167,32 +164,26 @@ def train(model, params, pairs, validation, steps, batch, learning_rate, key, ow
         validate_every=max(1, steps // 8),
         checkpoint=checkpoint,
     )
+    return shared.noted(result)
 
 
 def decode(model, params, sources, width=1, length_penalty=0.0):
     """The target ids of each source: the most probable next one at each step, or the best of a beam."""
-    found, needed, batch = [None] * len(sources), [len(ids) for ids in sources], min(512, len(sources))
-    boundaries = np.unique(np.quantile(needed, QUANTILES[-2:], method="higher")).tolist()
-    for chosen, length in jrnn.sequence.buckets(needed, batch, boundaries=boundaries):
-        chosen = np.resize(chosen, batch)  # some of them twice: a smaller batch would be compiled anew
-        padded = jrnn.sequence.pad([sources[i] for i in chosen], length)
-        tokens, lengths = _decode(model, params, *padded, length + length // 2 + 4, width, length_penalty)
-        for i, row, count in zip(chosen, np.asarray(tokens).T, np.asarray(lengths), strict=True):
-            found[i] = row[:count]
-    return found
 
+    def most_probable(params, batch):
+        source, lengths = batch
+        ready = model.read(params, source, lengths)
+        step = lambda state, token: model.decoder.step(ready, state, token)
+        state, begin = model.decoder.initial_state(ready, lengths.shape), jnp.full(lengths.shape, END)
+        longest = len(source) + len(source) // 2 + 4
+        if width == 1:
+            return decoding.greedy(step, state, begin, longest, end=END)[:2]
+        most = min(width, model.decoder.embed.vocab)
+        beams = decoding.beam(step, state, begin, longest, width=most, end=END, length_penalty=length_penalty)
+        return beams.tokens[..., 0], beams.lengths[..., 0]
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
-def _decode(model, params, source, lengths, longest, width, length_penalty):
-    ready = model.read(params, source, lengths)
-    step = lambda state, token: model.decoder.step(ready, state, token)
-    state, begin = model.decoder.initial_state(ready, lengths.shape), jnp.full(lengths.shape, END)
-    if width == 1:
-        return decoding.greedy(step, state, begin, longest, end=END)[:2]
-    beams = decoding.beam(
-        step, state, begin, longest, width=min(width, model.decoder.embed.vocab), end=END, length_penalty=length_penalty
-    )
-    return beams.tokens[..., 0], beams.lengths[..., 0]
+    found = training.predict_ragged(most_probable, params, sources, 512, axis=1, quantiles=QUANTILES[-2:])
+    return [tokens[:count] for tokens, count in found]
 
 
 def weights_of(model, params, pairs):

@@ -37,6 +37,37 @@ def add_checkpoint(parser):
     )
 
 
+def checkpoint_of(directory, name):
+    """Where one of several trainings is saved, in the folder of ``--checkpoint``; None where that was not given."""
+    return directory and os.path.join(directory, name.replace(" ", "_"))
+
+
+def finished(result, checkpoint=None):
+    """The result of one of several trainings; ends the program where ^C cut it off.
+
+    A table must not show it beside whole trainings, and ^C asks for no further ones.
+    """
+    if result.stopped == "interrupt":
+        goes_on = "; the same command goes on from there" if checkpoint else ""
+        sys.exit(
+            f"interrupted at step {int(result.state.step)}: of a training that was cut off nothing is shown{goes_on}"
+        )
+    return result
+
+
+def noted(result):
+    """The result of the only training of a program; says so where ^C cut it off."""
+    if result.stopped == "interrupt":
+        print(f"\ninterrupted at step {int(result.state.step)}: all that follows is of a training that was cut off")
+    return result
+
+
+def confusion(truth, said, classes):
+    """Counts ``(classes, classes)`` of ids, the truth down and the answers across."""
+    pairs = classes * np.asarray(truth, int).ravel() + np.asarray(said, int).ravel()
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
 def picture_path(text):
     """The path of a picture that can be drawn: it is better to know before the training than after it."""
     if pathlib.Path(text).is_dir():

@@ -39,7 +39,7 @@ import numpy as np
 import jrnn
 import shared
 from jrnn import decoding
-from jrnn.training import fit, make_step, schedule
+from jrnn.training import fit, make_step, ragged_batches, schedule
 
 matplotlib.use("Agg")  # draws to a file, needs no display
 import matplotlib.pyplot as plt
@@ -146,10 +146,10 @@ def utterances(synthesiser, voices, count, seed, loudness=LOUDNESS):
     return features, strings
 
 
-def make_batch(features, strings, chosen, length=None):
-    xs, lengths = jrnn.sequence.pad([features[i] for i in chosen], length)
-    labels = [np.array([int(digit) + 1 for digit in strings[i]], np.int32) for i in chosen]
-    return xs, lengths, *jrnn.sequence.pad(labels, MOST)
+def with_labels(features, strings):
+    """Pairs of features ``(T, F)`` and labels."""
+    labels = (np.array([int(digit) + 1 for digit in string], np.int32) for string in strings)
+    return [*zip(features, labels, strict=True)]
 
 
 def recurrent(hidden):
@@ -168,31 +168,28 @@ def without_recurrence(hidden):
     return jrnn.stack(layer, layer, jrnn.dense(len(WORDS) + 1))
 
 
-def train(model, features, strings, validation, seed, epochs):
-    sizes = [len(xs) for xs in features]
-    options = dict(boundaries=np.unique(np.quantile(sizes, PADDED, method="higher")).tolist())
-    options |= dict(drop_remainder=len(sizes) > 10 * BATCH)  # what does not fill a batch is left out of this epoch
+def train(model, examples, validation, seed, epochs, checkpoint=None):
     k_init, k_dropout, k_shuffle = jax.random.split(jax.random.key(seed), 3)
-    steps = epochs * len(jrnn.sequence.buckets(sizes, BATCH, **options))
+    drop_last = len(examples) > 10 * BATCH  # what does not fill a batch is left out of this epoch
+    batches = ragged_batches(examples, BATCH, quantiles=PADDED, seed=k_shuffle, drop_last=drop_last)
+    steps = epochs * len(batches)
 
     def loss(params, batch, key):
-        xs, lengths, labels, counts = batch
+        (xs, lengths), (labels, counts) = batch
         _, logits = jrnn.unroll(model, params, xs, lengths=lengths, key=key)
         return jrnn.losses.ctc(logits, lengths, labels, counts, blank=BLANK)
 
-    def batches(epoch):
-        for chosen, length in jrnn.sequence.buckets(sizes, BATCH, key=jax.random.fold_in(k_shuffle, epoch), **options):
-            yield make_batch(features, strings, chosen, length)
-
     rate = schedule("warmup_cosine", 3e-3, steps=max(2, steps), warmup_steps=max(1, steps // 10))
-    return fit(
+    result = fit(
         make_step(loss, jrnn.optimizer("adam", rate, clip_norm=1.0)),
         model.init(k_init, JOINED * FEATURES),
         batches,
         key=k_dropout,
         epochs=epochs,
-        validation=[validation],
+        validation=[*ragged_batches(validation, len(validation), quantiles=())(0)],  # one batch
+        checkpoint=checkpoint,
     )
+    return shared.finished(result, checkpoint)
 
 
 def transcribe(model, params, features, length, width=None):
@@ -249,6 +246,7 @@ def main(arguments=None):
     parser.add_argument("--epochs", type=int, help="passes over the strings (default: 12; 20 with --full)")
     parser.add_argument("--beam", type=int, default=8, help="prefixes that the beam keeps (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="more speech, a larger network, for longer")
+    shared.add_checkpoint(parser)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     numbers = options.utterances, options.tests, options.hidden, options.epochs, options.beam
@@ -270,11 +268,12 @@ def main(arguments=None):
     print(f"{seconds / 60:.0f} minutes to train on; tests are in the same voices, and in {len(TEST_VOICES)} others\n")
 
     models = {"bidirectional GRU": recurrent(hidden), "no recurrence": without_recurrence(2 * hidden)}
-    validation = make_batch(*held_out, range(options.tests))
+    examples, validation = with_labels(features, strings), with_labels(*held_out)
     results = {}
     for name, model in models.items():
         print(f"{name}: {model}", flush=True)
-        results[name] = train(model, features, strings, validation, options.seed, epochs)
+        checkpoint = shared.checkpoint_of(options.checkpoint, name)
+        results[name] = train(model, examples, validation, options.seed, epochs, checkpoint)
 
     print(f"\nwrong digits, and strings with a wrong digit, %, of {options.tests} strings in each test")
     print(f"{'':22}" + "".join(f"{name:>26}" for name in (*models, f"GRU, beam of {options.beam}")))

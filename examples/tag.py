@@ -35,7 +35,7 @@ import numpy as np
 
 import jrnn
 import shared
-from jrnn.training import fit, make_step, schedule
+from jrnn.training import fit, make_step, ragged_batches, schedule
 
 matplotlib.use("Agg")  # draws to a file, needs no display
 import matplotlib.pyplot as plt
@@ -140,40 +140,37 @@ class Tagger:
         return jrnn.unroll(self.network, params["network"], xs, lengths=lengths, key=key)[1]
 
     def loss(self, params, batch, key):
-        ids, lengths, tags = batch
+        (ids, lengths), (tags, _) = batch
         logits = self.logits(params, ids, lengths, key)  # with a key, dropout is on
         valid = jrnn.sequence.valid_steps(lengths, None, *tags.shape[:1], tags.shape[1:])
         metrics = {"accuracy": jrnn.losses.accuracy(logits, tags, valid)}
         return jrnn.losses.cross_entropy(logits, tags, valid), metrics
 
 
-def make_batch(ids, tags, chosen, length=None):
-    padded, lengths = jrnn.sequence.pad([ids[i] for i in chosen], length)
-    return padded, lengths, jrnn.sequence.pad([tags[i] for i in chosen], length)[0]
+def make_batch(examples):
+    """All sentences in one batch, ``((ids (T, B, features), lengths (B,)), (tags (T, B), lengths (B,)))``."""
+    (batch,) = ragged_batches(examples, len(examples), quantiles=())(0)
+    return batch
 
 
-def train(tagger, ids, tags, validation, seed, epochs):
-    sizes = [len(i) for i in ids]
-    options = dict(boundaries=np.unique(np.quantile(sizes, PADDED, method="higher")).tolist())
-    options |= dict(drop_remainder=len(sizes) > 20 * BATCH)  # what does not fill a batch is left out of this epoch
+def train(tagger, examples, validation, seed, epochs, checkpoint=None):
     k_init, k_dropout, k_shuffle = jax.random.split(jax.random.key(seed), 3)
-    steps = epochs * len(jrnn.sequence.buckets(sizes, BATCH, **options))
-
-    def batches(epoch):
-        for chosen, length in jrnn.sequence.buckets(sizes, BATCH, key=jax.random.fold_in(k_shuffle, epoch), **options):
-            yield make_batch(ids, tags, chosen, length)
-
+    drop_last = len(examples) > 20 * BATCH  # what does not fill a batch is left out of this epoch
+    batches = ragged_batches(examples, BATCH, quantiles=PADDED, seed=k_shuffle, drop_last=drop_last)
+    steps = epochs * len(batches)
     rate = schedule("warmup_cosine", 4e-3, steps=max(2, steps), warmup_steps=max(1, steps // 20))
-    return fit(
+    result = fit(
         make_step(tagger.loss, jrnn.optimizer("adam", rate, clip_norm=1.0)),
-        tagger.init(k_init, ids[0].shape[1]),
+        tagger.init(k_init, examples[0][0].shape[1]),
         batches,
         key=k_dropout,
         epochs=epochs,
         validation=[validation],
         monitor="accuracy",
         mode="max",
+        checkpoint=checkpoint,
     )
+    return shared.noted(result)
 
 
 def most_frequent(sentences, longest):
@@ -199,10 +196,8 @@ def plot(path, history, truth, said, tags):
     )
     accuracy = 100 * np.array(history["accuracy"])
     shared.draw_accuracy(curve, accuracy, margin=2)
-    counts = np.zeros((len(tags), len(tags)), int)
     known = truth < len(tags)
-    np.add.at(counts, (truth[known], said[known]), 1)
-    shared.draw_confusion(matrix, counts, tags)
+    shared.draw_confusion(matrix, shared.confusion(truth[known], said[known], len(tags)), tags)
     matrix.set(xlabel="the network says", ylabel="it is", title="Test words")
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -216,6 +211,7 @@ def main(arguments=None):
     parser.add_argument("--hidden", type=int, help="units of each direction (default: 128; 256 with --full)")
     parser.add_argument("--epochs", type=int, help="passes over the sentences (default: 8; 20 with --full)")
     parser.add_argument("--full", action="store_true", help="the larger network, for longer")
+    shared.add_checkpoint(parser)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if any(number is not None and number < 1 for number in (options.hidden, options.epochs)):
@@ -230,21 +226,20 @@ def main(arguments=None):
             parts = load_treebank(column)
 
     vocabulary = Vocabulary(parts[0])
-    ids = [[vocabulary.encode(sentence) for sentence in part] for part in parts]
-    tags = [[vocabulary.tag_ids(sentence) for sentence in part] for part in parts]
+    examples = [[(vocabulary.encode(sentence), vocabulary.tag_ids(sentence)) for sentence in part] for part in parts]
     tagger = Tagger(vocabulary, hidden)
     for name, part in zip(("train", "validation", "test"), parts, strict=True):
         print(f"{name:>10}: {len(part):5} sentences, {sum(map(len, part)):6} words")
     print(f"{len(vocabulary.ids)} features that come at least twice in training, {len(vocabulary.tags)} tags\n")
 
     # Validation is one batch, so that every word counts the same. Its tags that training does not have are left out.
-    seen = [i for i, wanted in enumerate(tags[1]) if wanted.max() < len(vocabulary.tags)]
-    result = train(tagger, ids[0], tags[0], make_batch(ids[1], tags[1], seen), options.seed, epochs)
+    seen = [(ids, tags) for ids, tags in examples[1] if tags.max() < len(vocabulary.tags)]
+    result = train(tagger, examples[0], make_batch(seen), options.seed, epochs, options.checkpoint)
 
-    padded, lengths, wanted = make_batch(ids[2], tags[2], range(len(ids[2])))
-    valid = np.arange(len(padded))[:, None] < np.asarray(lengths)
+    (padded, lengths), (wanted, _) = make_batch(examples[2])
+    valid = np.arange(len(padded))[:, None] < lengths
     said = np.asarray(jax.jit(tagger.logits)(result.params, padded, lengths).argmax(-1)).T[valid.T]
-    truth = np.asarray(wanted).T[valid.T]
+    truth = wanted.T[valid.T]
     words = [word for sentence in parts[2] for word, _, _ in sentence]
     trained_on = {lower(word) for sentence in parts[0] for word, _, _ in sentence}
     unseen = np.array([lower(word) not in trained_on for word in words])

@@ -190,24 +190,26 @@ def forecast(model, params, xs, key=None):
     return ys.reshape(*ys.shape[:-1], -1, len(QUANTILES))
 
 
-def train(problem, model, epochs, seed):
+def train(problem, model, epochs, seed, checkpoint=None):
     def loss_fn(params, batch, key):
         xs, targets, mask, _ = batch
         return jrnn.losses.pinball(forecast(model, params, xs, key), targets, QUANTILES, mask)
 
     data = problem.sequences("training", problem.series.stride)
     batches = training.batches(data, min(BATCH, data[0].shape[1]), seed=seed, drop_last=True)
-    steps = epochs * sum(1 for _ in batches(0))
+    steps = epochs * len(batches)
     rate = training.schedule("warmup_cosine", 3e-3, steps=steps, warmup_steps=max(1, steps // 20))
     init_key, key = jax.random.split(jax.random.key(seed))
-    return training.fit(
+    result = training.fit(
         training.make_step(loss_fn, jrnn.optimizer("adam", rate, clip_norm=1.0)),
         model.init(init_key, problem.inputs.shape[1]),
         batches,
         key=key,
         steps=steps,
         validation=[problem.sequences("validation")],
+        checkpoint=checkpoint,
     )
+    return shared.noted(result)
 
 
 def tested(problem, model, params):
@@ -292,6 +294,7 @@ def main(arguments=None):
     parser.add_argument("--hidden", type=int, help="units of the GRU (default: 64, weather 16; twice that with --full)")
     parser.add_argument("--epochs", type=int, help="(default: 25, weather 40; four times that with --full)")
     parser.add_argument("--full", action="store_true", help="a larger network, for longer")
+    shared.add_checkpoint(parser)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if min(options.hidden or 1, options.epochs or 1) < 1:
@@ -306,7 +309,7 @@ def main(arguments=None):
     hidden = options.hidden or (16 if options.data == "weather" else 64) * (2 if options.full else 1)
     epochs = options.epochs or series.epochs * (4 if options.full else 1)
     model = network(problem, hidden)
-    result = train(problem, model, epochs, options.seed)
+    result = train(problem, model, epochs, options.seed, options.checkpoint)
     print(f"best on the validation part after {result.best['step']} of {result.state.step} steps\n")
 
     said = tested(problem, model, result.params)

@@ -1,5 +1,7 @@
 """The question answering example: answers that follow from the stories, and a run in small."""
 
+import importlib.util
+
 import jax
 import numpy as np
 import pytest
@@ -73,7 +75,9 @@ def test_padding_does_not_change_an_answer(example, kind):
 def test_a_run_in_small_prints_the_table_and_draws(example, tmp_path, capsys):
     picture = tmp_path / "picture.png"
     options = ["--tasks", "6", "--questions", "64", "--steps", "2", "--hidden", "4", "--out", str(picture)]
+    options += ["--checkpoint", str(tmp_path / "runs")] if importlib.util.find_spec("orbax.checkpoint") else []
     table = example.main(options)
+    assert table == example.main(options)  # from the checkpoints, where there are any
     assert len(table) == 3  # 64 questions are few: the LSTM is trained on all of them, once
     assert all(0 <= share <= 1 for share in table.values())
     assert picture.stat().st_size

@@ -1,6 +1,7 @@
 """The tagger: what it reads of a treebank, its features, its baselines, and a whole run on a small treebank."""
 
 import importlib.metadata
+import importlib.util
 
 import jax
 import numpy as np
@@ -53,7 +54,7 @@ def test_padding_and_neighbours_do_not_change_what_is_said(tag):
     tagger = tag.Tagger(vocabulary, 3)
     ids = vocabulary.encode(tag.read_conllu(SENTENCE, tag.COARSE)[0])
     params = tagger.init(jax.random.key(0), ids.shape[1])
-    both, lengths, _ = tag.make_batch([ids, ids[:2]], [np.zeros(3, np.int32), np.zeros(2, np.int32)], [0, 1], 5)
+    (both, lengths), _ = tag.make_batch([(ids, np.zeros(3, np.int32)), (ids[:2], np.zeros(2, np.int32))])
     together = tagger.logits(params, both, lengths)
     alone = tagger.logits(params, ids[:2, None], np.array([2]))
     np.testing.assert_allclose(together[:2, 1], alone[:, 0], rtol=1e-5, atol=1e-6)
@@ -72,7 +73,9 @@ def test_a_run_on_a_file_learns_and_draws(tag, monkeypatch, tmp_path, capsys):
     treebank.write_text("\n".join(lines))
     for name, value in {"BATCH": 16, "PADDED": (1.0,)}.items():
         monkeypatch.setattr(tag, name, value)
-    accuracy = tag.main(["--conllu", str(treebank), "--hidden", "16", "--epochs", "10", "--out", str(picture)])
+    options = ["--conllu", str(treebank), "--hidden", "16", "--epochs", "10", "--out", str(picture)]
+    options += ["--checkpoint", str(tmp_path / "run")] if importlib.util.find_spec("orbax.checkpoint") else []
+    accuracy = tag.main(options)
     assert accuracy > 0.7  # the most frequent tag of a word is right in less than 60%
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -15,13 +16,56 @@ import numpy as np
 from jrnn._core.checks import non_negative_int, positive_int
 from jrnn.training.step import Step
 
-__all__ = ["batches", "evaluate", "predict", "prefetch"]
+__all__ = ["Batches", "batches", "evaluate", "predict", "prefetch"]
 
 
-def batches(
-    data: Any, size: int, *, axis: int | Any = 1, seed: int | None = None, drop_last: bool = False
-) -> Callable[[int], Iterator[Any]]:
+class Batches:
+    """The batches of a data set, made anew in each epoch: what `batches` and `ragged_batches` return for `fit`.
+
+    It is a function of the epoch's number that returns an iterator over the batches of this epoch. ``len`` is their
+    number, which is the same in each epoch, so that the progress bar of `fit` knows where the run ends.
+
+    >>> data = batches(np.arange(6.0)[:, None], 4, axis=0)
+    >>> isinstance(data, Batches), len(data), [batch.shape for batch in data(0)]
+    (True, 2, [(4, 1), (2, 1)])
+    """
+
+    def __call__(self, epoch: int) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _ArrayBatches(Batches):
+    """See `batches`: the leaves of the data set, the axis of each that counts sequences, and their structure."""
+
+    leaves: list[np.ndarray]
+    axes: list[int]
+    tree: Any
+    count: int
+    size: int
+    seed: int | None
+    drop_last: bool
+
+    def __call__(self, epoch: int) -> Iterator[Any]:
+        if self.seed is None:
+            order = np.arange(self.count)
+        else:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
+        for start in range(0, len(self) * self.size, self.size):
+            chosen = order[start : start + self.size]
+            yield self.tree.unflatten([np.take(x, chosen, a) for a, x in zip(self.axes, self.leaves, strict=True)])
+
+    def __len__(self) -> int:
+        return self.count // self.size if self.drop_last else -(-self.count // self.size)
+
+
+def batches(data: Any, size: int, *, axis: int | Any = 1, seed: int | None = None, drop_last: bool = False) -> Batches:
     """Batches of a data set that fits into the host's memory: the ``data`` of `fit`, shuffled anew in each epoch.
+
+    The sequences are of one length, or padded already; `ragged_batches` pads those of different lengths.
 
     Args:
       data: a pytree of arrays, such as ``(xs (T, N, F), lengths (N,), labels (N,))`` of N sequences.
@@ -35,7 +79,8 @@ def batches(
         more.
 
     Returns:
-      A function of the epoch's number that returns an iterator over batches, pytrees like ``data`` of NumPy arrays.
+      A function of the epoch's number that returns an iterator over batches, pytrees like ``data`` of NumPy arrays;
+      its ``len`` is the number of batches in an epoch.
 
     Raises:
       ValueError: if arrays do not agree on N, or ``drop_last`` leaves nothing.
@@ -68,13 +113,7 @@ def batches(
     if not count or (drop_last and count < size):
         raise ValueError(f"data: expected at least {size if drop_last else 1} sequences, got {count}")
 
-    def epoch_of(epoch: int) -> Iterator[Any]:
-        order = np.arange(count) if seed is None else np.random.default_rng((seed, epoch)).permutation(count)
-        for start in range(0, count - size + 1 if drop_last else count, size):
-            chosen = order[start : start + size]
-            yield tree.unflatten([np.take(leaf, chosen, a) for a, leaf in zip(axes, leaves, strict=True)])
-
-    return epoch_of
+    return _ArrayBatches(leaves, axes, tree, count, size, seed, drop_last)
 
 
 def prefetch(data: Iterable[Any], size: int = 2, *, device: Any = None) -> Iterator[Any]:
