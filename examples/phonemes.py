@@ -3,6 +3,7 @@
     pip install -e ".[examples]" && python examples/phonemes.py          # five to ten minutes on two cores
     python examples/phonemes.py --word recurrent zyzzyva                 # ... and your words
     python examples/phonemes.py --scheduled 0.2                          # scheduled sampling instead of teacher forcing
+    python examples/phonemes.py --dictionary mine.dict                   # your dictionary, in the format of CMUdict
     python examples/phonemes.py --full                                   # the larger network, about an hour
 
 A bidirectional GRU encodes the letters. A GRU decoder attends to them and spells out the phonemes, without stress. The
@@ -41,6 +42,7 @@ import matplotlib.pyplot as plt
 PUBLISHED = "31% of words wrong for a transformer (2x256), 34% for Phonetisaurus, on splits of their own"
 BATCH = 128
 LONGEST = 20  # letters: the few words that are longer are not trained on, but tested
+FEWEST = 100  # words in a dictionary: less leaves nothing to test on
 SHOWN = 12  # words of the test that are printed
 
 
@@ -51,12 +53,23 @@ def load():
     return parse(path.read_text(encoding="utf-8"))
 
 
-def parse(text):
+def load_file(path, encoding):
+    words = parse(shared.read_text(path, encoding), path)
+    if len(words) < FEWEST:
+        raise ValueError(f"{path}: expected at least {FEWEST} words, got {len(words)}")
+    return words
+
+
+def parse(text, path="the dictionary"):
     words = {}
-    for line in text.splitlines():
-        word, *phonemes = line.partition("#")[0].split()
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.startswith(";;;") or not (cells := line.partition("#")[0].split()):
+            continue  # a comment, or nothing
+        word, *phonemes = cells
         said = tuple(phoneme.rstrip("012") for phoneme in phonemes)
-        found = words.setdefault(re.sub(r"\(\d+\)$", "", word), [])
+        if not all(said) or not said:
+            raise ValueError(f"{path}, line {number}: expected a word and its phonemes, got {line[:60]!r}")
+        found = words.setdefault(re.sub(r"\(\d+\)$", "", word).lower(), [])
         if said not in found:
             found.append(said)
     return words
@@ -98,12 +111,13 @@ def main(arguments=None):
     parser.add_argument("--word", nargs="+", default=[], help="words to say once trained")
     seq2seq.add_options(parser, "2000; 12000 with --full", "128; 256 with --full")
     parser.add_argument("--full", action="store_true", help="the larger network, for longer")
+    shared.add_file(parser, "--dictionary", "your own words and their phonemes, in the format of CMUdict")
     shared.add_checkpoint(parser)
     options = parser.parse_args(arguments)
     if not all(options.word):
         parser.error("--word: expected words of at least one letter")
     with shared.loading("phonemes.py"):
-        words = load()
+        words = load_file(options.dictionary, options.encoding) if options.dictionary else load()
     train_words, validation_words, test_words = split(words)
     letters = seq2seq.Symbols(train_words)
     phonemes = seq2seq.Symbols(said for word in train_words for said in words[word])
@@ -136,7 +150,8 @@ def main(arguments=None):
         said = [phonemes.decode(ids) for ids in found]
         wrong, phoneme_error = errors(said, references)
         print(f"  {name:30} {100 * wrong:8.1f}  {100 * phoneme_error:8.1f}")
-    print(f"published: {PUBLISHED}")
+    if not options.dictionary:
+        print(f"published: {PUBLISHED}")
     for word, ours, right in list(zip(test_words, said, references, strict=True))[:SHOWN]:
         note = "" if tuple(ours) in right else f"   (should be {', or '.join(map(' '.join, right))})"
         print(f"  {word:16} {' '.join(ours)}{note}")

@@ -103,6 +103,13 @@ def add_csv_options(parser, help):
     )
 
 
+def add_file(parser, option, help):
+    parser.add_argument(option, metavar="FILE", help=help)
+    parser.add_argument(
+        "--encoding", type=_encoding, default="utf-8-sig", help="how that file stores text (default: UTF-8)"
+    )
+
+
 def _encoding(name):
     try:
         "a".encode(name)

@@ -25,6 +25,49 @@ def test_files_of_the_archives(faults, tmp_path):
     assert [values.tolist() for values in series] == [[[1, 4], [2, 5], [3, 6]], [[7, 9], [8, 1]]]
 
 
+SERIES = "".join(f"{i},{i + 1},2:3,4,{i % 5}:{('no', 'yes')[i % 2]}\n" for i in range(12))
+
+
+def test_series_of_ones_own(faults, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(faults, "UNITS", 2)
+    (tmp_path / "GunPoint.ts").write_text(SERIES)  # the name of a set, whose published results say nothing of these
+    (tmp_path / "b.ts").write_text("@data\n" + SERIES)
+    files = ["--train", str(tmp_path / "GunPoint.ts"), "--test", str(tmp_path / "b.ts")]
+    results = faults.main([*files, "--runs", "1", "--steps", "2", "--out", str(tmp_path / "picture.png")])
+    assert results["GunPoint"].shape == (1,)
+    printed = capsys.readouterr().out
+    assert "published" not in printed
+    assert "99.1" not in printed
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "match"),
+    [
+        ("@data\n", SERIES, "a.ts: expected series"),
+        ("1,2:a\n1,x:b\n", SERIES, r"a.ts, line 2: expected channels .* '1,x:b'"),
+        ("1,2:3:a\n", SERIES, "a.ts, line 1: expected channels of equally many"),
+        ("1,?:a\n", SERIES, "a.ts, line 1"),
+        ("label\n", SERIES, "a.ts, line 1"),
+        ("1,2:3,4:a\n", SERIES, "at least two labels"),
+        (SERIES, SERIES.replace("yes", "perhaps"), r"b.ts: expected the labels of .*a.ts, got perhaps too"),
+        (SERIES, "1,2:no\n", "equally many channels"),
+    ],
+)
+def test_series_that_cannot_be_used_are_named(faults, tmp_path, train, test, match):
+    (tmp_path / "a.ts").write_text(train)
+    (tmp_path / "b.ts").write_text(test)
+    with pytest.raises(SystemExit, match=rf"faults.py: .*{match}"):
+        faults.main(["--train", str(tmp_path / "a.ts"), "--test", str(tmp_path / "b.ts")])
+
+
+def test_both_files_are_needed(faults, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        faults.main(["--train", "a.ts"])
+    assert "--train and --test together" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"faults.py: .*absent.ts"):
+        faults.main(["--train", str(tmp_path / "absent.ts"), "--test", "b.ts"])
+
+
 def test_pieces_of_a_series(faults):
     (piece,) = faults.pieces([np.array([[1, 10], [2, 20], [3, 30]], np.float32)], 2)
     assert piece.tolist() == [[1, 10, 2, 20], [3, 30, 3, 30]]

@@ -116,6 +116,29 @@ def test_a_run_in_small_learns_and_draws(example, monkeypatch, tmp_path, capsys)
     assert printed.splitlines()[-2].startswith("  Tak")
 
 
+def test_a_dictionary_of_ones_own(example, tmp_path):
+    path = tmp_path / "mine.dict"
+    lines = [f"WORD{chr(97 + i % 26)}{i // 26}  W ER1 D" for i in range(120)]
+    path.write_text("\n".join([";;; a comment", *lines, "worda0(1) W AO1 D # another"]))
+    words = example.load_file(path, "utf-8-sig")
+    assert len(words) == 120
+    assert words["worda0"] == [("W", "ER", "D"), ("W", "AO", "D")]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("a AH0\nword\n", "line 2: expected a word and its phonemes, got 'word'"),
+        ("a 1\n", "line 1"),
+        ("a AH0\n", "at least 100 words, got 1"),
+    ],
+)
+def test_a_dictionary_that_cannot_be_used_is_named(example, tmp_path, content, match):
+    (tmp_path / "mine.dict").write_text(content)
+    with pytest.raises(SystemExit, match=rf"phonemes.py: .*mine.dict.*{match}"):
+        example.main(["--dictionary", str(tmp_path / "mine.dict")])
+
+
 def test_a_missing_package_ends_with_one_line(example, monkeypatch):
     def absent(name):
         raise importlib.metadata.PackageNotFoundError(name)

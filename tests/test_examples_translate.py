@@ -85,6 +85,8 @@ def test_the_package_has_the_messages(example):
         pytest.skip("the messages ship with jupyterlab-language-pack-fr-FR")
     pairs = example.load("fr-FR")
     assert len(pairs) > 2_500
+    if importlib.metadata.version("jupyterlab-language-pack-fr-FR") == "4.5.post3":  # whose numbers the docstring has
+        assert [len(part) for part in example.split(pairs)] == [2219, 280, 273]
     assert all(english and french and english != french for english, french in pairs)
 
 
@@ -106,6 +108,30 @@ def test_a_run_in_small_prints_scores_and_samples_and_draws(example, monkeypatch
     assert float(baseline.split()[-2]) > 30
     assert "(should be: " in printed
     assert "'Save Cell': " in printed
+
+
+def test_pairs_of_a_file(example, tmp_path, capsys):
+    path = tmp_path / "mine.txt"
+    lines = [f"Save cell {i}\tSichere  Zelle {i}\tfrom somewhere" for i in range(60)]
+    path.write_text("\n".join([*lines, "", "save CELL 3\tanders", "word " * 16 + "\tzu lang"]))
+    pairs = example.load_pairs(path, "utf-8-sig")
+    assert pairs == [(f"save cell {i}", f"sichere zelle {i}") for i in range(60)]
+    assert "left out 1 pairs of more than 15 words" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"a\tb\nno tab\n", "line 2: expected two texts with a tab between them, got 'no tab'"),
+        (b"a\t \n", "line 1: expected two texts"),
+        (b"a\tb\n", "at least 50 pairs of at most 15 words, got 1"),
+        (b"caf\xe9\tb\n", "expected text in utf-8"),
+    ],
+)
+def test_a_file_of_pairs_that_cannot_be_used_is_named(example, tmp_path, content, match):
+    (tmp_path / "mine.txt").write_bytes(content)
+    with pytest.raises(SystemExit, match=rf"translate.py: .*mine.txt.*{match}"):
+        example.main(["--pairs", str(tmp_path / "mine.txt")])
 
 
 def test_a_language_that_is_not_installed_is_named(example):
