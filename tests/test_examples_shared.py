@@ -21,14 +21,18 @@ def shared():
     return load_example("shared")
 
 
+@pytest.fixture
 def cut_off_trainings(monkeypatch):
-    """Lets ^C cut off every training at its first record."""
+    """Lets ^C cut off every training at its first record, by Python's own handler, which pytest-xdist replaces."""
     fit = training.fit
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def cut_off(*arguments, **options):
         return fit(*arguments, **options | dict(callbacks=[lambda report: signal.raise_signal(signal.SIGINT)]))
 
     monkeypatch.setattr(training, "fit", cut_off)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_confusions_are_counted(shared):
@@ -54,10 +58,10 @@ def test_one_of_several_trainings_that_was_cut_off_ends_the_program(shared):
         shared.finished(result("interrupt"), "runs")
 
 
+@pytest.mark.usefixtures("cut_off_trainings")
 def test_no_table_of_trainings_that_were_cut_off(monkeypatch, capsys):
     faults = load_example("faults")
     monkeypatch.setattr(faults, "UNITS", 2)
-    cut_off_trainings(monkeypatch)
     with pytest.raises(SystemExit, match="interrupted at step 100"):
         faults.main(["--sets", "JapaneseVowels", "--runs", "5", "--steps", "200"])
     printed = capsys.readouterr().out
@@ -66,11 +70,11 @@ def test_no_table_of_trainings_that_were_cut_off(monkeypatch, capsys):
     assert "accuracy" not in printed
 
 
+@pytest.mark.usefixtures("cut_off_trainings")
 def test_a_single_training_that_was_cut_off_is_shown_with_a_note(monkeypatch, tmp_path, capsys):
     heartbeat = load_example("heartbeat")
     record = heartbeat.Record("made up", np.sin(np.arange(4000) / 10), np.arange(100, 3900, 60), np.arange(64) % 9 == 8)
     monkeypatch.setattr(heartbeat, "load_piece", lambda: record)
-    cut_off_trainings(monkeypatch)
     heartbeat.main(["--steps", "50", "--hidden", "2", "--out", str(tmp_path / "picture.png")])
     printed = capsys.readouterr().out
     assert printed.index("interrupted at step 10") < printed.index("sensitivity")
