@@ -65,6 +65,21 @@ class Doubled(jrnn.Layer):
         return state, params["scale"] * ys
 
 
+def test_a_layer_whose_walk_runs_its_own_steps_is_one_row():
+    model = Twice(jrnn.gru(4))
+    assert jrnn.unroll(model, model.init(jax.random.key(0), 3), jnp.ones((5, 3)))[1].shape == (5, 4)
+    assert [row[:3] for row in rows_of(jrnn.summary(model, 3))] == [(0, "Twice(GRU)", "4")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Twice(jrnn.Wrapper):
+    cell: jrnn.Cell
+
+    def walk(self, run, params, xs, state):
+        state, ys = run.scan(self, params, xs, state)
+        return state, 2 * ys
+
+
 def test_what_is_no_layer_is_named():
     with pytest.raises(TypeError, match="model: expected a layer"):
         jrnn.summary([jrnn.gru(3)], 2)

@@ -67,18 +67,16 @@ class _Part:
     @staticmethod
     def of(name: str, layer: Layer, params: Any, xs: jax.Array, state: Any) -> tuple[_Part, jax.Array]:
         """The entry of a layer, and outputs of the right shape."""
-        given = xs.shape[-1] if layer.event_ndim == 1 else xs.shape[1:] or None
-        features = layer.out_features(given)
-        inside = _Walk(params)
-        label = _name(layer)
-        if type(layer).walk is not Layer.walk and layer.children():
+        features = _features(layer, xs)
+        inside = _Walk(layer, params)
+        label, children = _name(layer), layer.children()
+        if type(layer).walk is not Layer.walk and children:
             layer.walk(inside, params, xs, state)
-        elif layer.children():
-            label += f"({', '.join(map(_name, layer.children()))})"
+        if children and not inside.parts:
+            label += f"({', '.join(map(_name, children))})"
         paths = jax.tree_util.tree_leaves_with_path(params)
         leaves = [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in paths]
-        ys = jnp.zeros((xs.shape[0], *event_shape(features)), jnp.float32)
-        return _Part(name + label, features, leaves, inside.parts), ys
+        return _Part(name + label, features, leaves, inside.parts), _outputs(layer, xs)
 
     def rows(self, indent: str) -> list[tuple[str, str, str, str]]:
         inside = {id(leaf) for part in self.parts for _, leaf in part.leaves}
@@ -90,6 +88,14 @@ class _Part:
         return rows
 
 
+def _features(layer: Layer, xs: jax.Array) -> Any:
+    return layer.out_features(xs.shape[-1] if layer.event_ndim == 1 else xs.shape[1:] or None)
+
+
+def _outputs(layer: Layer, xs: jax.Array) -> jax.Array:
+    return jnp.zeros((xs.shape[0], *event_shape(_features(layer, xs))), jnp.float32)
+
+
 def _name(layer: Layer) -> str:
     return type(layer).__name__.lstrip("_")
 
@@ -98,6 +104,7 @@ def _name(layer: Layer) -> str:
 class _Walk:
     """Stands for the run over time in a layer's `walk`, and notes the parts that it is asked to run."""
 
+    layer: Layer
     params: Any
     parts: list[_Part] = field(default_factory=list)
 
@@ -108,7 +115,10 @@ class _Walk:
         self.parts.append(part)
         return state, ys
 
-    scan = __call__
+    def scan(self, layer: Layer, params: Any, xs: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+        if layer is self.layer:  # its own steps, and no part of it
+            return state, _outputs(layer, xs)
+        return self(layer, params, xs, state)
 
     def child(self, index: int) -> _Walk:
         return self
