@@ -135,10 +135,15 @@ def pad(sequences: Sequence[ArrayLike], length: int | None = None) -> tuple[jax.
         rest = ((0, 0),) * (first.ndim - 1)
         padded = [jnp.pad(array, ((0, time - array.shape[0]), *rest)) for array in arrays]
         return jnp.stack(padded, axis=1), lengths
-    xs = np.zeros((time, len(arrays), *first.shape[1:]), first.dtype)
+    return jnp.asarray(laid_out(arrays, time)), lengths
+
+
+def laid_out(arrays: Sequence[np.ndarray], time: int, fill: Any = 0) -> np.ndarray:
+    """Arrays ``(T_i, ...)`` as one of ``(T, B, ...)``, with a number in the padding; nothing is checked."""
+    xs = np.full((time, len(arrays), *arrays[0].shape[1:]), fill, arrays[0].dtype)
     for i, array in enumerate(arrays):
-        xs[: array.shape[0], i] = array
-    return jnp.asarray(xs), lengths
+        xs[: len(array), i] = array
+    return xs
 
 
 def unpad(xs: ArrayLike, lengths: ArrayLike) -> list[jax.Array]:

@@ -180,7 +180,7 @@ def evaluate(
 def weighted_means(step: Step, params: Any, data: Any, weight: Any, argument: str) -> dict[str, float]:
     """See `evaluate`; ``argument`` is the name of ``data`` in messages."""
     carry, rows, weights = None, [], []
-    for batch in _first_epoch(data):
+    for batch in of_epoch(data, 0):
         carry, metrics = step.evaluate(params, batch, carry)
         rows.append({name: x for name, x in metrics.items() if jnp.shape(x) == ()})
         weights.append(1.0 if weight is None else weight(batch))
@@ -194,8 +194,9 @@ def weighted_means(step: Step, params: Any, data: Any, weight: Any, argument: st
     return {name: mean(name) for name in rows[-1]}
 
 
-def _first_epoch(data: Any) -> Iterable[Any]:
-    return data(0) if callable(data) else data
+def of_epoch(data: Any, epoch: int) -> Iterable[Any]:
+    """The batches of an epoch, from a function of its number or from what is the same in every epoch."""
+    return data(epoch) if callable(data) else data
 
 
 def predict(
@@ -225,7 +226,7 @@ def predict(
     array([2., 4., 6.], dtype=float32)
     """
     compiled = jax.jit(function)
-    results = [jax.device_get(compiled(params, batch)) for batch in _first_epoch(data)]
+    results = [jax.device_get(compiled(params, batch)) for batch in of_epoch(data, 0)]
     if not results:
         raise ValueError("data: expected at least one batch, got none")
     for result in results[1:]:

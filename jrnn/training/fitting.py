@@ -18,7 +18,7 @@ import numpy as np
 
 from jrnn._core.checks import positive_int
 from jrnn.training.checkpoint import Checkpointer, compare_leaves, describe_leaves
-from jrnn.training.data import weighted_means
+from jrnn.training.data import of_epoch, weighted_means
 from jrnn.training.interrupt import Interrupt
 from jrnn.training.logs import Logger
 from jrnn.training.step import Metrics, Step, TrainState
@@ -422,7 +422,7 @@ class _Feed:
                 "data: a one-shot iterator ran out before the last step, and cannot be iterated again; pass a list, "
                 "an object that can be iterated anew, or a function epoch -> iterable"
             )
-        self.batches = iter(self.data(self.epoch) if callable(self.data) else self.data)
+        self.batches = iter(of_epoch(self.data, self.epoch))
         skipped = sum(1 for _ in itertools.islice(self.batches, self.index))
         self.batch = next(self.batches, _END)
         if self.batch is _END:
@@ -519,16 +519,14 @@ class _Lines(_Display):
     def __init__(self, run: _Run, epochs: int | None, monitor: str, steps: int | None):
         super().__init__(run, epochs, monitor)
         self.total = epochs or steps or 0
-        self.epoch, self.shown, self.waiting = run.epoch, self._done(), False
+        self.epoch, self.shown = run.epoch, self._done()  # at the line before
 
     def _done(self) -> int:
         return self.run.step if self.epochs is None else self.run.epoch
 
     def show(self, last: bool) -> None:
-        self.waiting = self.waiting or self.run.epoch > self.epoch
-        self.epoch = self.run.epoch
-        if last or (self.waiting and LINES * (self._done() - self.shown) >= self.total):
-            self.shown, self.waiting = self._done(), False
+        if last or (self.run.epoch > self.epoch and LINES * (self._done() - self.shown) >= self.total):
+            self.epoch, self.shown = self.run.epoch, self._done()
             numbers = "".join(f", {name} {value}" for name, value in self.numbers().items())
             print(f"{self.place()}: step {self.run.step}{numbers}", file=sys.stderr, flush=True)
 

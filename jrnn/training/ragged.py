@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jrnn._core.checks import non_negative_int, positive_int, prng_key
-from jrnn.sequence import Bucket, buckets
+from jrnn.sequence import Bucket, buckets, laid_out
 from jrnn.training.data import Batches
 
 __all__ = ["predict_ragged", "ragged_batches"]
@@ -265,7 +265,4 @@ def _batch(arrays: list[np.ndarray], time: int | None, fill: Any) -> Any:
     """``(xs, lengths)`` of sequences, padded on the host; a stack of anything else."""
     if time is None:
         return np.stack(arrays)
-    xs = np.full((time, len(arrays), *arrays[0].shape[1:]), fill, arrays[0].dtype)
-    for i, array in enumerate(arrays):
-        xs[: len(array), i] = array
-    return xs, np.array([len(array) for array in arrays], np.int32)
+    return laid_out(arrays, time, fill), np.array([len(array) for array in arrays], np.int32)
