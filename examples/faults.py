@@ -216,7 +216,10 @@ def accuracies(model, found, data):
 
 
 def plot(path, results, example, part, published):
-    """Some series of each class of the first set, and the accuracies of every run of every set."""
+    """Some series of each class of the first set, and the accuracies of every run of every set.
+
+    ``published`` maps the names of sets to their published results; there are none of a user's own series.
+    """
     name, series, labels = example
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.5 + max(3.5, 0.6 * len(results))), layout="constrained")
     for place, label in enumerate(np.unique(labels)[:9]):
@@ -230,10 +233,10 @@ def plot(path, results, example, part, published):
         right.plot(
             found, np.full(len(found), -row), "o", color="tab:red", alpha=0.6, label="this network" if not row else None
         )
-        known = SETS[name].published if published else ()
-        for (mean, _), method, marker in zip(known, METHODS, "|x+", strict=False):
-            label = f"{method}, published" if not row else None
-            right.plot(mean, -row - 0.2, marker, color="0.3", markersize=9, label=label, linestyle="none")
+        if name in published:
+            for (mean, _), method, marker in zip(published[name], METHODS, "|x+", strict=True):
+                label = f"{method}, published" if not row else None
+                right.plot(mean, -row - 0.2, marker, color="0.3", markersize=9, label=label, linestyle="none")
     right.set_yticks(-np.arange(len(results)), list(results))
     right.set(xlabel=f"accuracy, %, {part} part", title="Each run", ylim=(-len(results) + 0.4, 0.6))
     right.set_xlim(right=100.8)
@@ -265,6 +268,7 @@ def main(arguments=None):
             loaded = {pathlib.Path(options.train).stem: load_files(options.train, options.test)}
         else:
             loaded = {name: load(name) for name in (SETS if options.all else options.sets)}
+    published = {} if options.train else {name: SETS[name].published for name in loaded}
 
     part, results = "validation" if options.validate else "test", {}
     for name, parts in loaded.items():
@@ -276,16 +280,16 @@ def main(arguments=None):
         results[name] = accuracies(model, found, tested)
 
     title = f"accuracy, %, {part} part"
-    methods = () if options.train else METHODS
+    methods = METHODS if published else ()
     print(f"{title:28}{f'GRU, {options.runs} runs':>14}" + "".join(f"{method:>14}" for method in methods))
     for name, found in results.items():
         ours = f"{found.mean():.1f} ({found.std():.1f})"
-        published = (f"{mean:.1f} ({deviation:.1f})" for mean, deviation in (SETS[name].published if methods else ()))
-        print(f"{name:28}{ours:>14}" + "".join(f"{text:>14}" for text in published))
-    right = "" if options.train else " The columns on the right: ten runs on the test part, published (dl-4-tsc)."
+        theirs = (f"{mean:.1f} ({deviation:.1f})" for mean, deviation in published.get(name, ()))
+        print(f"{name:28}{ours:>14}" + "".join(f"{text:>14}" for text in theirs))
+    right = " The columns on the right: ten runs on the test part, published (dl-4-tsc)." if published else ""
     print(f"In brackets: standard deviations.{right}")
     name, (first, _) = next(iter(loaded.items()))
-    plot(options.out, results, (name, *first), part, bool(methods))
+    plot(options.out, results, (name, *first), part, published)
     print(f"picture: {options.out}")
     return results
 

@@ -1,6 +1,6 @@
 """How English words are spoken: letters into phonemes, learned from the CMU Pronouncing Dictionary.
 
-    pip install -e ".[examples]" && python examples/phonemes.py          # five to ten minutes on two cores
+    pip install -e ".[examples]" && python examples/phonemes.py          # some ten minutes on two cores
     python examples/phonemes.py --word recurrent zyzzyva                 # ... and your words
     python examples/phonemes.py --scheduled 0.2                          # scheduled sampling instead of teacher forcing
     python examples/phonemes.py --dictionary mine.dict                   # your dictionary, in the format of CMUdict
@@ -42,7 +42,7 @@ import matplotlib.pyplot as plt
 PUBLISHED = "31% of words wrong for a transformer (2x256), 34% for Phonetisaurus, on splits of their own"
 BATCH = 128
 LONGEST = 20  # letters: the few words that are longer are not trained on, but tested
-FEWEST = 100  # words in a dictionary: less leaves nothing to test on
+FEWEST = 100  # words in a dictionary: fewer leave nothing to test on
 SHOWN = 12  # words of the test that are printed
 
 

@@ -45,20 +45,18 @@ def checkpoint_of(directory, name):
 def finished(result, checkpoint=None):
     """The result of one of several trainings; ends the program where ^C cut it off.
 
-    A table must not show it beside whole trainings, and ^C asks for no further ones.
+    A table must not show it beside complete trainings, and after ^C no further training should start.
     """
     if result.stopped == "interrupt":
         goes_on = "; the same command goes on from there" if checkpoint else ""
-        sys.exit(
-            f"interrupted at step {int(result.state.step)}: of a training that was cut off nothing is shown{goes_on}"
-        )
+        sys.exit(f"interrupted at step {int(result.state.step)}: an incomplete training has no results{goes_on}")
     return result
 
 
 def noted(result):
     """The result of the only training of a program; says so where ^C cut it off."""
     if result.stopped == "interrupt":
-        print(f"\ninterrupted at step {int(result.state.step)}: all that follows is of a training that was cut off")
+        print(f"\ninterrupted at step {int(result.state.step)}: the results below are of an incomplete training")
     return result
 
 

@@ -9,11 +9,11 @@ The data are JupyterLab's messages and their French translations: very few for t
 shows how an attention model is trained and judged, and no translator for daily use. Text is in lower case, cut into
 pieces of words by byte-pair encoding (Sennrich et al. 2016), learned from the training messages alone.
 
-The language pack has 3,464 messages. Left out are 187 of more than 15 words, 315 that come again, and 190 that were
-left in English. The other 2,772 are split at random (seed 0): 2,219 to train on, 280 for validation, 273 for the test;
-messages that differ in punctuation alone stay together. Of those to train on, 88 are of 30 pieces or more in one of the
-languages and are left out too, so 2,131 remain; the test keeps all of its. Beside the network stand the translation of
-the most similar training message, and the English text.
+The language pack has 3,464 messages. Of these, 187 have more than 15 words, 315 are repeated, and 190 were left in
+English: all three kinds are left out. The other 2,772 are split at random (seed 0): 2,219 to train on, 280 for
+validation, 273 for the test. Messages that differ in punctuation alone stay together. Of those to train on, 88 have 30
+pieces or more in one of the languages and are left out too, so that 2,131 remain. All test messages are kept. Beside
+the network stand the translation of the most similar training message, and the English text.
 
 What it printed by default. It finds the exact words four times as often as the most similar message has them. By the
 characters it has in common with the right translation, that message is the better one: where the network is wrong, it
@@ -57,7 +57,7 @@ BATCH = 32
 MERGES = 600  # pieces that byte-pair encoding makes, for each language
 LONGEST = 15  # words of a message: the few that are longer are left out
 MOST_PIECES = 30  # of a message: the few that have more are not trained on, but tested
-FEWEST = 50  # pairs in a file: less leaves nothing to test on
+FEWEST = 50  # pairs in a file: fewer leave nothing to test on
 SHOWN = 16  # messages of the test that are printed
 SPACE = "\u2581"  # stands for the space before a word, in its first piece
 

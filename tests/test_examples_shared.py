@@ -80,6 +80,16 @@ def test_a_single_training_that_was_cut_off_is_shown_with_a_note(monkeypatch, tm
     assert printed.index("interrupted at step 10") < printed.index("sensitivity")
 
 
+@pytest.mark.usefixtures("cut_off_trainings")
+def test_a_test_that_learns_as_it_reads_has_no_result_if_it_was_cut_off(monkeypatch):
+    generate = load_example("generate")
+    for name, value in {"PIECE": 8, "TEST_STREAMS": 2}.items():
+        monkeypatch.setattr(generate, name, value)
+    model = generate.network(5, 6, 1)
+    with pytest.raises(SystemExit, match="interrupted at step 1"):
+        generate.tested(model, model.init(jax.random.key(0), None), np.arange(200) % 5)
+
+
 @pytest.mark.parametrize("name", ["faults", "speakers"])
 def test_losses_are_those_of_the_votes_without_a_key(name, monkeypatch):
     """So that the same loss serves to train and to validate; with a key there are noise and dropout."""
