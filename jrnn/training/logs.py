@@ -38,7 +38,7 @@ class CSVLogger:
 
     A file that is there is continued, so that a resumed run goes on in the same file. A run that was killed resumes
     from its last checkpoint: the rows of the steps after it are in the file twice, with the same numbers. A run that
-    was ended by ^C or by a callback has one more row for each number of its last step.
+    ^C ended between two records has one more row for each number of its last step.
 
     Args:
       path: the file.

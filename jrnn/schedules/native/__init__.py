@@ -32,8 +32,8 @@ __all__ = ["pays", "plan"]
 # few steps and few sequences reads the weights in place (`forward.h`): there STEP operations are enough.
 WORK, ROWS, STEP = 2**20, 32, 2**18
 FEW_STEPS, FEW_SEQUENCES, WHOLE_BLOCKS = 4, 3, 32
-# The schedule computes in float32. From so many units on, a processor that has instructions for products in bfloat16 is
-# so much faster with them forward that it outweighs a slower gradient (see docs/benchmarks.md).
+# The schedule computes in float32. From so many units on, the forward pass is much faster on a processor that has
+# instructions for products in bfloat16. With 256 units it is level, and gradients are slower (see docs/benchmarks.md).
 BFLOAT16_HIDDEN = 512
 
 
@@ -50,7 +50,7 @@ def pays(task: Task) -> Refusal | None:
     rows, features = math.prod(task.xs.shape[:-1]), task.xs.shape[-1]
     hidden, coupled = task.affine.hidden, task.affine.coupled
     if task.xs.dtype == jnp.bfloat16 and coupled and hidden >= BFLOAT16_HIDDEN and build.multiplies_bfloat16():
-        return Refusal("it computes in float32, and forward XLA is faster in bfloat16 on this processor")
+        return Refusal("it computes in float32, and XLA's forward pass in bfloat16 is faster on this processor")
     features = 0 if task.affine.given else features
     work = 2 * rows * (features + hidden * coupled) * hidden * task.affine.count
     few = task.xs.shape[0] <= FEW_STEPS and math.prod(task.batch) <= FEW_SEQUENCES and hidden % WHOLE_BLOCKS == 0
